@@ -1,0 +1,426 @@
+"""The recommender's heads: candidate tower, user vectors, and the Qwen3 that reads a prompt with injected tokens.
+
+User and item vectors are concatenations of a learned part and, if configured, the frozen text embedding, so that
+one inner product adds the learned cosine over the temperature and the frozen similarity under a learned scale.
+
+Letters: B users, N history slots, P supervised positions (the newest P slots), Q item tokens, U user tokens,
+I items, D width, V width of the learned part, T width of the text embedding, L prompt length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from nqf.models.qwen3 import Qwen3, Qwen3Config
+
+from nqf.config import CandidatesConfig, Config
+from nqf.models.user_qformer import History, UserQFormer
+from nqf.ops.losses import unit
+
+
+@struct.dataclass
+class ItemTables:
+    """What the user and joint stages know of items; rows are items.
+
+    Attributes:
+      tokens: Item query tokens, float [I, Q, E].
+      vectors: Item vectors of the Item Q-Former, float [I, E].
+      text: Frozen text embeddings, float [I, T]; zero rows where `has_text` is False.
+      has_text: bool [I].
+      titles: Token ids of the titles, int32 [I, S], -1 in padding; S may be 0.
+    """
+
+    tokens: jax.Array
+    vectors: jax.Array
+    text: jax.Array
+    has_text: jax.Array
+    titles: jax.Array
+
+    def take(self, rows: jax.Array | np.ndarray) -> ItemTables:
+        """The tables of some rows, in that order."""
+        return jax.tree.map(lambda table: table[rows], self)
+
+
+class CandidateTower(nn.Module):
+    """Item vectors from frozen content and, for items seen in training, a learned vector of their own.
+
+    Attributes:
+      config: Sources, width and dropout.
+      items: Number of learned vectors.
+      dtype: Compute dtype.
+    """
+
+    config: CandidatesConfig
+    items: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tables: ItemTables, rows: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Learned part of the item vectors, not normalized.
+
+        Args:
+          tables: Tables of R items.
+          rows: int32 [R], the items' rows among the learned vectors; -1 for items without one (new or unseen).
+          deterministic: Whether dropout is off.
+
+        Returns:
+          float [R, V].
+        """
+        sources = {"item": tables.vectors, "text": tables.text}
+        inputs = [
+            nn.LayerNorm(name=f"norm_{name}", dtype=self.dtype)(sources[name].astype(self.dtype))
+            for name in self.config.sources
+        ]
+        width = self.config.width
+        content = nn.Dense(2 * width, name="hidden", dtype=self.dtype)(jnp.concatenate(inputs, axis=-1))
+        content = nn.Dense(width, name="output", dtype=self.dtype)(nn.gelu(content))
+        if not self.config.free_vectors:
+            return content
+        free = self.param("free", nn.initializers.normal(0.02), (self.items, width))
+        keep = rows >= 0
+        if not deterministic and self.config.free_dropout > 0:
+            # Whole vectors are hidden, not elements: a hidden item looks exactly like one that training never saw.
+            shown = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.free_dropout, rows.shape)
+            keep = keep & shown
+        return content + jnp.where(keep[:, None], free[jnp.maximum(rows, 0)], 0).astype(self.dtype)
+
+
+class ScoreHead(nn.Module):
+    """User vectors of every position from a pooled state and the history's frozen text embeddings.
+
+    Attributes:
+      config: Width, temperature and whether the frozen similarity is part of the score.
+    """
+
+    config: CandidatesConfig
+
+    @nn.compact
+    def __call__(self, pooled_BxPxD: jax.Array, text_BxNxT: jax.Array, valid_BxN: jax.Array) -> jax.Array:
+        """Returns user vectors, float32 [B, P, V (+ T)]; their inner products with `item_side` are the logits.
+
+        Args:
+          pooled_BxPxD: Pooled states of the newest P positions.
+          text_BxNxT: Frozen text embeddings of the history's slots.
+          valid_BxN: False in padding and where the item has no text.
+        """
+        learned = unit(nn.Dense(self.config.width, name="project")(pooled_BxPxD.astype(jnp.float32)))
+        log_scale = self.param("log_scale", nn.initializers.constant(-math.log(self.config.temperature)), ())
+        # CLIP's cap on the scale (arXiv 2103.00020, section 2.5): larger ones make training unstable.
+        learned = learned * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
+        if not self.config.frozen_similarity:
+            return learned
+        slots, positions = text_BxNxT.shape[1], pooled_BxPxD.shape[1]
+        decay = self.param("decay", nn.initializers.constant(0.5), ())
+        distance_PxN = jnp.arange(slots - positions, slots)[:, None] - jnp.arange(slots)[None, :]
+        weight_PxN = jnp.where(distance_PxN >= 0, jnp.exp(-jax.nn.softplus(decay) * jnp.maximum(distance_PxN, 0)), 0.0)
+        mean_BxPxT = jnp.einsum("pn,bnt->bpt", weight_PxN, text_BxNxT.astype(jnp.float32) * valid_BxN[..., None])
+        # softplus(4) is about 4: the frozen cosine starts as a hint beside the learned one's 1 / 0.07.
+        gate_BxPx1 = nn.softplus(
+            nn.Dense(1, name="gate", kernel_init=nn.initializers.zeros, bias_init=nn.initializers.constant(4.0))(
+                pooled_BxPxD.astype(jnp.float32)
+            )
+        )
+        return jnp.concatenate([learned, gate_BxPx1 * unit(mean_BxPxT)], axis=-1)
+
+
+def item_side(config: CandidatesConfig, learned_RxV: jax.Array, tables: ItemTables) -> jax.Array:
+    """Item vectors that match `ScoreHead`'s user vectors, float32 [R, V (+ T)]."""
+    parts = [unit(learned_RxV)]
+    if config.frozen_similarity:
+        parts.append(unit(tables.text))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: jax.Array) -> jax.Array:
+    """Tokens of the history's items, each beside the item's learned vector: float [B, N, Q, E + V]."""
+    rows = jnp.maximum(items_BxN, 0)
+    tokens = tables.tokens[rows]
+    learned = jnp.broadcast_to(learned_RxV[rows][:, :, None, :], (*tokens.shape[:3], learned_RxV.shape[-1]))
+    return jnp.concatenate([tokens.astype(learned.dtype), learned], axis=-1)
+
+
+class UserModel(nn.Module):
+    """The user stage: User Q-Former, next-token regression and ranking.
+
+    Attributes:
+      config: The run's configuration.
+      items: Number of catalogue items.
+      item_tokens: (Q, E), shape of an item's tokens.
+      dtype: Compute dtype.
+    """
+
+    config: Config
+    items: int
+    item_tokens: tuple[int, int]
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        user = self.config.user
+        self.tower = CandidateTower(config=self.config.candidates, items=self.items, dtype=self.dtype)
+        self.user_qformer = UserQFormer(
+            config=user.qformer, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
+        )
+        self.head = ScoreHead(config=self.config.candidates)
+        self.regression = nn.Dense(math.prod(self.item_tokens), dtype=self.dtype)
+
+    def item_vectors(self, tables: ItemTables, rows: jax.Array) -> jax.Array:
+        """Item side of the score, float32 [R, V (+ T)]."""
+        return item_side(self.config.candidates, self.tower(tables, rows), tables)
+
+    def __call__(
+        self, tables: ItemTables, rows: jax.Array, history: History, *, positions: int, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Encodes histories and items.
+
+        Args:
+          tables: Tables of R items; `history.items` index them.
+          rows: int32 [R], the items' rows in the catalogue, -1 for new items.
+          history: The batch.
+          positions: P, newest slots to encode.
+          deterministic: Whether dropout is off.
+
+        Returns:
+          User vectors float32 [B, P, V (+ T)], item vectors float32 [R, V (+ T)] and the predicted query tokens of
+          the next item, float [B, P, Q, E].
+        """
+        learned = self.tower(tables, rows, deterministic=deterministic)
+        inputs = _item_inputs(tables, learned, history.items)
+        tokens_BxPxUxD = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
+        pooled = tokens_BxPxUxD.reshape(*tokens_BxPxUxD.shape[:2], -1)
+        text, valid = history_text(tables, history)
+        users = self.head(pooled, text, valid)
+        predicted = self.regression(pooled).reshape(*pooled.shape[:2], *self.item_tokens)
+        return users, item_side(self.config.candidates, learned, tables), predicted
+
+
+def history_text(tables: ItemTables, history: History) -> tuple[jax.Array, jax.Array]:
+    """Frozen text embeddings of the slots, float [B, N, T], and where there is one, bool [B, N]."""
+    rows = jnp.maximum(history.items, 0)
+    return tables.text[rows], tables.has_text[rows] & (history.items >= 0)
+
+
+@struct.dataclass
+class PromptIds:
+    """Token ids that frame the injected tokens.
+
+    Attributes:
+      instruction: int32 [S], before the history.
+      placeholder: int32 scalar, a spare row of the vocabulary that stands where tokens are injected.
+      end: int32 scalar, the end token whose state is pooled.
+    """
+
+    instruction: jax.Array
+    placeholder: jax.Array
+    end: jax.Array
+
+
+class JointModel(nn.Module):
+    """The joint stage: a Qwen3 reads instruction, item tokens and user tokens; its pooled state ranks items.
+
+    The prompt is a trunk, `instruction, (title, item tokens) x P`, and for each supervised position i a branch
+    `user tokens, end` that reads the trunk up to slot i and itself only. Each branch is thus computed exactly as if
+    the prompt ended there: one pass supervises every position, no position sees its target, and inference with one
+    branch gives the vectors that training gave.
+
+    Attributes:
+      config: The run's configuration.
+      backbone: Configuration of the Qwen3.
+      items: Number of catalogue items.
+      item_tokens: (Q, E), shape of an item's tokens.
+      dtype: Compute dtype.
+    """
+
+    config: Config
+    backbone: Qwen3Config
+    items: int
+    item_tokens: tuple[int, int]
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        user = self.config.user
+        self.tower = CandidateTower(config=self.config.candidates, items=self.items, dtype=self.dtype)
+        self.user_qformer = UserQFormer(
+            config=user.qformer, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
+        )
+        self.qwen3 = Qwen3(self.backbone)
+        width = self.backbone.hidden_size
+        self.item_projection = nn.Dense(width, dtype=self.dtype)
+        self.user_projection = nn.Dense(width, dtype=self.dtype)
+        self.item_norm = nn.RMSNorm(dtype=self.dtype, scale_init=self._embedding_scale())
+        self.user_norm = nn.RMSNorm(dtype=self.dtype, scale_init=self._embedding_scale())
+        self.dropout = nn.Dropout(self.config.joint.backbone.dropout)
+        self.head = ScoreHead(config=self.config.candidates)
+
+    def _embedding_scale(self) -> nn.initializers.Initializer:
+        # Injected tokens start at the size of word embeddings (Qwen3-Embedding's rows have an RMS near 0.03); a
+        # projection of unit RMS would drown the words of a pretrained model.
+        return nn.initializers.constant(0.03 if self.config.joint.backbone.path else 1.0)
+
+    def item_vectors(self, tables: ItemTables, rows: jax.Array) -> jax.Array:
+        """Item side of the score, float32 [R, V (+ T)]."""
+        return item_side(self.config.candidates, self.tower(tables, rows), tables)
+
+    def __call__(
+        self,
+        tables: ItemTables,
+        rows: jax.Array,
+        history: History,
+        prompt: PromptIds,
+        *,
+        positions: int,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes histories and items.
+
+        Args:
+          tables: Tables of R items; `history.items` index them.
+          rows: int32 [R], the items' rows in the catalogue, -1 for new items.
+          history: The batch.
+          prompt: Token ids of the prompt.
+          positions: Newest slots to encode: all slots of the prompt in training, 1 for inference.
+          deterministic: Whether dropout is off.
+
+        Returns:
+          User vectors float32 [B, P, V (+ T)] and item vectors float32 [R, V (+ T)].
+        """
+        learned = self.tower(tables, rows, deterministic=deterministic)
+        inputs = _item_inputs(tables, learned, history.items)
+        slots = min(self.config.joint.prompt.history_items, history.items.shape[1])
+        positions = min(positions, slots)
+
+        user_tokens = None
+        if self.config.joint.prompt.user_tokens:
+            tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
+            user_tokens = self.user_norm(self.user_projection(tokens))
+        item_tokens = self.item_norm(self.item_projection(inputs[:, -slots:]))
+        items_BxS = history.items[:, -slots:]
+        titles = jnp.where((items_BxS >= 0)[..., None], tables.titles[jnp.maximum(items_BxS, 0)], -1)
+
+        pooled = self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
+        text, valid = history_text(tables, history)
+        users = self.head(pooled, text, valid)
+        return users, item_side(self.config.candidates, learned, tables)
+
+    def _read(
+        self,
+        prompt: PromptIds,
+        titles_BxSxW: jax.Array,
+        items_BxSxQxD: jax.Array,
+        valid_BxS: jax.Array,
+        users_BxPxUxD: jax.Array | None,
+        positions: int,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Runs the Qwen3 over the branched prompt; returns the pooled state of every branch, [B, P, D]."""
+        batch, slots, per_item, _ = items_BxSxQxD.shape
+        words = titles_BxSxW.shape[-1]
+        start = prompt.instruction.shape[0]
+        count = users_BxPxUxD.shape[2] if users_BxPxUxD is not None else 0
+        layout = prompt_layout(start, slots, words, per_item, positions, count)
+
+        # Ids of the whole prompt, with placeholders where tokens are injected.
+        slot_ids = jnp.concatenate(
+            [
+                jnp.where(titles_BxSxW >= 0, titles_BxSxW, prompt.end),
+                jnp.full((batch, slots, per_item), prompt.placeholder, jnp.int32),
+            ],
+            axis=-1,
+        )
+        branch_ids = jnp.concatenate([jnp.full((count,), prompt.placeholder, jnp.int32), prompt.end[None]])
+        ids_BxL = jnp.concatenate(
+            [
+                jnp.broadcast_to(prompt.instruction, (batch, start)),
+                slot_ids.reshape(batch, -1),
+                jnp.broadcast_to(jnp.tile(branch_ids, positions), (batch, positions * (count + 1))),
+            ],
+            axis=1,
+        )
+        embeds = self.qwen3.embed(ids_BxL)
+        embeds = embeds.at[:, layout.item_at].set(items_BxSxQxD.reshape(batch, -1, embeds.shape[-1]))
+        if users_BxPxUxD is not None:
+            embeds = embeds.at[:, layout.user_at].set(users_BxPxUxD.reshape(batch, -1, embeds.shape[-1]))
+        embeds = self.dropout(embeds, deterministic=deterministic)
+
+        valid_slot = jnp.concatenate(
+            [titles_BxSxW >= 0, jnp.broadcast_to(valid_BxS[..., None], (batch, slots, per_item))], axis=-1
+        )
+        valid_BxL = jnp.concatenate(
+            [
+                jnp.ones((batch, start), bool),
+                valid_slot.reshape(batch, -1),
+                jnp.ones((batch, positions * (count + 1)), bool),
+            ],
+            axis=1,
+        )
+        mask_BxLxL = layout.sees[None] & valid_BxL[:, None, :]
+        # A token's position is the number of tokens it sees before itself, so padding and other branches do not
+        # shift it.
+        position_ids = jnp.maximum(jnp.sum(mask_BxLxL, axis=-1) - 1, 0).astype(jnp.int32)
+        hidden = self.qwen3(
+            inputs_embeds=embeds,
+            attention_mask=valid_BxL,
+            position_ids=position_ids,
+            mask=mask_BxLxL[:, None],
+            deterministic=deterministic,
+        )
+        if self.config.joint.prompt.pooling == "last":
+            return hidden[:, layout.end_at]
+        weights = mask_BxLxL[:, layout.end_at].astype(jnp.float32)
+        total = jnp.einsum("bpl,bld->bpd", weights, hidden.astype(jnp.float32))
+        return total / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+@struct.dataclass
+class PromptLayout:
+    """Static places in a branched prompt.
+
+    Attributes:
+      item_at: int [S * Q], where item tokens stand.
+      user_at: int [P * U], where user tokens stand.
+      end_at: int [P], where the end tokens stand.
+      sees: bool [L, L], which token may read which, padding aside.
+    """
+
+    item_at: np.ndarray
+    user_at: np.ndarray
+    end_at: np.ndarray
+    sees: np.ndarray
+
+
+def prompt_layout(
+    instruction: int, slots: int, words: int, per_item: int, positions: int, user_tokens: int
+) -> PromptLayout:
+    """Lays out a trunk of `slots` items and one branch for each of the newest `positions` slots.
+
+    Args:
+      instruction: Tokens before the history.
+      slots: Items in the prompt.
+      words: Title tokens of an item.
+      per_item: Injected tokens of an item.
+      positions: Branches.
+      user_tokens: User tokens of a branch; the end token follows them.
+    """
+    per_slot, per_branch = words + per_item, user_tokens + 1
+    trunk = instruction + slots * per_slot
+    length = trunk + positions * per_branch
+    item_at = (instruction + np.arange(slots)[:, None] * per_slot + words + np.arange(per_item)).reshape(-1)
+    branch_at = trunk + np.arange(positions)[:, None] * per_branch + np.arange(per_branch)
+    at = np.arange(length)
+    branch = np.where(at < trunk, -1, (at - trunk) // per_branch)
+    # The trunk ends, for branch i, after slot `slots - positions + i`.
+    reach = instruction + (slots - positions + branch + 1) * per_slot
+    reads_trunk = (at[None, :] < trunk) & np.where(
+        branch[:, None] < 0, at[None, :] <= at[:, None], at[None, :] < reach[:, None]
+    )
+    reads_branch = (branch[:, None] >= 0) & (branch[:, None] == branch[None, :]) & (at[None, :] <= at[:, None])
+    return PromptLayout(
+        item_at=item_at,
+        user_at=branch_at[:, :user_tokens].reshape(-1),
+        end_at=branch_at[:, -1],
+        sees=reads_trunk | reads_branch,
+    )

@@ -1,0 +1,192 @@
+"""Grain datasets of the training stages. Only this folder imports grain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from nqf.config import LossConfig
+from nqf.models.recommender import ItemTables
+from nqf.pipelines.histories import (
+    EventFeatures,
+    HistoryBatch,
+    TrainingWindows,
+    bucket_of,
+    gather_history,
+    number_by_rows,
+    slot_buckets,
+    window_events,
+)
+from nqf.pipelines.pairs import PairBatch, PairSource, pair_batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """A finite, ordered stream of batches whose iterator can be checkpointed.
+
+    Attributes:
+      dataset: Grain dataset over all epochs.
+      steps: Batches over all epochs.
+      steps_per_epoch: Batches of one epoch.
+      batch_size: Examples per batch.
+    """
+
+    dataset: grain.IterDataset
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+
+
+def pair_dataset(
+    source: PairSource,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    workers: int,
+    gather: Callable[[np.ndarray], tuple[dict, dict]] | None,
+) -> TrainingData:
+    """Batches of the item stage.
+
+    Args:
+      source: Pairs and trainable items.
+      batch_size: Pairs per batch; smaller where there are fewer pairs.
+      epochs: Passes over the pairs.
+      seed: Seed of order and draws.
+      workers: Worker processes; 0 reads in threads.
+      gather: Reads the fields of int32 [4 B] items on the host; None if the step does so on the device.
+
+    Raises:
+      ValueError: No pair is left to train on.
+    """
+    if not len(source.users):
+        raise ValueError("no pair of consecutive training interactions is left to train the item stage on")
+    batch_size = min(batch_size, len(source.users))
+
+    def build(examples: np.ndarray, rng: np.random.Generator) -> PairBatch:
+        batch = pair_batch(source, examples, rng)
+        if gather is None:
+            return batch
+        values, present = gather(batch.items())
+        return batch.replace(values=values, present=present)
+
+    batches = (
+        grain.MapDataset.range(len(source.users))
+        .seed(seed)
+        .shuffle()
+        .batch(batch_size, drop_remainder=True, batch_fn=_indices)
+        .repeat(epochs)
+        .random_map(build)
+    )
+    return _finish(batches, epochs, batch_size, workers)
+
+
+def history_dataset(
+    windows: TrainingWindows,
+    features: EventFeatures,
+    *,
+    loss: LossConfig,
+    max_history: int,
+    positions: int,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    workers: int,
+    items: int,
+    tables: ItemTables | None,
+) -> TrainingData:
+    """Batches of the user and joint stages, each from histories of about one length.
+
+    Args:
+      windows: Training examples.
+      features: Features of all events.
+      loss: Decides whether batches are numbered by their distinct items and carry sampled negatives.
+      max_history: Most slots.
+      positions: Supervised positions, counted from the newest slot.
+      batch_size: Windows per batch; smaller where there are fewer windows.
+      epochs: Passes over the windows.
+      seed: Seed of order and draws.
+      workers: Worker processes; 0 reads in threads.
+      items: Number of catalogue items, from which negatives are sampled evenly.
+      tables: Host tables to gather from; None if they are on the device.
+
+    Raises:
+      ValueError: No window is left to train on.
+    """
+    count = len(windows.ends)
+    if not count:
+        raise ValueError("no training history with at least two interactions is left to train on")
+    batch_size = min(batch_size, count)
+    longest = int(min(max_history, windows.slots().max()))
+    buckets = slot_buckets(longest)
+    groups = _merge_small(bucket_of(windows.slots(), buckets), len(buckets), batch_size)
+
+    def build(element: tuple[int, np.ndarray], rng: np.random.Generator) -> HistoryBatch:
+        slots, examples = element
+        history, targets = window_events(windows, examples, slots)
+        targets = targets[:, -positions:]
+        if loss.positions == "last":
+            targets[:, :-1] = -1
+        batch = HistoryBatch(
+            history=gather_history(features, history),
+            targets=np.where(targets >= 0, features.items[np.maximum(targets, 0)], -1).astype(np.int32),
+        )
+        if loss.negatives == "full":
+            return batch
+        if loss.negatives == "sampled":
+            batch = batch.replace(negatives=rng.integers(0, items, loss.samples, dtype=np.int32))
+        return number_by_rows(batch, tables)
+
+    parts = []
+    for index, members in enumerate(groups):
+        if not len(members):
+            continue
+        slots = buckets[index]
+        parts.append(
+            grain.MapDataset.source(members)
+            .seed(seed + index)
+            .shuffle()
+            .batch(batch_size, drop_remainder=True, batch_fn=_indices)
+            .map(lambda examples, slots=slots: (slots, examples))
+        )
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [len(part) for part in parts])
+    return _finish(mixed.repeat(epochs).seed(seed).random_map(build), epochs, batch_size, workers)
+
+
+def _indices(elements: Sequence[Any]) -> np.ndarray:
+    return np.asarray(elements, np.int64)
+
+
+def _merge_small(bucket: np.ndarray, buckets: int, batch_size: int) -> list[np.ndarray]:
+    """Members of each bucket; one that cannot fill a batch joins the next longer one, the last the one before."""
+    groups = [np.flatnonzero(bucket == index) for index in range(buckets)]
+    for index in range(buckets - 1):
+        if len(groups[index]) < batch_size:
+            groups[index + 1] = np.concatenate([groups[index], groups[index + 1]])
+            groups[index] = groups[index][:0]
+    if len(groups[-1]) < batch_size:
+        # The longest bucket alone is too small: everything shorter that is nearest joins it.
+        for index in range(buckets - 2, -1, -1):
+            if len(groups[index]):
+                groups[-1] = np.concatenate([groups[index], groups[-1]])
+                groups[index] = groups[index][:0]
+                break
+    return groups
+
+
+def _finish(batches: grain.MapDataset, epochs: int, batch_size: int, workers: int) -> TrainingData:
+    steps = len(batches)
+    # Few threads: the builders are numpy code that releases the lock only in parts.
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    if workers:
+        # grain 0.2.18 reads absl flags in its workers and fails in programs that never parsed them (grain#1355).
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return TrainingData(dataset=dataset, steps=steps, steps_per_epoch=steps // epochs, batch_size=batch_size)

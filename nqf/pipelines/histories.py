@@ -1,0 +1,235 @@
+"""Histories as arrays: from interactions to the batches of the user and joint stages.
+
+Letters: B users, N history slots, P supervised positions, R distinct items of a batch, E events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from flax import struct
+from nqf.data.interactions import MISSING_TIME, Interactions
+from nqf.data.splits import Cases, Split
+from nqf.fields.cache import FieldTable
+
+from nqf.models.recommender import ItemTables
+from nqf.models.user_qformer import RATING_BUCKETS, History
+
+
+@struct.dataclass
+class HistoryBatch:
+    """One training batch.
+
+    Attributes:
+      history: The slots; `history.items` index `rows` where that is given, else the catalogue.
+      targets: int32 [B, P], the item after each of the newest P slots in the same numbering, -1 for none.
+      rows: int32 [R] catalogue rows of the batch's distinct items, -1 in padding; None if items are numbered by
+        the catalogue.
+      negatives: int32 [S], sampled negatives in the same numbering; None without sampling.
+      tables: Gathered tables of `rows`; None if the tables are on the device.
+    """
+
+    history: History
+    targets: np.ndarray
+    rows: np.ndarray | None = None
+    negatives: np.ndarray | None = None
+    tables: ItemTables | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EventFeatures:
+    """Features of every interaction, computed once from int64 seconds.
+
+    Attributes:
+      items: int32 [E].
+      times: int64 [E], unix seconds, `MISSING_TIME` where unknown.
+      calendar: int8 [E, 3], hour, weekday, month; -1 where unknown.
+      ratings: int8 [E], rating bucket, -1 where unknown.
+      reviews: Table of review embeddings with a row per event, or None.
+    """
+
+    items: np.ndarray
+    times: np.ndarray
+    calendar: np.ndarray
+    ratings: np.ndarray
+    reviews: FieldTable | None
+
+
+def event_features(interactions: Interactions, split: Split, reviews: FieldTable | None) -> EventFeatures:
+    """Prepares the features of all interactions.
+
+    Ratings are spread evenly over the buckets between the smallest and largest rating of the training split.
+    """
+    return EventFeatures(
+        items=interactions.items,
+        times=interactions.times,
+        calendar=calendar_parts(interactions.times),
+        ratings=_rating_buckets(interactions.ratings, interactions.ratings[split.train]),
+        reviews=reviews,
+    )
+
+
+def calendar_parts(times: np.ndarray) -> np.ndarray:
+    """Hour of day, day of week (Monday 0) and month (January 0) in UTC of int64 unix seconds, int8 [E, 3]."""
+    known = times != MISSING_TIME
+    seconds = np.where(known, times, 0)
+    days = seconds // 86_400
+    months = days.astype("datetime64[D]").astype("datetime64[M]").astype(np.int64)
+    # 1970-01-01 was a Thursday.
+    parts = np.stack([seconds // 3_600 % 24, (days + 3) % 7, months % 12], axis=1)
+    return np.where(known[:, None], parts, -1).astype(np.int8)
+
+
+def _rating_buckets(ratings: np.ndarray, training: np.ndarray) -> np.ndarray:
+    known = np.isfinite(ratings)
+    finite = training[np.isfinite(training)]
+    if not finite.size:
+        return np.full(ratings.shape, -1, np.int8)
+    low, high = float(finite.min()), float(finite.max())
+    scaled = (np.where(known, ratings, low) - low) / max(high - low, 1e-9) * (RATING_BUCKETS - 1)
+    return np.where(known, np.clip(np.rint(scaled), 0, RATING_BUCKETS - 1), -1).astype(np.int8)
+
+
+def gather_history(features: EventFeatures, events_BxN: np.ndarray) -> History:
+    """Builds the slots of a batch from event numbers, -1 in padding."""
+    valid = events_BxN >= 0
+    events = np.maximum(events_BxN, 0)
+    times = features.times[events]
+    known = valid & (times != MISSING_TIME)
+    newest = np.max(np.where(known, times, np.iinfo(np.int64).min), axis=1, keepdims=True)
+    # int32 holds gaps of 68 years.
+    age = np.clip(np.where(known, newest - np.where(known, times, 0), 0), 0, np.iinfo(np.int32).max)
+    if features.reviews is not None:
+        rows = np.where(valid, features.reviews.rows[events], -1)
+        has_review = rows >= 0
+        reviews = np.where(has_review[..., None], features.reviews.values[np.maximum(rows, 0)], 0).astype(np.float32)
+    else:
+        has_review = np.zeros(events_BxN.shape, bool)
+        reviews = np.zeros((*events_BxN.shape, 0), np.float32)
+    return History(
+        items=np.where(valid, features.items[events], -1).astype(np.int32),
+        calendar=np.where(known[..., None], features.calendar[events], -1).astype(np.int32),
+        age=np.where(known, age, -1).astype(np.int32),
+        ratings=np.where(valid, features.ratings[events], -1).astype(np.int32),
+        reviews=reviews,
+        has_review=has_review,
+    )
+
+
+def history_of_items(items_BxN: np.ndarray, review_width: int) -> History:
+    """The slots of histories of which only the items are known; int32 [B, N], -1 in padding."""
+    unknown = np.full(items_BxN.shape, -1, np.int32)
+    return History(
+        items=items_BxN.astype(np.int32),
+        calendar=np.full((*items_BxN.shape, 3), -1, np.int32),
+        age=unknown,
+        ratings=unknown,
+        reviews=np.zeros((*items_BxN.shape, review_width), np.float32),
+        has_review=np.zeros(items_BxN.shape, bool),
+    )
+
+
+def newest(events: np.ndarray, slots: int) -> np.ndarray:
+    """The newest `slots` entries, padded with -1 before the oldest."""
+    kept = events[-slots:]
+    return np.concatenate([np.full(slots - len(kept), -1, np.int64), kept])
+
+
+def slot_buckets(longest: int) -> tuple[int, ...]:
+    """Numbers of slots that batches may have: powers of two from 8, then `longest`; few, so few compilations."""
+    buckets = []
+    size = 8
+    while size < longest:
+        buckets.append(size)
+        size *= 2
+    return (*buckets, longest)
+
+
+def bucket_of(lengths: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
+    """Index of the smallest bucket that holds each length; the last one for longer histories."""
+    return np.minimum(np.searchsorted(buckets, lengths), len(buckets) - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingWindows:
+    """Training examples: windows over the users' training sequences.
+
+    Attributes:
+      order: int64, event numbers of the training split, grouped by user, oldest first.
+      starts: int64 [examples], first entry of the example's user in `order`.
+      ends: int64 [examples], entry in `order` of the last target; slots are the entries before it.
+    """
+
+    order: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def slots(self) -> np.ndarray:
+        """Number of history slots of every example before any cut."""
+        return self.ends - self.starts
+
+
+def training_windows(interactions: Interactions, split: Split, positions: int) -> TrainingWindows:
+    """Cuts every user's training sequence into windows so that each event but the first is a target once.
+
+    The newest window ends at the user's newest training event; each older one ends `positions` events before.
+    """
+    order = np.flatnonzero(split.train)
+    users = np.repeat(np.arange(len(interactions.user_ids)), np.diff(interactions.offsets))[order]
+    first = np.searchsorted(users, np.arange(len(interactions.user_ids)))
+    last = np.searchsorted(users, np.arange(len(interactions.user_ids)), side="right") - 1
+    starts, ends = [], []
+    for start, end in zip(first, last, strict=True):
+        window_ends = np.arange(end, start, -positions)
+        starts.append(np.full(len(window_ends), start))
+        ends.append(window_ends)
+    return TrainingWindows(
+        order=order,
+        starts=np.concatenate([np.zeros(0, np.int64), *starts]).astype(np.int64),
+        ends=np.concatenate([np.zeros(0, np.int64), *ends]).astype(np.int64),
+    )
+
+
+def window_events(windows: TrainingWindows, examples: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Event numbers of the slots and of the item after each slot, both int64 [B, N], -1 in padding."""
+    at = windows.ends[examples, None] - slots + np.arange(slots + 1)[None, :]
+    events = np.where(at >= windows.starts[examples, None], windows.order[np.maximum(at, 0)], -1)
+    history = events[:, :-1]
+    return history, np.where(history >= 0, events[:, 1:], -1)
+
+
+def case_events(interactions: Interactions, cases: Cases, which: np.ndarray, slots: int) -> np.ndarray:
+    """Event numbers of the newest `slots` interactions before each case's target, int64 [B, N], -1 in padding."""
+    at = cases.cuts[which, None] - slots + np.arange(slots)[None, :]
+    return np.where(at >= interactions.offsets[cases.users[which], None], at, -1)
+
+
+def number_by_rows(batch: HistoryBatch, tables: ItemTables | None) -> HistoryBatch:
+    """Renumbers a batch by its distinct items, so that a step touches only their rows.
+
+    Args:
+      batch: Numbered by the catalogue.
+      tables: Host tables to gather the rows from; None if the step gathers them on the device.
+
+    Returns:
+      The batch with `rows` padded to a power of two (at most one compilation per doubling).
+    """
+    parts = [batch.history.items.ravel(), batch.targets.ravel()]
+    if batch.negatives is not None:
+        parts.append(batch.negatives)
+    everything = np.concatenate(parts)
+    distinct = np.unique(everything[everything >= 0]).astype(np.int32)
+    size = max(64, 1 << max(len(distinct) - 1, 0).bit_length())
+    rows = np.concatenate([distinct, np.full(size - len(distinct), -1, np.int32)])
+
+    def local(items: np.ndarray) -> np.ndarray:
+        return np.where(items >= 0, np.searchsorted(distinct, items), -1).astype(np.int32)
+
+    return HistoryBatch(
+        history=batch.history.replace(items=local(batch.history.items)),
+        targets=local(batch.targets),
+        rows=rows,
+        negatives=None if batch.negatives is None else local(batch.negatives),
+        tables=None if tables is None else tables.take(np.maximum(rows, 0)),
+    )

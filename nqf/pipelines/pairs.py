@@ -1,0 +1,109 @@
+"""Pairs of consecutive items and catalogue samples: the batches of the item stage."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from flax import struct
+from nqf.data.interactions import Interactions
+from nqf.data.splits import Split
+
+
+@struct.dataclass
+class PairBatch:
+    """One training batch of the item stage; all items are catalogue rows.
+
+    Attributes:
+      anchors: int32 [B], item t of a user.
+      positives: int32 [B], item t + 1 of the same user.
+      negatives: int32 [B], items that the user never met.
+      catalogue: int32 [B], items drawn evenly from those that may be trained on.
+      known: bool [B, B], True where `positives` of column j is among the items of row i's user.
+      values: Field name to float [4 B, W], gathered for the four lists in that order; None on-device.
+      present: Field name to bool [4 B]; None on-device.
+    """
+
+    anchors: np.ndarray
+    positives: np.ndarray
+    negatives: np.ndarray
+    catalogue: np.ndarray
+    known: np.ndarray
+    values: dict[str, np.ndarray] | None = None
+    present: dict[str, np.ndarray] | None = None
+
+    def items(self) -> np.ndarray:
+        """The four lists one after the other, int32 [4 B]."""
+        return np.concatenate([self.anchors, self.positives, self.negatives, self.catalogue])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """Where pairs are drawn from.
+
+    Attributes:
+      users: int64 [pairs].
+      anchors: int32 [pairs].
+      positives: int32 [pairs].
+      trainable: int32, items that may be trained on.
+      owned: int64, sorted `user * items + item` of every interaction of any split: what a negative must not be.
+      items: Number of catalogue items.
+    """
+
+    users: np.ndarray
+    anchors: np.ndarray
+    positives: np.ndarray
+    trainable: np.ndarray
+    owned: np.ndarray
+    items: int
+
+    def owns(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether each user has an interaction with each item; broadcasts."""
+        keys = users.astype(np.int64) * self.items + items
+        at = np.minimum(np.searchsorted(self.owned, keys), len(self.owned) - 1)
+        return self.owned[at] == keys
+
+
+def pair_source(interactions: Interactions, split: Split, items: int, held_out: np.ndarray) -> PairSource:
+    """Consecutive training events of a user as (anchor, positive).
+
+    Args:
+      interactions: All interactions.
+      split: Only its training events make pairs. Negatives avoid the user's whole past and future, which leaks
+        nothing: it only removes false negatives.
+      items: Number of catalogue items.
+      held_out: bool [items]; these and items without a training event are never trained on.
+    """
+    allowed = ~(held_out | split.cold)
+    users = np.repeat(np.arange(len(interactions.user_ids)), np.diff(interactions.offsets))
+    order = np.flatnonzero(split.train)
+    left, right = order[:-1], order[1:]
+    anchors, positives = interactions.items[left], interactions.items[right]
+    keep = (users[left] == users[right]) & allowed[anchors] & allowed[positives] & (anchors != positives)
+    return PairSource(
+        users=users[left][keep],
+        anchors=anchors[keep],
+        positives=positives[keep],
+        trainable=np.flatnonzero(allowed).astype(np.int32),
+        owned=np.unique(users * items + interactions.items),
+        items=items,
+    )
+
+
+def pair_batch(source: PairSource, examples: np.ndarray, rng: np.random.Generator) -> PairBatch:
+    """Draws negatives and catalogue items for a batch of pairs."""
+    users, positives = source.users[examples], source.positives[examples]
+    negatives = rng.choice(source.trainable, len(examples))
+    # Redrawn until clean; a user who owns nearly the whole catalogue keeps a random owned item after 100 rounds.
+    for _ in range(100):
+        wrong = source.owns(users, negatives)
+        if not wrong.any():
+            break
+        negatives[wrong] = rng.choice(source.trainable, int(wrong.sum()))
+    return PairBatch(
+        anchors=source.anchors[examples],
+        positives=positives,
+        negatives=negatives.astype(np.int32),
+        catalogue=rng.choice(source.trainable, len(examples)).astype(np.int32),
+        known=source.owns(users[:, None], positives[None, :]),
+    )

@@ -1,0 +1,304 @@
+"""Joint stage: Qwen3 reads the prompt; adapters (or the whole small model), projections and Q-Formers learn."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from nqf.interop.huggingface import load_qwen3
+from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
+from nqf.models.qwen3 import Qwen3Config
+
+from nqf.config import BackboneConfig
+from nqf.models.item_qformer import ItemQFormer
+from nqf.models.recommender import ItemTables, JointModel, PromptIds
+from nqf.pipelines.histories import HistoryBatch
+from nqf.training.artifacts import StageError, read_artifact
+from nqf.training.checkpoint import restore_params
+from nqf.training.item_stage import device_fields, empty_fields, item_module, load_items, take_fields, write_tokens
+from nqf.training.loop import fit
+from nqf.training.rankers import Ranker, batch_tables, compute_dtype, make_ranker, ranking_loss
+from nqf.training.run import Run
+from nqf.training.user_stage import (
+    empty_history,
+    frozen_tables,
+    history_data,
+    load_users,
+    make_validation,
+    negatives_of,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joint:
+    """The joint model of a run, without trained parameters.
+
+    Attributes:
+      module: The Linen module.
+      frozen: Frozen parameters of the module: a pretrained base under `qwen3`, a User Q-Former that does not learn
+        on under `user_qformer`.
+      prompt: Token ids of the prompt.
+      tables: Host tables with titles.
+      tokenizer: The tokenizer.
+    """
+
+    module: JointModel
+    frozen: dict[str, Any]
+    prompt: PromptIds
+    tables: ItemTables
+    tokenizer: Tokenizer
+
+
+def variables_of(params: Any, frozen: dict[str, Any]) -> dict[str, Any]:
+    """Linen variables from the trainable tree (`params` and, beside a pretrained base, `lora`) and the frozen one."""
+    variables = {"params": {**params["params"], **frozen}}
+    if "lora" in params:
+        variables["lora"] = params["lora"]
+    return variables
+
+
+def small_qwen3(backbone: BackboneConfig, vocabulary: int, dtype: jnp.dtype) -> Qwen3Config:
+    """Configuration of the small Qwen3 that is trained from scratch."""
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=backbone.width,
+        intermediate_size=backbone.mlp_width,
+        num_hidden_layers=backbone.layers,
+        num_attention_heads=backbone.heads,
+        num_key_value_heads=backbone.kv_heads,
+        head_dim=backbone.head_dim,
+        tie_word_embeddings=True,
+        residual_dropout=backbone.dropout,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        remat=backbone.remat,
+        attention=backbone.attention,
+    )
+
+
+def run_tokenizer(run: Run) -> Tokenizer:
+    """The backbone's tokenizer: the pretrained folder's, or one trained on the catalogue's text and kept with the run."""
+    backbone = run.config.joint.backbone
+    if backbone.path:
+        return load_tokenizer(backbone.path)
+    folder = run.folder / "joint" / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        catalogue = run.dataset.catalogue
+        text = [field.name for field in catalogue.schema.fields if field.modality == "text"]
+        columns = list(dict.fromkeys(["title", *text]))
+
+        def texts() -> Any:
+            yield run.config.joint.prompt.instruction
+            for chunk in catalogue.chunks(columns, 16_384):
+                for column in columns:
+                    yield from (value for value in chunk[column] if value)
+
+        train_byte_bpe(texts(), backbone.vocabulary).save(folder)
+    return load_tokenizer(folder)
+
+
+def build_joint(run: Run, tokens_folder: Path) -> Joint:
+    """Assembles the joint model of a run.
+
+    Args:
+      run: The run.
+      tokens_folder: Folder of the item tokens it reads.
+    """
+    config, backbone = run.config, run.config.joint.backbone
+    dtype = compute_dtype(config.training.dtype)
+    tokenizer = run_tokenizer(run)
+    frozen: dict[str, Any] = {}
+    if backbone.path:
+        loaded, frozen["qwen3"] = load_qwen3(backbone.path, dtype=dtype)
+        qwen3 = dataclasses.replace(
+            loaded.config,
+            lora_rank=backbone.lora_rank,
+            lora_alpha=backbone.lora_alpha,
+            lora_dropout=backbone.lora_dropout,
+            lora_targets=backbone.lora_targets,
+            dtype=dtype,
+            remat=backbone.remat,
+            attention=backbone.attention,
+        )
+    else:
+        qwen3 = small_qwen3(backbone, tokenizer.rows, dtype)
+    if config.joint.prompt.user_tokens and not config.joint.train_user_qformer:
+        frozen["user_qformer"] = load_users(run)[1]["params"]["user_qformer"]
+    tables = run.tables(tokens_folder, titles=title_ids(run, tokenizer))
+    module = JointModel(
+        config=config,
+        backbone=qwen3,
+        items=len(tables.has_text),
+        item_tokens=tables.tokens.shape[1:],
+        dtype=dtype,
+    )
+    prompt = PromptIds(
+        instruction=np.asarray(tokenizer.encode([config.joint.prompt.instruction])[0], np.int32),
+        placeholder=np.asarray(tokenizer.spare_ids(1)[0], np.int32),
+        end=np.asarray(tokenizer.eos_id, np.int32),
+    )
+    return Joint(module=module, frozen=frozen, prompt=prompt, tables=tables, tokenizer=tokenizer)
+
+
+def title_ids(run: Run, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids of every item's title, int32 [I, title_tokens], -1 in padding."""
+    words, items = run.config.joint.prompt.title_tokens, len(run.dataset.catalogue.item_ids)
+    ids = np.full((items, words), -1, np.int32)
+    if not words:
+        return ids
+    row = 0
+    for chunk in run.dataset.catalogue.chunks(["title"], 16_384):
+        encoded = tokenizer.encode([title or "" for title in chunk["title"]], max_length=words)
+        for tokens in encoded:
+            ids[row, : len(tokens)] = tokens
+            row += 1
+    return ids
+
+
+def init_joint(run: Run, joint: Joint) -> Any:
+    """Fresh trainable parameters of the joint model: `params` without what is frozen, and `lora` beside a base."""
+
+    def init() -> Any:
+        rows = np.zeros(1, np.int32)
+        variables = joint.module.init(
+            jax.random.key(run.config.seed + 2),
+            joint.tables.take(rows),
+            rows,
+            empty_history(run, run.config.joint.prompt.history_items),
+            joint.prompt,
+            positions=1,
+        )
+        # Under jit the base that `init` draws is never computed: its only use is dropped here.
+        params = {name: tree for name, tree in variables["params"].items() if name not in joint.frozen}
+        return {"params": params} | ({"lora": variables["lora"]} if "lora" in variables else {})
+
+    return jax.jit(init)()
+
+
+def joint_ranker(run: Run, joint: Joint) -> Ranker:
+    """The joint model's ranker."""
+    return make_ranker(
+        joint.module,
+        joint.tables,
+        extra=(joint.prompt,),
+        max_history=run.config.user.max_history,
+        batch_size=run.config.evaluation.batch_size,
+    )
+
+
+def _start_from_user_stage(run: Run, params: Any) -> Any:
+    """Takes over what the user stage learned: the tower, the User Q-Former and the score's scalars.
+
+    Initialization order: own checkpoint (in `fit`), previous stage (here), pretrained base, scratch.
+    """
+    learned = load_users(run)[1]["params"]
+    taken = {name: learned[name] for name in ("tower", "user_qformer") if name in params["params"]}
+    scalars = {name: value for name, value in learned["head"].items() if name in ("log_scale", "decay")}
+    taken["head"] = {**params["params"]["head"], **scalars}
+    return {**params, "params": {**params["params"], **taken}}
+
+
+def train_joint(run: Run) -> dict[str, Any]:
+    """Runs the joint stage."""
+    config = run.config
+    stage = config.joint
+    if stage.train_item_qformer and stage.loss.negatives == "full":
+        raise StageError(
+            "joint.train_item_qformer re-encodes the items of each batch, so joint.loss.negatives cannot be 'full'; "
+            "set it to 'sampled' or 'in-batch'"
+        )
+    joint = build_joint(run, run.folder / "tokens")
+    params = _start_from_user_stage(run, init_joint(run, joint))
+    on_device = frozen_tables(run, joint.tables, stage.loss)
+    frozen = {"tables": on_device, "params": joint.frozen, "prompt": joint.prompt, **negatives_of(run)}
+    items: ItemQFormer | None = None
+    if stage.train_item_qformer:
+        items, params["item_qformer"] = load_items(run)
+        frozen["fields"] = device_fields(run.cache)
+
+    def loss_fn(params: Any, frozen: Any, batch: HistoryBatch, key: jax.Array) -> tuple[jax.Array, dict]:
+        step_tables, rows = batch_tables(frozen["tables"], batch)
+        item_key, model_key = jax.random.split(key)
+        if items is not None:
+            values, present = take_fields(frozen["fields"], jnp.maximum(rows, 0))
+            output = items.apply(
+                {"params": params["item_qformer"]},
+                values,
+                present,
+                deterministic=False,
+                rngs={"dropout": item_key},
+            )
+            step_tables = step_tables.replace(tokens=output.tokens, vectors=output.vector)
+        users, vectors = joint.module.apply(
+            variables_of(params, frozen["params"]),
+            step_tables,
+            rows,
+            batch.history,
+            frozen["prompt"],
+            positions=batch.targets.shape[1],
+            deterministic=False,
+            rngs={"dropout": model_key},
+        )
+        ranking = ranking_loss(
+            stage.loss,
+            users,
+            vectors,
+            batch,
+            learned_width=config.candidates.width,
+            trained=frozen["trained"],
+            log_popularity=frozen["log_popularity"],
+        )
+        return ranking, {}
+
+    ranker = joint_ranker(run, joint)
+    check = make_validation(run, ranker)
+
+    def validate(params: Any) -> dict[str, float]:
+        variables = variables_of(params, joint.frozen)
+        if items is None:
+            return check(variables)
+        # The selection must see the tokens that the model in training makes, not those it started from.
+        write_tokens(run, items, params["item_qformer"], run.folder / "joint" / "tokens")
+        fresh = run.tables(run.folder / "joint" / "tokens", titles=joint.tables.titles)
+        return make_validation(run, dataclasses.replace(ranker, tables=fresh))(variables)
+
+    result = fit(
+        folder=run.folder,
+        stage="joint",
+        data=history_data(run, stage.loss, stage.optim, None if on_device else joint.tables, config.seed + 2),
+        optim=stage.optim,
+        params=params,
+        frozen=frozen,
+        loss_fn=loss_fn,
+        validate=validate,
+        score="ndcg@10",
+        seed=config.seed + 2,
+        keep=config.training.keep,
+        console=run.console,
+    )
+    # `fit` validates the best parameters last, so the tokens on disk are theirs.
+    return {
+        "best_step": result.best_step,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "items_per_second": round(result.items_per_second, 1),
+        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        **result.metrics,
+    }
+
+
+def load_joint(run: Run) -> tuple[Joint, Ranker, Any]:
+    """The trained joint model: its parts, its ranker and its best variables."""
+    folder = run.folder / ("joint" if run.config.joint.train_item_qformer else "") / "tokens"
+    joint = build_joint(run, folder)
+    shapes = jax.eval_shape(lambda: init_joint(run, joint))
+    if run.config.joint.train_item_qformer:
+        module = item_module(run)
+        shapes["item_qformer"] = jax.eval_shape(module.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"]
+    step = read_artifact(run.folder, "joint").result["best_step"]
+    params = restore_params(run.folder / "joint" / "checkpoints", step, shapes)
+    return joint, joint_ranker(run, joint), variables_of(params, joint.frozen)

@@ -1,0 +1,202 @@
+"""Trained user and joint models as rankers: histories to user vectors, the catalogue to item vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from nqf.data.interactions import Interactions
+from nqf.data.splits import Cases
+
+from nqf.config import LossConfig
+from nqf.models.recommender import ItemTables
+from nqf.models.user_qformer import History
+from nqf.ops.losses import info_nce
+from nqf.pipelines.histories import (
+    EventFeatures,
+    HistoryBatch,
+    bucket_of,
+    case_events,
+    gather_history,
+    number_by_rows,
+    slot_buckets,
+)
+
+ITEM_CHUNK = 16_384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranker:
+    """A model's two inference functions over the catalogue's tables.
+
+    Attributes:
+      users: `(variables, tables, rows, history) -> [B, D]`, compiled; the newest position's user vector.
+      items: `(variables, tables, rows) -> [R, D]`, compiled.
+      tables: Host tables of the whole catalogue.
+      max_history: Newest slots that the model reads.
+      batch_size: Users encoded at a time.
+    """
+
+    users: Callable[[Any, ItemTables, jax.Array, History], jax.Array]
+    items: Callable[[Any, ItemTables, jax.Array], jax.Array]
+    tables: ItemTables
+    max_history: int
+    batch_size: int
+
+    def encode_cases(
+        self, variables: Any, interactions: Interactions, features: EventFeatures, cases: Cases, which: np.ndarray
+    ) -> np.ndarray:
+        """User vectors of some cases from everything before their targets, float32 [cases, D]."""
+        lengths = (cases.cuts - interactions.offsets[cases.users])[which]
+        longest = max(1, int(min(self.max_history, lengths.max(initial=1))))
+        buckets = slot_buckets(longest)
+        bucket = bucket_of(lengths, buckets)
+        vectors: np.ndarray | None = None
+        for index, slots in enumerate(buckets):
+            members = np.flatnonzero(bucket == index)
+            for start in range(0, len(members), self.batch_size):
+                chunk = members[start : start + self.batch_size]
+                events = case_events(interactions, cases, which[chunk], slots)
+                encoded = self.encode(variables, gather_history(features, events))
+                if vectors is None:
+                    vectors = np.zeros((len(which), encoded.shape[1]), np.float32)
+                vectors[chunk] = encoded
+        if vectors is None:
+            return np.zeros((0, 1), np.float32)
+        return vectors
+
+    def encode(self, variables: Any, history: History) -> np.ndarray:
+        """User vectors of a batch of histories, float32 [B, D].
+
+        The batch is padded to `batch_size` rows, so that every number of users runs the same compiled program.
+        """
+        count = history.items.shape[0]
+        pad = self.batch_size - count
+
+        def widen(x: np.ndarray) -> np.ndarray:
+            # Padding repeats the last history; its vectors are cut off again.
+            return np.concatenate([x, np.repeat(x[-1:], pad, axis=0)])
+
+        history = jax.tree.map(widen, history)
+        targets = np.full((self.batch_size, 0), -1, np.int32)
+        batch = number_by_rows(HistoryBatch(history=history, targets=targets), self.tables)
+        vectors = self.users(variables, batch.tables, batch.rows, batch.history)
+        return np.asarray(jax.device_get(vectors), np.float32)[:count]
+
+    def item_vectors(self, variables: Any) -> np.ndarray:
+        """Item vectors of the whole catalogue, float32 [I, D]."""
+        items = len(self.tables.has_text)
+        parts = []
+        for start in range(0, items, ITEM_CHUNK):
+            rows = np.arange(start, min(start + ITEM_CHUNK, items), dtype=np.int32)
+            parts.append(np.asarray(self.items(variables, self.tables.take(rows), rows), np.float32))
+        return np.concatenate(parts)
+
+
+def make_ranker(model: Any, tables: ItemTables, *, extra: tuple, max_history: int, batch_size: int) -> Ranker:
+    """Compiles a ranker from a `UserModel` or `JointModel`.
+
+    The variables are arguments of the compiled functions, never constants in them: a base of a billion parameters
+    would otherwise stand in every program.
+
+    Args:
+      model: The module.
+      tables: Host tables.
+      extra: Further positional arguments of the module (the joint model's prompt).
+      max_history: Newest slots that the model reads.
+      batch_size: Users encoded at a time.
+    """
+
+    @jax.jit
+    def users(variables: Any, tables: ItemTables, rows: jax.Array, history: History) -> jax.Array:
+        return model.apply(variables, tables, rows, history, *extra, positions=1)[0][:, -1]
+
+    @jax.jit
+    def items(variables: Any, tables: ItemTables, rows: jax.Array) -> jax.Array:
+        return model.apply(variables, tables, rows, method=type(model).item_vectors)
+
+    return Ranker(users=users, items=items, tables=tables, max_history=max_history, batch_size=batch_size)
+
+
+def batch_tables(tables: ItemTables | None, batch: HistoryBatch) -> tuple[ItemTables, jax.Array]:
+    """The tables a training step works on and their rows in the catalogue."""
+    if batch.tables is not None:
+        return batch.tables, batch.rows
+    if batch.rows is not None:
+        return tables.take(jnp.maximum(batch.rows, 0)), batch.rows
+    return tables, jnp.arange(tables.has_text.shape[0], dtype=jnp.int32)
+
+
+def ranking_loss(
+    config: LossConfig,
+    users_BxPxD: jax.Array,
+    items_RxD: jax.Array,
+    batch: HistoryBatch,
+    *,
+    learned_width: int,
+    trained: jax.Array,
+    log_popularity: jax.Array,
+) -> jax.Array:
+    """InfoNCE of every supervised position against the configured negatives.
+
+    Args:
+      config: Which negatives, and whether they are corrected for how often they are drawn.
+      users_BxPxD: User vectors.
+      items_RxD: Item vectors of the batch's numbering.
+      batch: Targets and negatives.
+      learned_width: Leading part of the vectors that gets a gradient on the item side; the rest is frozen.
+      trained: bool [I], items with a training event. The others are never negatives: pushing them away is what
+        makes trained towers fail on new items.
+      log_popularity: float [I], log share of the training events per item.
+
+    Returns:
+      A float32 scalar.
+    """
+    users_MxD = users_BxPxD.reshape(-1, users_BxPxD.shape[-1])
+    targets_M = batch.targets.reshape(-1)
+    weights_M = (targets_M >= 0).astype(jnp.float32)
+    targets_M = jnp.maximum(targets_M, 0)
+
+    def scores(candidates_CxD: jax.Array) -> jax.Array:
+        learned = users_MxD[:, :learned_width] @ candidates_CxD[:, :learned_width].T
+        frozen = users_MxD[:, learned_width:] @ jax.lax.stop_gradient(candidates_CxD[:, learned_width:]).T
+        return learned + frozen
+
+    if config.negatives == "full":
+        return info_nce(scores(items_RxD), targets_M, weights_M=weights_M, allowed_MxC=trained[None, :])
+    catalogue = jnp.maximum(batch.rows, 0)
+    if config.negatives == "sampled":
+        negatives = batch.negatives
+        positive_M = jnp.sum(users_MxD * items_RxD[targets_M], axis=-1)
+        all_scores = jnp.concatenate([positive_M[:, None], scores(items_RxD[negatives])], axis=1)
+        allowed = (targets_M[:, None] != negatives[None, :]) & trained[catalogue[negatives]][None, :]
+        allowed = jnp.concatenate([jnp.ones_like(allowed[:, :1]), allowed], axis=1)
+        log_q = None
+        if config.log_q:
+            # Each negative stands for I / S items; the positive stands for itself.
+            ratio = jnp.full(negatives.shape, jnp.log(negatives.shape[0] / trained.shape[0]))
+            log_q = jnp.concatenate([jnp.zeros(1), ratio])
+        return info_nce(all_scores, jnp.zeros_like(targets_M), weights_M=weights_M, log_q_C=log_q, allowed_MxC=allowed)
+    # in-batch: every other example's target is a negative, drawn by its popularity.
+    allowed = (targets_M[:, None] != targets_M[None, :]) & (weights_M[None, :] > 0)
+    log_q = log_popularity[catalogue[targets_M]] if config.log_q else None
+    return info_nce(
+        scores(items_RxD[targets_M]),
+        jnp.arange(targets_M.shape[0]),
+        weights_M=weights_M,
+        log_q_C=log_q,
+        allowed_MxC=allowed,
+    )
+
+
+@functools.cache
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of `training.dtype`: `auto` is bfloat16 on accelerators and float32 on CPU."""
+    if name == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(name)

@@ -1,0 +1,87 @@
+"""A run folder opened for work: configuration, data, field cache and item tables, each read when first asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+from nqf.data.load import Dataset, open_dataset
+from nqf.fields.cache import FieldCache, open_cache
+from rich.console import Console
+
+from nqf.config import Config, load_config
+from nqf.models.recommender import ItemTables
+from nqf.pipelines.histories import EventFeatures, event_features
+from nqf.training.artifacts import StageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+      folder: `runs/<name>`.
+      config: The resolved configuration.
+      console: Terminal.
+    """
+
+    folder: Path
+    config: Config
+    console: Console
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """Catalogue, interactions and split."""
+        return open_dataset(self.folder / "data")
+
+    @functools.cached_property
+    def cache(self) -> FieldCache:
+        """The field cache, checked against the catalogue."""
+        return open_cache(self.folder / "fields", item_ids=self.dataset.catalogue.item_ids)
+
+    @functools.cached_property
+    def features(self) -> EventFeatures:
+        """Features of every interaction."""
+        return event_features(self.dataset.interactions, self.dataset.split, self.cache.reviews)
+
+    @functools.cached_property
+    def text(self) -> tuple[np.ndarray, np.ndarray]:
+        """Candidate text embeddings float32 [I, T], zero where there is no text, and bool [I] where there is."""
+        table = self.cache.candidates
+        rows = np.asarray(table.rows)
+        values = np.asarray(table.values, np.float32)
+        if not len(values):
+            return np.zeros((len(rows), max(1, values.shape[1])), np.float32), np.zeros(len(rows), bool)
+        return np.where(rows[:, None] >= 0, values[np.maximum(rows, 0)], 0), rows >= 0
+
+    def tables(self, tokens_folder: Path, titles: np.ndarray | None = None) -> ItemTables:
+        """Host tables of the whole catalogue.
+
+        Args:
+          tokens_folder: Folder with tokens.npy and vectors.npy.
+          titles: Token ids of the titles, int32 [I, S]; default none.
+        """
+        text, has_text = self.text
+        items = len(has_text)
+        return ItemTables(
+            tokens=np.load(tokens_folder / "tokens.npy", mmap_mode="r"),
+            vectors=np.load(tokens_folder / "vectors.npy", mmap_mode="r"),
+            text=text,
+            has_text=has_text,
+            titles=np.zeros((items, 0), np.int32) if titles is None else titles,
+        )
+
+
+def open_run(folder: str | Path, console: Console | None = None) -> Run:
+    """Opens a run folder by what it holds.
+
+    Raises:
+      StageError: The folder does not exist or holds no run.
+    """
+    folder = Path(folder)
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise StageError(f"{folder}: no run here (no config.yaml); train one with python -m nqf.train --run {folder}")
+    return Run(folder=folder, config=load_config(path), console=console or Console())

@@ -1,0 +1,103 @@
+"""Where figures of a run go: metrics.jsonl, TensorBoard and the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Writer:
+    """Writes one stage's metrics. Use as a context manager.
+
+    Lines of metrics.jsonl carry the stage, the step and the wall time in unix seconds. A stage that resumes drops
+    the lines beyond its checkpoint first, so that the file has neither gaps nor doubles.
+
+    Args:
+      folder: Run folder.
+      stage: Name of the stage.
+      resumed_step: Step that training goes on from; 0 for a fresh start.
+    """
+
+    def __init__(self, folder: Path, stage: str, *, resumed_step: int) -> None:
+        # tensorboardX takes a quarter of a second to import, so only training pays for it.
+        from tensorboardX import SummaryWriter
+
+        self._stage = stage
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _keeps(line, stage, resumed_step)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=resumed_step + 1)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line and the same scalars to TensorBoard."""
+        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **metrics}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(f"{self._stage}/{name}", value, step)
+
+
+def _keeps(line: str, stage: str, resumed_step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        # A line cut off by a crash.
+        return False
+    return record["stage"] != stage or record["step"] <= resumed_step
+
+
+class Terminal:
+    """Progress of a stage: a bar with items/s and loss on a terminal, plain lines elsewhere.
+
+    Args:
+      stage: Name of the stage.
+      total: Steps of the stage.
+      console: Where to write.
+    """
+
+    def __init__(self, stage: str, total: int, console: Console) -> None:
+        self._console = console
+        self._stage, self._total = stage, total
+        self._progress = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=console,
+            )  # fmt: skip
+            self._task = self._progress.add_task(stage, total=total, note="")
+
+    def __enter__(self) -> Terminal:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def step(self, step: int, *, loss: float, items_per_second: float) -> None:
+        """Moves the bar; says nothing where there is no terminal."""
+        if self._progress:
+            note = f"loss {loss:.4f}  {items_per_second:,.0f} items/s"
+            self._progress.update(self._task, completed=step, note=note)
+
+    def line(self, text: str) -> None:
+        """Writes a line that stays."""
+        self._console.print(f"[bold]{self._stage}[/bold]  {text}", highlight=False)
