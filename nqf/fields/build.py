@@ -1,0 +1,336 @@
+"""Writes the field cache in bounded memory, encoding only values that the cache does not hold yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from nqf.config import FieldsConfig, to_tree
+from nqf.data.catalogue import Catalogue
+from nqf.data.schema import Field
+from nqf.fields.cache import (
+    CANDIDATE,
+    FORMAT,
+    FORMAT_VERSION,
+    REVIEW,
+    FieldCache,
+    candidate_fields,
+    candidate_text,
+    encode_column,
+    hash_ids,
+    manifest_hash,
+    open_cache,
+)
+from nqf.fields.encoder import CacheError, EncoderFactory, FieldEncoder, light_encoder, load_encoder, make_encoder
+from nqf.fields.hashing import KEY_WORDS, group_keys, sample_rows, value_keys
+from nqf.fields.tables import TableWriter, checksum, publish, slug
+
+# Called with the table's name, the items done and all items.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A column of raw values that can be read again and again.
+
+    Attributes:
+      field: The field, or one made up for candidates and reviews.
+      count: Number of values, missing ones included.
+      chunks: Reads the canonical column in order.
+    """
+
+    field: Field
+    count: int
+    chunks: Callable[[], Iterator[pl.Series]]
+
+    def pick(self, rows: np.ndarray) -> Iterator[tuple[int, pl.Series]]:
+        """The values of some rows, ascending, in chunks, each with the number of rows that were read so far."""
+        start = done = 0
+        for chunk in self.chunks():
+            end = start + len(chunk)
+            upto = int(np.searchsorted(rows, end))
+            if upto > done:
+                yield end, chunk.gather(rows[done:upto] - start)
+            start, done = end, upto
+            if done == len(rows):
+                return
+
+
+def build(
+    catalogue: Catalogue,
+    directory: str | Path,
+    config: FieldsConfig,
+    *,
+    factories: Mapping[str, EncoderFactory] | None = None,
+    reviews: Sequence[str | None] | None = None,
+    progress: Progress | None = None,
+) -> FieldCache:
+    """Writes or brings up to date the cache of a catalogue.
+
+    A value is encoded once, whoever holds it. What an earlier build in `directory` encoded is kept where the
+    field's options and encoder settings are the same; then its fitted encoder is kept too, also if the items
+    changed, so that old vectors stay comparable with new ones. Delete the folder to fit anew. Values that no item
+    holds any longer are dropped; unreadable ones are tried again in every build.
+
+    Args:
+      catalogue: The items.
+      directory: Folder of the cache; made if missing. Until the new manifest replaces the old one, whoever
+        opens the cache sees the old one.
+      config: Encoders, sizes and rows per chunk.
+      factories: Modality to the factory of a pretrained encoder.
+      reviews: Review text of every interaction, in their order.
+      progress: Called after each chunk.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    warnings = []
+    previous = None
+    if (directory / "manifest.json").is_file():
+        try:
+            previous = open_cache(directory, verify=True)
+        except CacheError as error:
+            warnings.append(f"everything was encoded again, as the earlier cache could not be used: {error}")
+    with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as temporary:
+        builder = _Builder(
+            directory=directory,
+            temporary=Path(temporary),
+            config=config,
+            factories=factories or {},
+            progress=progress or _silent,
+        )
+        records = [builder.build(source, previous) for source in _sources(catalogue, config.chunk_rows, reviews)]
+        warnings += [line for record in records for line in _warn(record)]
+        schema = catalogue.schema
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fields": [to_tree(field) for field in schema.fields],
+            "title": schema.title,
+            "config": to_tree(config),
+            "items": len(catalogue),
+            "item_ids_sha256": hash_ids(catalogue.item_ids),
+            "normalization": "an average readable value has about unit norm; float16",
+            "tables": records,
+            "warnings": warnings,
+        }
+        manifest["sha256"] = manifest_hash(manifest)
+        path = Path(temporary) / "manifest.json"
+        with path.open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path, directory / "manifest.json")
+    _remove_unused(directory, records)
+    return open_cache(directory, item_ids=catalogue.item_ids, factories=factories)
+
+
+def _silent(name: str, done: int, total: int) -> None:
+    pass
+
+
+def _sources(catalogue: Catalogue, rows: int, reviews: Sequence[str | None] | None) -> Iterator[_Source]:
+    fields, items = catalogue.schema.fields, len(catalogue)
+    for field in fields:
+        yield _Source(
+            field=field,
+            count=items,
+            chunks=lambda name=field.name: (frame[name] for frame in catalogue.chunks([name], rows)),
+        )
+    names = [field.name for field in candidate_fields(fields)]
+    if names:
+        yield _Source(
+            field=Field(name=CANDIDATE, modality="text", columns=tuple(names)),
+            count=items,
+            chunks=lambda: (
+                candidate_text(frame, fields, catalogue.schema.title) for frame in catalogue.chunks(names, rows)
+            ),
+        )
+    if reviews is not None:
+        yield _Source(
+            field=Field(name=REVIEW, modality="text", columns=("review",)),
+            count=len(reviews),
+            chunks=lambda: (
+                pl.Series(REVIEW, reviews[start : start + rows], dtype=pl.String)
+                for start in range(0, len(reviews), rows)
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Builder:
+    """Builds one table after another.
+
+    Attributes:
+      directory: Folder of the cache.
+      temporary: Folder for unfinished files, on the same file system.
+      config: The fields configuration.
+      factories: Modality to the factory of a pretrained encoder.
+      progress: Called after each chunk.
+    """
+
+    directory: Path
+    temporary: Path
+    config: FieldsConfig
+    factories: Mapping[str, EncoderFactory]
+    progress: Progress
+
+    def build(self, source: _Source, previous: FieldCache | None) -> dict[str, Any]:
+        """Writes the files of a table and returns its manifest record."""
+        field = source.field
+        pretrained = self.factories[field.modality](field, self.config) if field.modality in self.factories else None
+        if pretrained is not None:
+            recipe = {"pretrained": pretrained.identity}
+        else:
+            light = light_encoder(field.modality)
+            settings = light.settings(field, self.config)
+            # The columns belong to it: a fit on other columns' values is another fit.
+            recipe = {"kind": light.kind, "version": light.version, "columns": list(field.columns), **settings}
+        # As it reads in the manifest, where tuples are lists.
+        recipe = json.loads(json.dumps(recipe))
+        old = _reusable(previous, field.name, recipe)
+        old_keys = np.zeros((0, KEY_WORDS), np.uint64)
+        if old:
+            old_keys = np.load(self.directory / old["files"]["keys"]["file"])
+
+        present, keys = _read_keys(source)
+        first, group = group_keys(np.concatenate([old_keys, keys]))
+        # Old keys come first, so a group that holds one starts with it, and its value is encoded already.
+        known = first < len(old_keys)
+        used = np.zeros(len(first), bool)
+        used[group[len(old_keys) :]] = True
+        new = first[~known] - len(old_keys)
+
+        encoder = pretrained
+        if encoder is None and old:
+            encoder = load_encoder(self.directory / old["encoder"]["folder"], field, self.config)
+        elif encoder is None:
+            sample = present[sample_rows(keys, new, self.config.fit_sample)]
+            encoder = make_encoder(field, self.config, lambda: (chunk for _, chunk in source.pick(sample)))
+
+        record = {"field": to_tree(field), "recipe": recipe, "count": source.count}
+        kept = first[known & used]
+        index = np.full(len(first), -1, np.int64)
+        index[known & used] = np.arange(len(kept))
+        files = old["files"] if old else {}
+        if len(new) or len(kept) < len(old_keys) or not old:
+            ok, files = self._write_values(source, encoder, old, kept, present[new], keys[new])
+            index[np.flatnonzero(~known)[ok]] = len(kept) + np.arange(np.sum(ok))
+        item_index = index[group[len(old_keys) :]]
+        record["unique"] = int(index.max(initial=-1)) + 1
+        record["missing"] = source.count - len(present)
+        record["unreadable"] = int(np.sum(item_index < 0))
+        if record["unique"]:
+            rows = np.full(source.count, -1, np.int32)
+            rows[present] = item_index
+            path = self.temporary / "rows.npy"
+            np.save(path, rows)
+            record["width"] = encoder.width
+            record["files"] = {
+                "values": files["values"],
+                "keys": files["keys"],
+                "rows": publish(path, self.directory, f"tables/{slug(field.name)}-rows-{{hash}}.npy"),
+            }
+            record["encoder"] = old["encoder"] if old else self._save_encoder(encoder, field.name)
+        self.progress(field.name, source.count, source.count)
+        return record
+
+    def _write_values(
+        self,
+        source: _Source,
+        encoder: FieldEncoder,
+        old: dict[str, Any] | None,
+        kept: np.ndarray,
+        rows: np.ndarray,
+        keys: np.ndarray,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Writes kept and new values with their keys; returns which new ones could be read, and the files."""
+        name = source.field.name
+        value_path, key_path = self.temporary / "values.npy", self.temporary / "keys.npy"
+        values = TableWriter(value_path, np.float16, encoder.width)
+        kept_keys = TableWriter(key_path, np.uint64, KEY_WORDS)
+        if old:
+            for part, writer in (("values", values), ("keys", kept_keys)):
+                table = np.load(self.directory / old["files"][part]["file"], mmap_mode="r")
+                for start in range(0, len(kept), self.config.chunk_rows):
+                    writer.append(table[kept[start : start + self.config.chunk_rows]])
+        readable = []
+        for done, chunk in source.pick(rows):
+            vectors, ok = encode_column(encoder, chunk)
+            values.append(vectors[ok])
+            readable.append(ok)
+            self.progress(name, done, source.count)
+        ok = np.concatenate([np.zeros(0, bool), *readable])
+        kept_keys.append(keys[ok])
+        values.close()
+        kept_keys.close()
+        return ok, {
+            "values": publish(value_path, self.directory, f"tables/{slug(name)}-values-{{hash}}.npy"),
+            "keys": publish(key_path, self.directory, f"tables/{slug(name)}-keys-{{hash}}.npy"),
+        }
+
+    def _save_encoder(self, encoder: FieldEncoder, name: str) -> dict[str, Any]:
+        folder = self.temporary / "encoder"
+        folder.mkdir()
+        encoder.save(folder)
+        paths = sorted(folder.iterdir())
+        content = hashlib.sha256("".join(checksum(path) for path in paths).encode()).hexdigest()
+        target = f"encoders/{slug(name)}-{content[:16]}"
+        files = [publish(path, self.directory, f"{target}/{path.name}") for path in paths]
+        folder.rmdir()
+        return {"folder": target, "identity": encoder.identity, "files": files}
+
+
+def _read_keys(source: _Source) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the present values, int64 [n] ascending, and their keys, uint64 [n, 2]."""
+    rows, keys, start = [np.zeros(0, np.int64)], [np.zeros((0, KEY_WORDS), np.uint64)], 0
+    for chunk in source.chunks():
+        present, found = value_keys(chunk, source.field.modality)
+        rows.append(start + np.flatnonzero(present))
+        keys.append(found)
+        start += len(chunk)
+    return np.concatenate(rows), np.concatenate(keys)
+
+
+def _reusable(previous: FieldCache | None, name: str, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The earlier record of a table, if it holds values that the same recipe made."""
+    records = previous.manifest["tables"] if previous else ()
+    for record in records:
+        if record["field"]["name"] == name and record["recipe"] == recipe and record["unique"]:
+            return record
+    return None
+
+
+def _warn(record: dict[str, Any]) -> Iterator[str]:
+    name, modality = record["field"]["name"], record["field"]["modality"]
+    if record["unreadable"]:
+        yield f"field '{name}': {record['unreadable']} {modality} values could not be read and count as missing"
+    if not record["unique"] and name not in (CANDIDATE, REVIEW):
+        yield f"field '{name}' is absent from every item and is left out; remove it from the schema or mend its column"
+
+
+def _remove_unused(directory: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Deletes what the manifest does not name: older tables, and what a killed build left."""
+    named = {
+        file["file"]
+        for record in records
+        if record["unique"]
+        for file in (*record["files"].values(), *record["encoder"]["files"])
+    }
+    for folder in ("tables", "encoders"):
+        for path in sorted((directory / folder).rglob("*"), reverse=True):
+            if path.is_file() and path.relative_to(directory).as_posix() not in named:
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+    for path in directory.glob("building-*"):
+        shutil.rmtree(path, ignore_errors=True)

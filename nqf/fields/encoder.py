@@ -1,0 +1,200 @@
+"""What a frozen field encoder is, the state that the light ones share, and the choice of one for a field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import polars as pl
+
+from nqf.config import FieldsConfig
+from nqf.data.schema import Field
+
+
+class CacheError(ValueError):
+    """A cache, or an encoder in it, that cannot be used; the message names the file and what to do."""
+
+
+class FieldEncoder(Protocol):
+    """A frozen function from raw values to vectors.
+
+    Vectors are scaled so that an average readable value has about unit norm (mean square 1 / width), whatever
+    the modality, so that no field drowns another.
+
+    Attributes:
+      width: Length of a vector.
+      identity: JSON-able and complete: two encoders of equal identity give equal vectors. It goes into the
+        manifest; a cached value is reused only under the identity that made it.
+    """
+
+    width: int
+    identity: dict[str, Any]
+
+    def encode(self, values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes present values: float32 [n, width], and bool [n] that is False where one could not be read."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes `encoder.json` (the identity) and whatever else is needed to make the encoder again."""
+        ...
+
+
+# Values to fit on: distinct, in chunks; may be iterated more than once.
+Values = Callable[[], Iterator[pl.Series]]
+# Makes the pretrained encoder of a field; called anew to load it.
+EncoderFactory = Callable[[Field, FieldsConfig], FieldEncoder]
+
+
+class LightEncoder:
+    """Base of the encoders that need no download: options in JSON, fitted arrays in one .npz, no pickle.
+
+    Attributes:
+      kind: Name in the identity.
+      version: Raised when the same options and arrays would give other vectors.
+      options: JSON-able options.
+      state: Fitted arrays, by name.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+    width: int
+
+    def __init__(self, options: Mapping[str, Any], state: Mapping[str, np.ndarray]):
+        self.options = dict(options)
+        self.state = dict(state)
+
+    @classmethod
+    def fit(cls, values: Values, field: Field, config: FieldsConfig) -> Self:
+        """Fits the encoder of a field on a sample of its distinct values."""
+        raise NotImplementedError
+
+    @classmethod
+    def settings(cls, field: Field, config: FieldsConfig) -> dict[str, Any]:
+        """What of the field's options and the configuration a fit depends on; the encoder is fitted anew when
+        this changes, and at no other time."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Kind, version, options and the SHA-256 of the fitted arrays."""
+        digest = hashlib.sha256()
+        for name, array in sorted(self.state.items()):
+            digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return {"kind": self.kind, "version": self.version, "options": self.options, "state": digest.hexdigest()}
+
+    def save(self, directory: Path) -> None:
+        """Writes `encoder.json` and `state.npz`."""
+        (directory / "encoder.json").write_text(json.dumps(self.identity, indent=1, sort_keys=True), encoding="utf-8")
+        np.savez(directory / "state.npz", **self.state)
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+          CacheError: A file is missing or damaged, or the arrays are not those that the identity names.
+        """
+        identity = read_identity(directory)
+        try:
+            with np.load(directory / "state.npz", allow_pickle=False) as arrays:
+                encoder = cls(identity["options"], {name: arrays[name] for name in arrays.files})
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise CacheError(f"{directory / 'state.npz'}: not readable ({error}); build the cache again") from error
+        if encoder.identity != identity:
+            raise CacheError(f"{directory}: fitted state or version differs from encoder.json; build the cache again")
+        return encoder
+
+
+def read_identity(directory: Path) -> dict[str, Any]:
+    """Reads the identity of a saved encoder.
+
+    Raises:
+      CacheError: `encoder.json` is missing or is not JSON.
+    """
+    path = directory / "encoder.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path}: not readable ({error}); build the cache again") from error
+
+
+def light_encoder(modality: str) -> type[LightEncoder]:
+    """The light encoder class of a modality."""
+    from nqf.fields.category import CategoryEncoder
+    from nqf.fields.geo import GeoEncoder
+    from nqf.fields.image import ImageEncoder
+    from nqf.fields.number import NumberEncoder
+    from nqf.fields.text import TextEncoder
+    from nqf.fields.time import TimeEncoder
+    from nqf.fields.vector import VectorEncoder
+
+    return {
+        "text": TextEncoder,
+        "category": CategoryEncoder,
+        "number": NumberEncoder,
+        "time": TimeEncoder,
+        "geo": GeoEncoder,
+        "image": ImageEncoder,
+        "vector": VectorEncoder,
+    }[modality]
+
+
+def make_encoder(
+    field: Field, config: FieldsConfig, values: Values, overrides: Mapping[str, EncoderFactory] | None = None
+) -> FieldEncoder:
+    """Makes the encoder of a field.
+
+    Args:
+      field: The field.
+      config: Sizes of the light encoders.
+      values: A sample of the field's distinct values; only light encoders are fitted on it.
+      overrides: Modality to the factory of a pretrained encoder. Pretrained models live above `fields/`, so a
+        stage passes them in.
+    """
+    if overrides and field.modality in overrides:
+        return overrides[field.modality](field, config)
+    return light_encoder(field.modality).fit(values, field, config)
+
+
+def load_encoder(
+    directory: Path, field: Field, config: FieldsConfig, overrides: Mapping[str, EncoderFactory] | None = None
+) -> FieldEncoder:
+    """Loads a saved encoder.
+
+    Raises:
+      CacheError: The files are damaged, or the encoder is a pretrained one and `overrides` gives none or another.
+    """
+    identity = read_identity(directory)
+    light = light_encoder(field.modality)
+    if identity.get("kind") == light.kind:
+        return light.load(directory)
+    if not overrides or field.modality not in overrides:
+        raise CacheError(
+            f"{directory}: field '{field.name}' was encoded by '{identity.get('kind')}', which is not a light encoder; "
+            f"pass the factory of the '{field.modality}' encoder"
+        )
+    encoder = overrides[field.modality](field, config)
+    if encoder.identity != identity:
+        raise CacheError(
+            f"{directory}: field '{field.name}' was encoded by {identity}, but the configured encoder is "
+            f"{encoder.identity}; configure the same one or build the cache again"
+        )
+    return encoder
+
+
+def rms_scale(vectors_NxW: np.ndarray) -> float:
+    """The factor that brings the rows' root-mean-square norm to 1; 1 if they are all zero."""
+    norm = float(np.sqrt(np.mean(np.sum(np.square(vectors_NxW, dtype=np.float64), axis=1)))) if len(vectors_NxW) else 0
+    return 1.0 / norm if norm > 0 else 1.0
+
+
+def unit_rows(vectors_NxW: np.ndarray) -> np.ndarray:
+    """Rows of norm 1, float32; zero rows stay zero."""
+    norms = np.linalg.norm(vectors_NxW, axis=1, keepdims=True)
+    return (vectors_NxW / np.where(norms > 0, norms, 1)).astype(np.float32)
