@@ -1,0 +1,125 @@
+"""The Q-Former block of BLIP-2 (arXiv 2301.12597): a BERT encoder whose queries cross-attend to encoder states.
+
+Post-norm, exact GELU, the query branch only. Parameter names are those of `transformers`' `Blip2QFormerModel`.
+Letters: B batch, Q queries, S encoder states, D width, E encoder width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nqf.config import QFormerConfig
+
+LAYER_NORM_EPS = 1e-12
+"""`layer_norm_eps` of Blip2QFormerConfig and BertConfig."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention with residual and post-norm (`Blip2QFormerAttention`)."""
+
+    config: QFormerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxQxD: jax.Array,
+        states_BxSxE: jax.Array,
+        mask: jax.Array | None,
+        bias: jax.Array | None,
+        deterministic: bool,
+    ) -> jax.Array:
+        heads = self.config.heads
+
+        def project(name: str, x: jax.Array) -> jax.Array:
+            y = nn.Dense(self.config.width, name=name, dtype=self.dtype)(x)
+            return y.reshape(*y.shape[:-1], heads, -1)
+
+        q, k, v = project("query", x_BxQxD), project("key", states_BxSxE), project("value", states_BxSxE)
+        # Softmax in float32: bfloat16 has too few digits for sums over many states.
+        logits_BxHxQxS = jnp.einsum("bqhk,bshk->bhqs", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+        if bias is not None:
+            logits_BxHxQxS = logits_BxHxQxS + bias
+        if mask is not None:
+            logits_BxHxQxS = jnp.where(mask, logits_BxHxQxS, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits_BxHxQxS, axis=-1)
+        if mask is not None:
+            # A query that may read nothing reads zero, not the mean of everything it must not see.
+            weights = jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0.0)
+        weights = nn.Dropout(self.config.dropout)(weights, deterministic=deterministic).astype(self.dtype)
+        attended = jnp.einsum("bhqs,bshk->bqhk", weights, v)
+        return _residual(self, attended.reshape(*attended.shape[:2], -1), x_BxQxD, deterministic)
+
+
+class FeedForward(nn.Module):
+    """Feed-forward layer of the query branch (`intermediate_query`, `output_query`)."""
+
+    config: QFormerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxQxD: jax.Array, deterministic: bool) -> jax.Array:
+        hidden = nn.Dense(self.config.mlp_width, name="intermediate", dtype=self.dtype)(x_BxQxD)
+        return _residual(self, nn.gelu(hidden, approximate=False), x_BxQxD, deterministic)
+
+
+def _residual(module: nn.Module, update: jax.Array, x: jax.Array, deterministic: bool) -> jax.Array:
+    update = nn.Dense(module.config.width, name="dense", dtype=module.dtype)(update)
+    update = nn.Dropout(module.config.dropout)(update, deterministic=deterministic)
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, name="LayerNorm", dtype=module.dtype)(update + x)
+
+
+class QFormer(nn.Module):
+    """Queries that read encoder states.
+
+    Attributes:
+      config: Width, layers, heads, feed-forward width, dropout and how often to cross-attend.
+      dtype: Compute dtype; parameters are float32.
+    """
+
+    config: QFormerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries_BxQxD: jax.Array,
+        states_BxSxE: jax.Array,
+        states_mask_BxS: jax.Array | None = None,
+        *,
+        query_mask: jax.Array | None = None,
+        cross_mask: jax.Array | None = None,
+        cross_bias: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Runs the blocks.
+
+        Args:
+          queries_BxQxD: Query embeddings; a batch of 1 is broadcast.
+          states_BxSxE: What the queries read, of any width.
+          states_mask_BxS: bool, False where a state is padding.
+          query_mask: bool [B or 1, 1, Q, Q], which query may read which; default all.
+          cross_mask: bool [B or 1, 1, Q, S], which query may read which state; replaces `states_mask_BxS`.
+          cross_bias: float32 [B or 1, H, Q, S], added to the cross-attention logits.
+          deterministic: Whether dropout is off.
+
+        Returns:
+          float [B, Q, D]. A query that may read no state gets nothing from cross-attention.
+        """
+        if cross_mask is None and states_mask_BxS is not None:
+            cross_mask = states_mask_BxS[:, None, None, :]
+        shape = (states_BxSxE.shape[0], *queries_BxQxD.shape[1:])
+        x = jnp.broadcast_to(queries_BxQxD, shape).astype(self.dtype)
+        x = nn.LayerNorm(epsilon=LAYER_NORM_EPS, name="layernorm", dtype=self.dtype)(x)
+        x = nn.Dropout(self.config.dropout)(x, deterministic=deterministic)
+        for layer in range(self.config.layers):
+            with jax.named_scope(f"qformer_layer_{layer}"):
+                attention = Attention(config=self.config, dtype=self.dtype, name=f"layer_{layer}_attention")
+                x = attention(x, x, query_mask, None, deterministic)
+                if layer % self.config.cross_every == 0:
+                    cross = Attention(config=self.config, dtype=self.dtype, name=f"layer_{layer}_crossattention")
+                    x = cross(x, states_BxSxE.astype(self.dtype), cross_mask, cross_bias, deterministic)
+                x = FeedForward(config=self.config, dtype=self.dtype, name=f"layer_{layer}_output")(x, deterministic)
+        return x
