@@ -1,0 +1,291 @@
+"""Exact ranks and top-k lists over the whole catalogue, in bounded memory.
+
+Ranks are counted, not sorted: rank = 1 + #greater + 1/2 #equal over the other items that are not masked, which is
+the expected rank under random tie-breaking. Letters: N users, I items, D width, C items of a chunk, S seen items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BATCH = 512
+CHUNK = 65_536
+Seen = Sequence[Sequence[int] | np.ndarray]
+
+
+def ranks_from_scores(scores_NxI: np.ndarray, targets_N: np.ndarray, seen: Seen | None = None) -> np.ndarray:
+    """Ranks of the targets in given scores.
+
+    Args:
+      scores_NxI: Scores of every item, any float dtype; infinities are allowed.
+      targets_N: Row of each target item.
+      seen: Items of each user to leave out; a target among them stays in. Default: none.
+
+    Returns:
+      Expected ranks under ties, float64 [N], 1 for the best.
+
+    Raises:
+      ValueError: A score is not a number, a shape does not fit, or a target is outside the catalogue.
+    """
+    scores_NxI = np.asarray(scores_NxI)
+    targets_N = _checked_targets(targets_N, len(scores_NxI), scores_NxI.shape[1])
+    if np.isnan(scores_NxI).any():
+        raise ValueError(f"{int(np.isnan(scores_NxI).sum())} scores are not numbers (NaN); such items have no rank")
+    target_N = scores_NxI[np.arange(len(targets_N)), targets_N][:, None]
+    greater_NxI = scores_NxI > target_N
+    equal_NxI = scores_NxI == target_N
+    greater_N = greater_NxI.sum(axis=1)
+    # The target equals itself.
+    equal_N = equal_NxI.sum(axis=1) - 1
+    if seen is not None and len(targets_N):
+        seen_NxS = _padded(seen, targets_N)
+        valid_NxS = seen_NxS >= 0
+        rows_NxS = np.maximum(seen_NxS, 0)
+        greater_N = greater_N - (np.take_along_axis(greater_NxI, rows_NxS, axis=1) & valid_NxS).sum(axis=1)
+        equal_N = equal_N - (np.take_along_axis(equal_NxI, rows_NxS, axis=1) & valid_NxS).sum(axis=1)
+    return 1.0 + greater_N + 0.5 * equal_N
+
+
+def rank_vectors(
+    user_vectors_NxD: np.ndarray,
+    item_vectors_IxD: np.ndarray,
+    targets_N: np.ndarray,
+    seen: Seen | None = None,
+    *,
+    batch: int = BATCH,
+    chunk: int = CHUNK,
+) -> np.ndarray:
+    """Ranks of the targets under inner products; the scores are never all in memory.
+
+    Args:
+      user_vectors_NxD: float32; a memory map is read piece by piece.
+      item_vectors_IxD: float32; likewise.
+      targets_N: Row of each target item.
+      seen: Items of each user to leave out; a target among them stays in. Default: none.
+      batch: Users scored at a time.
+      chunk: Items scored at a time.
+
+    Returns:
+      Expected ranks under ties, float64 [N], 1 for the best.
+
+    Raises:
+      ValueError: A vector is not finite, a shape does not fit, or a target is outside the catalogue.
+    """
+    items = len(item_vectors_IxD)
+    targets_N = _checked_targets(targets_N, len(user_vectors_NxD), items)
+    _check_vectors(user_vectors_NxD, item_vectors_IxD)
+    greater_N = np.zeros(len(targets_N), np.int64)
+    equal_N = np.full(len(targets_N), -1, np.int64)  # The target equals itself.
+    target_N = np.zeros(len(targets_N), np.float32)
+    spans = list(_spans(len(targets_N), batch))
+    padded = [
+        _padded(seen[span] if seen is not None else [[]] * len(targets_N[span]), targets_N[span]) for span in spans
+    ]
+    width = _chunk_width(items, chunk)
+    if items > width:
+        # The target's score has to come from the program that scores the others: another order of summation may
+        # differ in the last bit, and an item with the target's own vector would no longer tie with it.
+        for span in spans:
+            users_BxD = _rows(user_vectors_NxD[span], batch)
+            for part in _spans(len(targets_N[span]), width):
+                of_targets_CxD = _rows(item_vectors_IxD[targets_N[span][part]], width)
+                columns_B = np.zeros(batch, np.int32)
+                rows = np.arange(part.start, part.stop)
+                columns_B[rows] = rows - part.start
+                found_B = np.asarray(_picked(users_BxD, of_targets_CxD, columns_B))
+                target_N[span][part] = found_B[rows]
+    for start in range(0, items, width):
+        chunk_CxD = jnp.asarray(_rows(item_vectors_IxD[start : start + width], width))
+        count = min(width, items - start)
+        for span, seen_BxS in zip(spans, padded, strict=True):
+            users_BxD = _rows(user_vectors_NxD[span], batch)
+            size = len(targets_N[span])
+            if items <= width:
+                target_N[span] = np.asarray(_picked(users_BxD, chunk_CxD, _rows(targets_N[span], batch)))[:size]
+            counts_2xB = np.asarray(
+                _counts(users_BxD, chunk_CxD, _rows(target_N[span], batch), _rows(seen_BxS, batch, -1), start, count)
+            )
+            greater_N[span] += counts_2xB[0, :size]
+            equal_N[span] += counts_2xB[1, :size]
+    return 1.0 + greater_N + 0.5 * equal_N
+
+
+def top_k(
+    user_vectors_NxD: np.ndarray,
+    item_vectors_IxD: np.ndarray,
+    k: int,
+    seen: Seen | None = None,
+    *,
+    batch: int = BATCH,
+    chunk: int = CHUNK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best `k` items of each user under inner products, exact; ties go to the lower item row.
+
+    Args:
+      user_vectors_NxD: float32.
+      item_vectors_IxD: float32.
+      k: Items per user, at most the catalogue's size is used.
+      seen: Items of each user to leave out. Default: none.
+      batch: Users scored at a time.
+      chunk: Items scored at a time.
+
+    Returns:
+      Scores float32 [N, k] in falling order and item rows int32 [N, k]. Where fewer than `k` items are left, the
+      score is minus infinity and the row is -1.
+
+    Raises:
+      ValueError: A vector is not finite, a shape does not fit, or `k` is not positive.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    _check_vectors(user_vectors_NxD, item_vectors_IxD)
+    users, items = len(user_vectors_NxD), len(item_vectors_IxD)
+    k, width = min(k, items), _chunk_width(items, chunk)
+    scores_NxK = np.full((users, k), -np.inf, np.float32)
+    rows_NxK = np.full((users, k), -1, np.int32)
+    spans = list(_spans(users, batch))
+    seen = [[]] * users if seen is None else seen
+    padded = [_padded(seen[span]) for span in spans]
+    for start in range(0, items, width):
+        chunk_CxD = jnp.asarray(_rows(item_vectors_IxD[start : start + width], width))
+        count = min(width, items - start)
+        for span, seen_BxS in zip(spans, padded, strict=True):
+            size = span.stop - span.start
+            scores_BxK, rows_BxK = _merged(
+                _rows(scores_NxK[span], batch),
+                _rows(rows_NxK[span], batch),
+                _rows(user_vectors_NxD[span], batch),
+                chunk_CxD,
+                _rows(seen_BxS, batch, -1),
+                start,
+                count,
+            )
+            scores_NxK[span], rows_NxK[span] = np.asarray(scores_BxK)[:size], np.asarray(rows_BxK)[:size]
+    return scores_NxK, rows_NxK
+
+
+def top_k_from_scores(scores_NxI: np.ndarray, k: int, seen: Seen | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The best `k` items of each user in given scores; as `top_k`."""
+    scores_NxI = np.array(scores_NxI, np.float32)
+    for row, items in enumerate(seen if seen is not None else []):
+        scores_NxI[row, np.asarray(items, np.int64)] = -np.inf
+    best_NxK, rows_NxK = jax.lax.top_k(_one_zero(scores_NxI), min(k, scores_NxI.shape[1]))
+    best_NxK = np.asarray(best_NxK)
+    return best_NxK, np.where(best_NxK > -np.inf, np.asarray(rows_NxK), -1)
+
+
+def _scores(users_BxD: jax.Array, chunk_CxD: jax.Array) -> jax.Array:
+    # Accelerators would round the inputs of a default-precision product, which makes ties of near neighbors.
+    return jnp.matmul(users_BxD, chunk_CxD.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _one_zero(scores: jax.Array) -> jax.Array:
+    # `lax.top_k` orders -0.0 below 0.0, which a comparison holds to be equal.
+    return jnp.where(scores == 0, 0.0, scores)
+
+
+@jax.jit
+def _picked(users_BxD: jax.Array, chunk_CxD: jax.Array, columns_B: jax.Array) -> jax.Array:
+    scores_BxC = jax.lax.optimization_barrier(_scores(users_BxD, chunk_CxD))
+    return jnp.take_along_axis(scores_BxC, columns_B[:, None], axis=1)[:, 0]
+
+
+@jax.jit
+def _counts(
+    users_BxD: jax.Array, chunk_CxD: jax.Array, target_B: jax.Array, seen_BxS: jax.Array, start: int, count: int
+) -> jax.Array:
+    """Numbers of items in the chunk above and level with the target, int32 [2, B]."""
+    scores_BxC = jax.lax.optimization_barrier(_scores(users_BxD, chunk_CxD))
+    real_C = jnp.arange(chunk_CxD.shape[0]) < count
+    local_BxS = seen_BxS - start
+    valid_BxS = (local_BxS >= 0) & (local_BxS < count) & (seen_BxS >= 0)
+    # Seen items are counted with the others and taken off again: a gather is cheaper than a scatter of the mask.
+    seen_scores_BxS = jnp.take_along_axis(scores_BxC, jnp.where(valid_BxS, local_BxS, 0), axis=1)
+    target_Bx1 = target_B[:, None]
+
+    def number(test: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        return jnp.sum(test(scores_BxC, target_Bx1) & real_C, axis=1, dtype=jnp.int32) - jnp.sum(
+            test(seen_scores_BxS, target_Bx1) & valid_BxS, axis=1, dtype=jnp.int32
+        )
+
+    return jnp.stack([number(jnp.greater), number(jnp.equal)])
+
+
+@jax.jit
+def _merged(
+    best_BxK: jax.Array,
+    rows_BxK: jax.Array,
+    users_BxD: jax.Array,
+    chunk_CxD: jax.Array,
+    seen_BxS: jax.Array,
+    start: int,
+    count: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges a chunk into the best so far. Earlier rows stand first, and `lax.top_k` keeps the first of equals."""
+    scores_BxC = _one_zero(_scores(users_BxD, chunk_CxD))
+    scores_BxC = jnp.where(jnp.arange(chunk_CxD.shape[0]) < count, scores_BxC, -jnp.inf)
+    local_BxS = jnp.where(seen_BxS >= start, seen_BxS - start, chunk_CxD.shape[0])
+    scores_BxC = scores_BxC.at[jnp.arange(len(users_BxD))[:, None], local_BxS].set(-jnp.inf, mode="drop")
+    new_BxK, columns_BxK = jax.lax.top_k(scores_BxC, min(best_BxK.shape[1], chunk_CxD.shape[0]))
+    new_rows_BxK = jnp.where(new_BxK > -jnp.inf, columns_BxK + start, -1)
+    merged_BxK, which_BxK = jax.lax.top_k(jnp.concatenate([best_BxK, new_BxK], axis=1), best_BxK.shape[1])
+    return merged_BxK, jnp.take_along_axis(jnp.concatenate([rows_BxK, new_rows_BxK], axis=1), which_BxK, axis=1)
+
+
+def _spans(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _chunk_width(items: int, chunk: int) -> int:
+    # Whole vector registers, so that no item is scored by a remainder loop with another order of summation.
+    return min(chunk, -(-items // 128) * 128)
+
+
+def _rows(values: np.ndarray, count: int, fill: float = 0) -> np.ndarray:
+    """Fills up to `count` rows, so that the last piece runs the program of the others."""
+    values = np.asarray(values)
+    out = np.full((count, *values.shape[1:]), fill, values.dtype)
+    out[: len(values)] = values
+    return out
+
+
+def _padded(seen: Seen, targets_N: np.ndarray | None = None) -> np.ndarray:
+    """Distinct seen items without the target, int32 [N, S] filled up with -1; S is a power of two."""
+    unique = [np.unique(np.asarray(items, np.int64)) for items in seen]
+    longest = max((len(items) for items in unique), default=0)
+    out = np.full((len(unique), 1 << max(0, longest - 1).bit_length()), -1, np.int32)
+    for row, items in enumerate(unique):
+        out[row, : len(items)] = items
+    if targets_N is not None:
+        out[out == np.asarray(targets_N)[:, None]] = -1
+    return out
+
+
+def _checked_targets(targets_N: np.ndarray, users: int, items: int) -> np.ndarray:
+    targets_N = np.asarray(targets_N, np.int64)
+    if targets_N.shape != (users,):
+        raise ValueError(f"{users} users but targets of shape {targets_N.shape}; one target per user is needed")
+    outside = (targets_N < 0) | (targets_N >= items)
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        raise ValueError(f"target {int(targets_N[row])} of user {row} is outside the catalogue of {items} items")
+    return targets_N
+
+
+def _check_vectors(user_vectors_NxD: np.ndarray, item_vectors_IxD: np.ndarray) -> None:
+    if user_vectors_NxD.ndim != 2 or user_vectors_NxD.shape[1:] != item_vectors_IxD.shape[1:]:
+        raise ValueError(
+            f"user vectors of shape {user_vectors_NxD.shape} and item vectors of shape {item_vectors_IxD.shape} "
+            "do not fit: both need the same width"
+        )
+    for name, vectors in (("user", user_vectors_NxD), ("item", item_vectors_IxD)):
+        for span in _spans(len(vectors), CHUNK):
+            bad = ~np.isfinite(vectors[span]).all(axis=1)
+            if bad.any():
+                row = span.start + int(np.flatnonzero(bad)[0])
+                raise ValueError(f"the vector of {name} {row} is not finite; training may have diverged")
