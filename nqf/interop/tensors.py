@@ -1,9 +1,12 @@
-"""From named tensors of a PyTorch model to a Flax parameter tree, every mismatch reported at once."""
+"""Folders of Hugging Face models, and named tensors to a Flax parameter tree, every mismatch reported at once."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +16,75 @@ from flax import traverse_util
 # A tensor's name in the PyTorch model to its path in the parameter tree.
 Table = Mapping[str, tuple[str, ...]]
 _LISTED = 40
+# What a model folder is read for; weights in other formats (pickles among them) are never fetched.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt"]
+
+
+def resolve_folder(name: str | Path) -> Path:
+    """A local folder as it is, or the local copy of a Hugging Face hub repository.
+
+    Raises:
+      ValueError: Neither a folder nor a repository that can be had; says how to work offline.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=_PATTERNS, ignore_patterns=["onnx/*", "openvino/*"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{name}: no such folder, and not to be had from the hub ({error}); without a network give a folder with "
+            "config.json and .safetensors files"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      ValueError: Missing or malformed; names the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def open_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """Shapes of all tensors in a folder's `.safetensors` files, and a function that reads one by name.
+
+    Raises:
+      ValueError: No such file in the folder, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder}: no .safetensors file; weights in other formats are not read")
+    shapes, where = {}, {}
+    for path in paths:
+        try:
+            file = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: damaged ({error})") from error
+        for name in file.keys():
+            shapes[name], where[name] = tuple(file.get_slice(name).get_shape()), file
+    return shapes, lambda name: where[name].get_tensor(name)
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model folder's weights, configuration and vocabulary."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _PATTERNS for path in folder.rglob(pattern)):
+        digest.update(f"{path.relative_to(folder).as_posix()}|{path.stat().st_size}|".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def linear(source: str, path: tuple[str, ...], *, bias: bool = True) -> dict[str, tuple[str, ...]]:

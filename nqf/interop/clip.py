@@ -1,0 +1,123 @@
+"""Loads CLIP's vision tower from Hugging Face folders, with the preprocessing that belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from nqf.fields.image import MAX_PIXELS
+from nqf.interop.tensors import assemble, layer_norm, linear, open_tensors, read_json, resolve_folder
+from nqf.models.clip import ClipVision, ClipVisionConfig
+
+# The text tower and the contrastive scale.
+_UNUSED = r"text_model\..*|text_projection\.weight|logit_scale|vision_model\.embeddings\.position_ids"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """`CLIPImageProcessor`: shorter edge to `resize` by bicubic interpolation, center crop, normalisation.
+
+    Attributes:
+      resize: Shorter edge after resizing, in pixels.
+      crop: Side of the square that is cut out of the middle, in pixels.
+      mean: Mean per channel of values in [0, 1]; the defaults are those of OpenAI's models.
+      std: Standard deviation per channel.
+    """
+
+    resize: int = 224
+    crop: int = 224
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Prepares an image: float32 [crop, crop, 3].
+
+        Raises:
+          ValueError: Too large before or after resizing.
+        """
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            # Transparent parts are white.
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        shorter = min(image.size)
+        size = tuple(self.resize if side == shorter else int(self.resize * side / shorter) for side in image.size)
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow")
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = ((side - self.crop) // 2 for side in image.size)
+        pixels = np.asarray(image, np.float32)[top : top + self.crop, left : left + self.crop] / np.float32(255)
+        return (pixels - np.float32(self.mean)) / np.float32(self.std)
+
+
+def load_clip(name: str | Path, *, dtype: Any = jnp.float32) -> tuple[ClipVision, dict[str, Any], Preprocessing]:
+    """Loads the vision tower and projection of a CLIP folder or hub name.
+
+    Raises:
+      ValueError: Another model, unreadable files, or tensors that do not fit; all of them are named.
+    """
+    folder = resolve_folder(name)
+    try:
+        config = ClipVisionConfig.from_hf(read_json(folder / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    module = ClipVision(config=config, dtype=dtype)
+    pixels = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+    shapes, read = open_tensors(folder)
+    params = assemble(clip_table(config), abstract, shapes, read, where=str(folder), ignore=_UNUSED, dtype=dtype)
+    path = folder / "preprocessor_config.json"
+    # All published models resize to just what they read.
+    default = Preprocessing(resize=config.image_size, crop=config.image_size)
+    preprocessing = _preprocessing(path) if path.is_file() else default
+    if preprocessing.crop != config.image_size:
+        raise ValueError(f"{path}: images are cut to {preprocessing.crop} pixels, the model reads {config.image_size}")
+    return module, params, preprocessing
+
+
+def clip_table(config: ClipVisionConfig) -> dict[str, tuple[str, ...]]:
+    """Table of `nqf.models.clip.ClipVision` for `nqf.interop.tensors`."""
+    tower = "vision_model"
+    table = {
+        f"{tower}.embeddings.class_embedding": ("class_embedding",),
+        f"{tower}.embeddings.patch_embedding.weight": ("patch_embedding", "kernel"),
+        f"{tower}.embeddings.position_embedding.weight": ("position_embedding", "embedding"),
+        "visual_projection.weight": ("visual_projection", "kernel"),
+    }
+    # "layrnorm" is how the published weights spell it.
+    for name in ("pre_layrnorm", "post_layernorm"):
+        table |= layer_norm(f"{tower}.{name}", (name,))
+    for layer in range(config.num_hidden_layers):
+        source = f"{tower}.encoder.layers.{layer}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            table |= linear(f"{source}.self_attn.{name}", (f"layer_{layer}_{name}",))
+        for name in ("fc1", "fc2"):
+            table |= linear(f"{source}.mlp.{name}", (f"layer_{layer}_{name}",))
+        for name in ("layer_norm1", "layer_norm2"):
+            table |= layer_norm(f"{source}.{name}", (f"layer_{layer}_{name}",))
+    return table
+
+
+def _preprocessing(path: Path) -> Preprocessing:
+    config = read_json(path)
+    size, crop, default = config.get("size", 224), config.get("crop_size", 224), Preprocessing()
+    # Older files have a number where newer ones have a dictionary.
+    resize = size.get("shortest_edge") if isinstance(size, dict) else size
+    if isinstance(crop, dict):
+        crop = crop["height"] if crop.get("height") == crop.get("width") else None
+    flags = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    off = [flag for flag in flags if config.get(flag, True) is False]
+    bicubic = config.get("resample", Image.Resampling.BICUBIC) == Image.Resampling.BICUBIC
+    factor = config.get("rescale_factor", 1 / 255)
+    if off or not bicubic or not resize or not crop or crop > resize or abs(factor - 1 / 255) > 1e-9:
+        raise ValueError(f"{path}: not CLIP's preprocessing (bicubic, shorter edge, square center crop, normalisation)")
+    mean, std = config.get("image_mean", default.mean), config.get("image_std", default.std)
+    return Preprocessing(resize=resize, crop=crop, mean=tuple(mean), std=tuple(std))
