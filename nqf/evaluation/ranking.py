@@ -14,6 +14,12 @@ import numpy as np
 
 BATCH = 512
 CHUNK = 65_536
+# Scores that a function may hold at a time: 256 MiB of float32.
+_DENSE_SCORES = 1 << 26
+
+# User vectors [cases, D] and item vectors [items, D], scored by inner product, or a function from case rows int [B] to
+# scores [B, items].
+Scorer = tuple[np.ndarray, np.ndarray] | Callable[[np.ndarray], np.ndarray]
 Seen = Sequence[Sequence[int] | np.ndarray]
 
 
@@ -176,6 +182,11 @@ def top_k_from_scores(scores_NxI: np.ndarray, k: int, seen: Seen | None = None) 
     best_NxK, rows_NxK = jax.lax.top_k(_one_zero(scores_NxI), min(k, scores_NxI.shape[1]))
     best_NxK = np.asarray(best_NxK)
     return best_NxK, np.where(best_NxK > -np.inf, np.asarray(rows_NxK), -1)
+
+
+def dense_batches(users: int, items: int, batch: int = BATCH) -> Iterator[slice]:
+    """Slices of the users whose scores of all items fit in memory together."""
+    return _spans(users, max(1, min(batch, _DENSE_SCORES // items)))
 
 
 def _scores(users_BxD: jax.Array, chunk_CxD: jax.Array) -> jax.Array:

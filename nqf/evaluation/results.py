@@ -1,0 +1,300 @@
+"""Evaluates models over the full catalogue; writes, prints and tabulates what came out.
+
+A model is a `Scorer`: see `nqf.evaluation.ranking`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from nqf.config import EvaluationConfig
+from nqf.data.interactions import Interactions
+from nqf.data.splits import Cases, Split
+from nqf.evaluation.legacy import LEGACY_WARNING, legacy_ranks
+from nqf.evaluation.metrics import mean_intervals, per_user
+from nqf.evaluation.ranking import Scorer, dense_batches, rank_vectors, ranks_from_scores, top_k, top_k_from_scores
+from nqf.evaluation.segments import describe_recommended, segment_users
+
+Protocol = Literal["full", "legacy"]
+
+_RECOMMENDED = 10
+_RANK = "rank:"
+_SEGMENTS_SHOWN = ("all", "warm", "cold")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """What an evaluation found.
+
+    Attributes:
+      split: `valid` or `test`.
+      protocol: `full` or `legacy`.
+      mask_seen: Whether the users' past was kept out of the ranking.
+      users: Number of evaluated users.
+      items: Size of the catalogue.
+      segments: Segment name to its number of users.
+      models: Model to segment to metric to [mean, low, high], a 95 % interval over users.
+      recommended: Model to `coverage@10` and `popularity@10`; empty under the legacy protocol.
+      frame: One row per user: user_id, target (item row), history (length), cold, popularity (training events of the
+        target), and `rank:MODEL` (float64, expected under ties) per model.
+      provenance: Command, seed, machine, date and versions.
+    """
+
+    split: str
+    protocol: str
+    mask_seen: bool
+    users: int
+    items: int
+    segments: dict[str, int]
+    models: dict[str, dict[str, dict[str, list[float]]]]
+    recommended: dict[str, dict[str, float]]
+    frame: pl.DataFrame
+    provenance: dict[str, Any]
+
+    def tree(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "frame"}
+
+
+def evaluate(
+    models: Mapping[str, Scorer],
+    interactions: Interactions,
+    split: Split,
+    cases: Cases,
+    *,
+    split_name: Literal["valid", "test"],
+    config: EvaluationConfig,
+    seed: int,
+    protocol: Protocol = "full",
+    command: str = "",
+) -> Results:
+    """Ranks every case's target with every model.
+
+    Args:
+      models: Model name to scorer.
+      interactions: All interactions.
+      split: What is training, and which items it never saw.
+      cases: The cases to rank, one per user.
+      split_name: Which part of the split `cases` is.
+      config: Cut-offs, masking, bootstrap and batch size.
+      seed: Seed of the bootstrap and of the legacy protocol's negatives.
+      protocol: `full` ranks the whole catalogue; `legacy` is the reference's 100 candidates.
+      command: The command that was run, for the record.
+
+    Raises:
+      ValueError: There are no cases, or a model's scores have the wrong shape or are not finite.
+    """
+    if len(cases.users) == 0:
+        raise ValueError(f"the {split_name} split is empty: no user has an item to predict; check the split's settings")
+    items = len(split.cold)
+    starts_N, targets_N = interactions.offsets[cases.users], interactions.items[cases.cuts]
+    past = [interactions.items[start:cut] for start, cut in zip(starts_N, cases.cuts, strict=True)]
+    counts_I = np.bincount(interactions.items[split.train], minlength=items)
+    columns: dict[str, Any] = {
+        "user_id": [interactions.user_ids[user] for user in cases.users],
+        "target": targets_N,
+        "history": cases.cuts - starts_N,
+        "cold": split.cold[targets_N],
+        "popularity": counts_I[targets_N],
+    }
+    recommended = {}
+    for name, scorer in models.items():
+        _check_shape(name, scorer, len(targets_N), items)
+        if protocol == "legacy":
+            ranks_N = legacy_ranks(scorer, targets_N, past, items=items, seed=seed)
+        else:
+            ranks_N, rows_NxK = _rank(scorer, targets_N, past if config.mask_seen else None, items, config)
+            recommended[name] = describe_recommended(rows_NxK, counts_I)
+        columns[_RANK + name] = ranks_N
+    inside = segment_users(lengths_N=columns["history"], targets_N=targets_N, cold_I=split.cold, counts_I=counts_I)
+    summaries = {
+        name: {
+            segment: mean_intervals(
+                {key: values_N[inside_N] for key, values_N in per_user(columns[_RANK + name], config.ks).items()},
+                bootstrap=config.bootstrap,
+                seed=seed,
+            )
+            for segment, inside_N in inside.items()
+        }
+        for name in models
+    }
+    return Results(
+        split=split_name,
+        protocol=protocol,
+        mask_seen=config.mask_seen,
+        users=len(targets_N),
+        items=items,
+        segments={segment: int(inside_N.sum()) for segment, inside_N in inside.items()},
+        models=summaries,
+        recommended=recommended,
+        frame=pl.DataFrame(columns),
+        provenance=_provenance(command, seed),
+    )
+
+
+def model_ranks(frame: pl.DataFrame) -> dict[str, np.ndarray]:
+    """The ranks in a per-user frame, by model."""
+    return {name.removeprefix(_RANK): frame[name].to_numpy() for name in frame.columns if name.startswith(_RANK)}
+
+
+def write_results(results: Results, folder: Path) -> None:
+    """Writes eval/results.json and eval/per_user.parquet in a run folder, each atomically."""
+    target = folder / "eval"
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = target / "per_user.parquet.tmp"
+    results.frame.write_parquet(temporary)
+    os.replace(temporary, target / "per_user.parquet")
+    temporary = target / "results.json.tmp"
+    temporary.write_text(json.dumps(results.tree(), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, target / "results.json")
+
+
+def read_results(folder: Path) -> Results:
+    """Reads what `write_results` wrote.
+
+    Raises:
+      FileNotFoundError: The run was never evaluated.
+    """
+    target = folder / "eval"
+    if not (target / "results.json").is_file():
+        raise FileNotFoundError(f"{target / 'results.json'} does not exist; run python -m nqf.evaluate {folder} first")
+    tree = json.loads((target / "results.json").read_text(encoding="utf-8"))
+    return Results(frame=pl.read_parquet(target / "per_user.parquet"), **tree)
+
+
+def print_results(results: Results, console: Console, *, k: int | None = None) -> None:
+    """Prints a table of models; every segment is in results.json.
+
+    Args:
+      results: What to print.
+      console: Terminal.
+      k: Cut-off; default 10, or the largest evaluated one where 10 is not among them.
+    """
+    k = _cut_off(results, k)
+    masked = "seen items masked" if results.mask_seen else "seen items kept"
+    title = f"{results.split}: {results.users:,} users, {results.items:,} items, {masked}"
+    if results.protocol == "legacy":
+        console.print(f"[yellow]{LEGACY_WARNING}[/yellow]", highlight=False)
+        title = f"{results.split}: {results.users:,} users, 1 target and 99 random items each (legacy protocol)"
+    table = Table(title=title, caption="means over users, 95 % bootstrap intervals in brackets")
+    header, rows = _cells(results, k)
+    table.add_column(header[0])
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False, markup=False)
+
+
+def markdown_table(results: Results, *, k: int | None = None) -> str:
+    """The table of `print_results` in Markdown, with the record of how it was made below it."""
+    k = _cut_off(results, k)
+    header, rows = _cells(results, k)
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    made = results.provenance
+    masked = "masked" if results.mask_seen else "kept"
+    lines += [
+        "",
+        f"{results.split} split, {results.users:,} users, {results.items:,} items, protocol {results.protocol}, "
+        f"seen items {masked}; 95 % bootstrap intervals over users in brackets. "
+        f"`{made['command']}`, seed {made['seed']}, {made['machine']}, {made['date']}, "
+        + ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cut_off(results: Results, k: int | None) -> int:
+    summary = next(iter(results.models.values()))["all"]
+    known = sorted(int(name.removeprefix("hr@")) for name in summary if name.startswith("hr@"))
+    if k is None:
+        return 10 if 10 in known else known[-1]
+    if k not in known:
+        raise ValueError(f"no metrics at {k}; the evaluation has {', '.join(map(str, known))}")
+    return k
+
+
+def _cells(results: Results, k: int) -> tuple[list[str], list[list[str]]]:
+    shown = [segment for segment in _SEGMENTS_SHOWN if segment in results.segments]
+    if "cold" not in shown:
+        shown = ["all"]
+    header = ["model"]
+    for segment in shown:
+        of = "" if segment == "all" else f" {segment} ({results.segments[segment]:,})"
+        header += [f"HR@{k}{of}", f"NDCG@{k}{of}"] + (["MRR"] if segment == "all" else [])
+    if results.recommended:
+        header += [f"coverage@{_RECOMMENDED}", f"popularity@{_RECOMMENDED}"]
+    rows = []
+    for name, summary in results.models.items():
+        row = [name]
+        for segment in shown:
+            keys = [f"hr@{k}", f"ndcg@{k}"] + (["mrr"] if segment == "all" else [])
+            row += [format_interval(summary[segment][key]) for key in keys]
+        if results.recommended:
+            about = results.recommended[name]
+            row += [f"{about[f'coverage@{_RECOMMENDED}']:.1%}", f"{about[f'popularity@{_RECOMMENDED}']:,.0f}"]
+        rows.append(row)
+    return header, rows
+
+
+def format_interval(entry: Sequence[float], *, signed: bool = False) -> str:
+    """`.1234 [.1200, .1268]` from [mean, low, high], with a sign if `signed`."""
+    mean, low, high = (f"{value:{'+' if signed else ''}.4f}".replace("0.", ".", 1) for value in entry)
+    return f"{mean} [{low}, {high}]"
+
+
+def _rank(
+    scorer: Scorer,
+    targets_N: np.ndarray,
+    seen: Sequence[np.ndarray] | None,
+    items: int,
+    config: EvaluationConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the targets, float64 [N], and the rows of the top lists, int32 [N, K]."""
+    if not callable(scorer):
+        ranks_N = rank_vectors(*scorer, targets_N, seen, batch=config.batch_size)
+        return ranks_N, top_k(*scorer, _RECOMMENDED, seen, batch=config.batch_size)[1]
+    ranks, rows = [], []
+    for span in dense_batches(len(targets_N), items, config.batch_size):
+        scores_BxI = scorer(np.arange(span.start, span.stop))
+        masked = None if seen is None else seen[span]
+        ranks.append(ranks_from_scores(scores_BxI, targets_N[span], masked))
+        rows.append(top_k_from_scores(scores_BxI, _RECOMMENDED, masked)[1])
+    return np.concatenate(ranks), np.concatenate(rows)
+
+
+def _check_shape(name: str, scorer: Scorer, users: int, items: int) -> None:
+    if callable(scorer):
+        return
+    user_vectors, item_vectors = scorer
+    if len(user_vectors) != users or len(item_vectors) != items:
+        raise ValueError(
+            f"model '{name}' has {len(user_vectors)} user vectors and {len(item_vectors)} item vectors; the split has "
+            f"{users} cases and the catalogue {items} items"
+        )
+
+
+def _provenance(command: str, seed: int) -> dict[str, Any]:
+    return {
+        "command": command,
+        "seed": seed,
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.devices()[0].device_kind}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
+    }
