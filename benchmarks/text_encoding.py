@@ -96,7 +96,7 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     cosine = float(np.min(np.sum(vectors["nqf"] * vectors["transformers"], axis=1)))
     result = {
-        "command": f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        "command": f"python benchmarks/text_encoding.py {shlex.join(sys.argv[1:])}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, jax on {jax.devices()[0].device_kind}",
         "versions": {name: version(name) for name in ("jax", "flax", "torch", "transformers", "tokenizers")},

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqf.config import FieldsConfig
-from nqf.fields.encoder import EncoderFactory, FieldEncoder, unit_rows
+from nqf.fields.encoder import EncoderFactory, unit_rows
 from nqf.interop.bert import SentenceSettings, load_bert
 from nqf.interop.clip import load_clip
 from nqf.interop.images import ImageReader
@@ -215,20 +215,25 @@ def _bucket(length: int, longest: int) -> int:
 class PretrainedTextEncoder:
     """Field encoder on a `TextEmbedder`; vectors have unit norm whatever the model's own settings."""
 
-    def __init__(self, embedder: TextEmbedder):
+    def __init__(self, embedder: TextEmbedder, *, max_words: int | None = None):
+        """Wraps an embedder; only the first `max_words` words of a text are read (the field's `max_length`)."""
         self._embedder = embedder
+        self._max_words = max_words
         self.width = embedder.width
 
     @property
     def identity(self) -> dict[str, Any]:
         """Kind, version, settings, compute dtype and the SHA-256 of the model's files."""
         settings = dataclasses.asdict(self._embedder.settings)
-        options = {**settings, "width": self.width, "dtype": self._embedder.dtype}
+        options = {**settings, "max_words": self._max_words, "width": self.width, "dtype": self._embedder.dtype}
         return {"kind": "pretrained-text", "version": 1, "options": options, "state": self._embedder.digest}
 
     def encode(self, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """float32 [n, width]; every text can be read."""
-        return unit_rows(self._embedder.embed(list(values))), np.ones(len(values), bool)
+        texts = list(values)
+        if self._max_words is not None:
+            texts = [" ".join(text.split()[: self._max_words]) for text in texts]
+        return unit_rows(self._embedder.embed(texts)), np.ones(len(texts), bool)
 
     def save(self, directory: Path) -> None:
         """Writes `encoder.json`; the weights stay in their folder, which the identity names by their hash."""
@@ -308,19 +313,21 @@ def encoder_factories(config: FieldsConfig) -> dict[str, EncoderFactory]:
     """
     factories: dict[str, EncoderFactory] = {}
     if config.text_encoder != "tfidf-svd":
-        factories["text"] = lambda field, config: _text_encoder(config.text_encoder)
+        factories["text"] = lambda field, config: PretrainedTextEncoder(
+            _text_embedder(config.text_encoder), max_words=field.max_length
+        )
     if config.image_encoder != "pca":
         factories["image"] = lambda field, config: _image_encoder(config.image_encoder)
     return factories
 
 
 @functools.lru_cache(maxsize=1)
-def _text_encoder(name: str) -> FieldEncoder:
-    return PretrainedTextEncoder(load_text_embedder(name))
+def _text_embedder(name: str) -> TextEmbedder:
+    return load_text_embedder(name)
 
 
 @functools.lru_cache(maxsize=1)
-def _image_encoder(name: str) -> FieldEncoder:
+def _image_encoder(name: str) -> ClipImageEncoder:
     return ClipImageEncoder(name)
 
 

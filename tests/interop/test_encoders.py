@@ -1,7 +1,9 @@
 """Pretrained field encoders against plain transformers loops."""
 
 import json
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -198,13 +200,29 @@ def test_failed_images_are_missing_and_reported(clip_folder, pictures, tmp_path,
     assert vectors.shape == (1, 20) and not ok.any()
 
 
-def test_factories_follow_the_configuration_and_share_the_model(bert_folder, clip_folder) -> None:
+def test_factories_follow_the_configuration_and_share_the_model(bert_folder, clip_folder, monkeypatch) -> None:
     sentence_files(bert_folder, "mean_tokens")
     assert encoder_factories(FieldsConfig()) == {}
     config = FieldsConfig(text_encoder=str(bert_folder), image_encoder=str(clip_folder))
     factories = encoder_factories(config)
     assert set(factories) == {"text", "image"}
-    assert factories["text"](None, config) is factories["text"](None, config)
-    assert factories["text"](None, config).width == 32
-    identity = factories["image"](None, config).identity
-    assert json.loads(json.dumps(identity)) == identity
+    title = factories["text"](SimpleNamespace(max_length=None), config)
+    # A second load would fail.
+    monkeypatch.delattr(encoders, "load_text_embedder")
+    short = factories["text"](SimpleNamespace(max_length=2), config)
+    assert title.width == short.width == 32 and title.identity != short.identity
+    np.testing.assert_array_equal(short.encode(["red oil  hair"])[0], title.encode(["red oil"])[0])
+    image = factories["image"](SimpleNamespace(max_length=None), config)
+    assert json.loads(json.dumps(image.identity)) == image.identity
+
+
+def test_bfloat16_stays_near_float32(bert_folder, clip_folder, pictures, tmp_path) -> None:
+    sentence_files(bert_folder, "mean_tokens")
+    full, half = (load_text_embedder(bert_folder, dtype=dtype).embed(texts()) for dtype in (jnp.float32, jnp.bfloat16))
+    assert half.dtype == np.float32 and 0.99 < np.sum(full * half, axis=1).min() and np.any(full != half)
+    reader = ImageReader(cache=tmp_path)
+    full, half = (
+        ClipImageEncoder(clip_folder, reader=reader, dtype=dtype).encode(pictures)[0]
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert half.dtype == np.float32 and 0.99 < np.sum(full * half, axis=1).min() and np.any(full != half)
