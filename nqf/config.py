@@ -354,6 +354,50 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SASRecConfig:
+    """SASRec (Kang and McAuley 2018) with a softmax over the whole catalogue at every position.
+
+    Attributes:
+      width: Hidden width, and width of the item vectors, which are tied to the input.
+      layers: Causal self-attention blocks.
+      heads: Attention heads; divides `width`.
+      max_history: Newest items that it reads; longer training sequences are cut into windows of this length.
+      dropout: Dropout rate of inputs, attention weights and residual branches.
+      temperature: Temperature of the cosine scores at the start; it is learned.
+      batch_positions: Supervised positions per step.
+      epochs: Most passes over the training sequences.
+      learning_rate: Peak learning rate of AdamW; warm-up of one epoch, then cosine decay.
+      weight_decay: Decoupled weight decay.
+      patience: Epochs without a better validation NDCG@10 before training stops.
+    """
+
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    max_history: int = 50
+    dropout: float = 0.3
+    temperature: float = 0.05
+    batch_positions: int = 1_024
+    epochs: int = 40
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    patience: int = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselinesConfig:
+    """Baselines that are trained; the training-free ones always run.
+
+    Attributes:
+      sasrec: Whether the evaluation also trains a SASRec.
+      sasrec_options: Its size and schedule.
+    """
+
+    sasrec: bool = False
+    sasrec_options: SASRecConfig = SASRecConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What all training stages share.
 
@@ -392,6 +436,7 @@ class Config:
     user: UserConfig = UserConfig()
     joint: JointConfig = JointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     training: TrainingConfig = TrainingConfig()
 
 
