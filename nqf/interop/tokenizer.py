@@ -1,0 +1,211 @@
+"""Tokenizers of pretrained folders, and a byte-level BPE trained on a catalogue's text.
+
+The only module that imports tokenizers and transformers, and only where they are used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nqf.interop.tensors import read_json, resolve_folder
+
+# What Qwen tokenizers split text by before the byte-level BPE (tokenizer.json of any Qwen3).
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+END_TOKEN = "<|endoftext|>"
+# A special token that was never meant to be read as text can stand for an injected vector.
+SPARE_TOKENS = tuple(f"<|spare_{i}|>" for i in range(8))
+
+
+class Tokenizer:
+    """A tokenizer with the rules of Qwen3-Embedding: special tokens in a text are plain text, one end token.
+
+    Tokenizers with a classification token (BERT) put their own special tokens around every text instead.
+
+    Attributes:
+      eos_id: Id of the end token: the one that the folder's own template appends, else the `eos_token`.
+      pad_id: Id at padding.
+      rows: Rows of the embedding that goes with it.
+    """
+
+    def __init__(self, backend: Any, *, settings: dict[str, Any], rows: int | None = None, where: str = "tokenizer"):
+        """Wraps a `tokenizers.Tokenizer`.
+
+        Args:
+          backend: The `tokenizers.Tokenizer`.
+          settings: Content of `tokenizer_config.json`.
+          rows: Rows of the embedding; the number of tokens by default.
+          where: The folder, for messages.
+
+        Raises:
+          ValueError: No end token, or one that the vocabulary does not have.
+        """
+        self._backend, self._settings = backend, settings
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.rows = rows or len(self)
+        self._template = bool(settings.get("cls_token"))
+        # A title that spells an end token or a placeholder must not become one.
+        backend.encode_special_tokens = not self._template
+        plain, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        end = full[-1] if len(full) > len(plain) else self._token_id(settings, "eos_token")
+        if end is None:
+            raise ValueError(f"{where}: neither a template that appends an end token nor an eos_token")
+        self.eos_id: int = end
+        pad = self._token_id(settings, "pad_token")
+        self.pad_id: int = end if pad is None else pad
+
+    def _token_id(self, settings: dict[str, Any], name: str) -> int | None:
+        token = settings.get(name)
+        return self._backend.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
+
+    def __len__(self) -> int:
+        """Number of tokens, special ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None, add_eos: bool = False) -> list[list[int]]:
+        """Encodes texts.
+
+        Args:
+          texts: The texts.
+          max_length: Most tokens of a text, special tokens included; longer texts lose their end, never the end
+            token.
+          add_eos: Whether the end token follows, exactly once. BERT-family tokenizers always put their own
+            special tokens.
+
+        Raises:
+          ValueError: `max_length` leaves no room for the special tokens.
+        """
+        special = self._backend.num_special_tokens_to_add(is_pair=False) if self._template else int(add_eos)
+        if max_length is not None and max_length < special:
+            raise ValueError(f"max_length {max_length} leaves no room for {special} special tokens")
+        texts = list(texts)
+        if self._template:
+            if max_length is not None:
+                self._backend.enable_truncation(max_length)
+            try:
+                return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
+            finally:
+                self._backend.no_truncation()
+        end = [self.eos_id] if add_eos else []
+        stop = None if max_length is None else max_length - special
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids[:stop] + end for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def spare_ids(self, count: int) -> list[int]:
+        """Ids that no text is encoded to, for placeholders whose embedding is replaced.
+
+        Rows of the embedding beyond the vocabulary come first, then special tokens other than end and padding,
+        the last ones first.
+
+        Raises:
+          ValueError: There are fewer.
+        """
+        special = {id for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        special -= {self.eos_id, self.pad_id}
+        spare = [*range(len(self), self.rows), *sorted(special, reverse=True)]
+        if len(spare) < count:
+            raise ValueError(f"the tokenizer has {len(spare)} spare ids, {count} are needed")
+        return spare[:count]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers' `AutoTokenizer` reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._settings, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        # Last: its presence says that the folder is complete.
+        self._backend.save(str(folder / "tokenizer.json"))
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """Reads the tokenizer of a local folder or hub name.
+
+    Raises:
+      ValueError: No tokenizer there, or a damaged one.
+    """
+    import tokenizers
+
+    folder = resolve_folder(name)
+    path = folder / "tokenizer.json"
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.is_file() else {}
+    if path.is_file():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # The library raises bare `Exception`.
+            raise ValueError(f"{path}: not readable as a tokenizer ({error})") from error
+    else:
+        backend, settings = _convert(folder)
+    config = folder / "config.json"
+    rows = read_json(config).get("vocab_size") if config.is_file() else None
+    return Tokenizer(backend, settings=settings, rows=rows, where=str(folder))
+
+
+def _convert(folder: Path) -> tuple[Any, dict[str, Any]]:
+    # Older folders hold the vocabulary in other files; transformers knows them all.
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = tokenizer.backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}: no tokenizer.json, and no other tokenizer files to make it of") from error
+    return backend, dict(tokenizer.special_tokens_map)
+
+
+def train_byte_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_TOKEN, *SPARE_TOKENS)
+) -> Tokenizer:
+    """Trains a byte-level BPE in the form of Qwen's: same normalization, splitting and end token template.
+
+    Args:
+      texts: Any number of texts, read once.
+      vocab_size: Most tokens, the 256 bytes and the special tokens included.
+      special_tokens: Special tokens; the first is end and padding, the others are spare.
+
+    Raises:
+      ValueError: `vocab_size` has no room for the bytes and the special tokens.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size {vocab_size} is below {least}, the bytes and the special tokens")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    end = special_tokens[0]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, backend.token_to_id(end))]
+    )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": end,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32_768,
+    }
+    return Tokenizer(backend, settings=settings)
