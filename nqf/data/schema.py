@@ -1,0 +1,168 @@
+"""The schema of a catalogue: which field has which modality and comes from which columns.
+
+title: title
+fields:
+  title: text
+  categories: {modality: category, multi_valued: true, separator: ","}
+  price: {modality: number, column: price_usd, log: true}
+  place: {modality: geo, columns: [lat, lon]}
+  average_rating: {modality: number, after_the_fact: true}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from nqf.config import ConfigError, from_tree, to_tree
+from nqf.data.errors import DataError
+
+Modality = Literal["text", "category", "number", "time", "geo", "image", "vector"]
+MODALITIES: tuple[str, ...] = get_args(Modality)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Field:
+    """A field of the items.
+
+    Attributes:
+      name: Name in the canonical table, the field cache and all reports.
+      modality: Decides how values are read and which encoder they get.
+      columns: Column of the source table; latitude and longitude of a geo field.
+      weight: Weight in the reconstruction loss.
+      max_length: Most words of a text that are encoded; None leaves it to the encoder.
+      log: Whether a number is scaled by its logarithm; None decides by the values' skewness.
+      multi_valued: Whether a string of a category field holds several values.
+      separator: What stands between them.
+      after_the_fact: Known only after the interactions it would help to predict (a sales rank, an average rating
+        of the day of the crawl); left out unless the configuration asks for it.
+    """
+
+    name: str
+    modality: Modality
+    columns: tuple[str, ...]
+    weight: float = 1.0
+    max_length: int | None = None
+    log: bool | None = None
+    multi_valued: bool = False
+    separator: str = "|"
+    after_the_fact: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schema:
+    """The fields of a catalogue.
+
+    Attributes:
+      fields: In the order of the file.
+      title: Name of the text field that people recognize an item by; None if there is none.
+    """
+
+    fields: tuple[Field, ...]
+    title: str | None = None
+
+
+def load_schema(path: str | Path) -> Schema:
+    """Reads a schema YAML file.
+
+    Raises:
+      DataError: Missing file, malformed YAML, unknown key or modality (with the nearest known one), or options
+        that do not belong to the modality.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such schema file; set data.schema to a YAML file that maps fields to modalities")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as YAML: {error}") from error
+    return schema_from_tree(tree, where=str(path))
+
+
+def schema_from_tree(tree: Any, *, where: str = "schema") -> Schema:
+    """Builds a schema from what a YAML file holds.
+
+    Args:
+      tree: Dictionary with `fields` and, optionally, `title`.
+      where: Named in errors.
+
+    Raises:
+      DataError: As `load_schema`.
+    """
+    if not isinstance(tree, dict) or not isinstance(tree.get("fields"), dict) or not tree["fields"]:
+        raise DataError(f"{where}: expected a key 'fields' with field names and their modality")
+    for key in tree:
+        if key not in ("title", "fields"):
+            raise DataError(f"{where}: unknown key '{key}'{nearest(str(key), ('title', 'fields'))}")
+    fields = tuple(_field(str(name), options, f"{where}: {name}") for name, options in tree["fields"].items())
+    title = tree.get("title")
+    texts = [field.name for field in fields if field.modality == "text"]
+    if title is not None and title not in texts:
+        raise DataError(f"{where}: title: '{title}' is not a text field{nearest(str(title), texts)}")
+    if title != "title" and any(field.name == "title" for field in fields):
+        raise DataError(f"{where}: the field 'title' must be named by the key 'title', or be called something else")
+    return Schema(fields=fields, title=title)
+
+
+def schema_to_tree(schema: Schema) -> dict[str, Any]:
+    """The dictionary that `schema_from_tree` reads; options that have their default value are left out."""
+    fields = {}
+    for field in schema.fields:
+        plain = to_tree(Field(name=field.name, modality=field.modality, columns=field.columns))
+        options = {key: value for key, value in to_tree(field).items() if value != plain[key]}
+        fields[field.name] = {"modality": field.modality, "columns": list(field.columns), **options}
+    return {"title": schema.title, "fields": fields}
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else "; there is none"
+
+
+def _field(name: str, options: Any, where: str) -> Field:
+    if name == "item_id" or name.startswith("_"):
+        raise DataError(f"{where}: a field must not be called 'item_id' or start with an underscore")
+    options = {"modality": options} if isinstance(options, str) else options
+    if not isinstance(options, dict):
+        raise DataError(f"{where}: expected a modality or options, found {options!r}")
+    options = {str(key): value for key, value in options.items()}
+    if options.get("modality") not in MODALITIES:
+        modality = options.get("modality")
+        raise DataError(f"{where}: unknown modality {modality!r}{nearest(str(modality), MODALITIES)}")
+    if "column" in options and "columns" in options:
+        raise DataError(f"{where}: give either column or columns")
+    column = options.pop("column", name)
+    known = [field.name for field in dataclasses.fields(Field) if field.name != "name"] + ["column"]
+    for key in options:
+        if key not in known:
+            raise DataError(f"{where}: unknown option '{key}'{nearest(key, known)}")
+    try:
+        field = from_tree(Field, {"columns": [column], **options, "name": name}, where=where)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+    expected = 2 if field.modality == "geo" else 1
+    if len(field.columns) != expected:
+        advice = "columns: [latitude, longitude]" if expected == 2 else "one column"
+        raise DataError(f"{where}: a {field.modality} field needs {advice}")
+    wrong = [
+        f"{key} belongs to {modality} fields"
+        for key, modality in (("log", "number"), ("multi_valued", "category"), ("max_length", "text"))
+        if options.get(key) and field.modality != modality
+    ]
+    if field.weight < 0:
+        wrong.append("weight must not be negative")
+    if field.max_length is not None and field.max_length < 1:
+        wrong.append("max_length must be at least 1")
+    if not field.separator:
+        wrong.append("separator must not be empty")
+    if wrong:
+        raise DataError(f"{where}: {'; '.join(wrong)}")
+    return field

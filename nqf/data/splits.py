@@ -1,0 +1,202 @@
+"""Leave-one-out and global temporal splits, with items removed from training on request."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from nqf.data.errors import DataError
+from nqf.data.interactions import MISSING_TIME, Interactions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Cases:
+    """What is predicted: for case c, the item of event `cuts[c]` from the user's events before it.
+
+    Attributes:
+      users: int32 [cases], user rows.
+      cuts: int64 [cases], event numbers of the targets.
+    """
+
+    users: np.ndarray
+    cuts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """A division of the interactions.
+
+    Attributes:
+      train: bool [events].
+      valid: Cases to select on.
+      test: Cases to report; their histories include what came after the validation target.
+      cold: bool [items], items in no training event.
+      removed: bool [items], items that were drawn to be removed from training.
+      warnings: What a reader of the results must know.
+    """
+
+    train: np.ndarray
+    valid: Cases
+    test: Cases
+    cold: np.ndarray
+    removed: np.ndarray
+    warnings: tuple[str, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Writes an .npz file without pickled objects."""
+        np.savez(
+            path,
+            train=self.train,
+            valid_users=self.valid.users,
+            valid_cuts=self.valid.cuts,
+            test_users=self.test.users,
+            test_cuts=self.test.cuts,
+            cold=self.cold,
+            removed=self.removed,
+            warnings=np.array(self.warnings, dtype=np.str_),
+        )
+
+
+def load_split(path: str | Path) -> Split:
+    """Reads what `Split.save` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return Split(
+            train=arrays["train"],
+            valid=Cases(users=arrays["valid_users"], cuts=arrays["valid_cuts"]),
+            test=Cases(users=arrays["test_users"], cuts=arrays["test_cuts"]),
+            cold=arrays["cold"],
+            removed=arrays["removed"],
+            warnings=tuple(arrays["warnings"].tolist()),
+        )
+
+
+def leave_one_out(interactions: Interactions, *, items: int, cold_share: float = 0.0, seed: int = 0) -> Split:
+    """Holds out the last event of every user for testing and the one before it for validation.
+
+    Users with fewer than three events have no cases; all their events are training.
+
+    Args:
+      interactions: All interactions.
+      items: Number of catalogue items.
+      cold_share: Share of the items, 0 to 1, whose events are removed from training; they stay in histories and
+        among the targets.
+      seed: Seed of that draw.
+
+    Raises:
+      DataError: No training event or no case is left.
+    """
+    ends = interactions.offsets[1:]
+    users = np.flatnonzero(np.diff(interactions.offsets) >= 3)
+    valid = Cases(users=users.astype(np.int32), cuts=ends[users] - 2)
+    test = Cases(users=users.astype(np.int32), cuts=ends[users] - 1)
+    train = np.ones(len(interactions.items), bool)
+    train[valid.cuts] = train[test.cuts] = False
+    warnings = []
+    short = len(interactions.user_ids) - len(users)
+    if short:
+        warnings.append(f"{short} users have fewer than three interactions: they are trained on and not evaluated")
+    known = train & (interactions.times != MISSING_TIME)
+    timed = interactions.times[test.cuts][interactions.times[test.cuts] != MISSING_TIME]
+    if known.any() and timed.size:
+        share = np.mean(timed < interactions.times[known].max())
+        if share:
+            warnings.append(
+                f"leave-one-out leaks the future: {share:.0%} of the test targets are older than the newest training "
+                "interaction; it serves comparison with published numbers, data.split: temporal does not leak"
+            )
+    return _finish(interactions, train, valid, test, items=items, cold_share=cold_share, seed=seed, warnings=warnings)
+
+
+def temporal(
+    interactions: Interactions,
+    *,
+    items: int,
+    valid_share: float,
+    test_share: float,
+    cold_share: float = 0.0,
+    seed: int = 0,
+) -> Split:
+    """Cuts all interactions at two moments, the same for all users.
+
+    Events before the first cut are training. In each of the two later windows, a user's last event is the target,
+    and all events before it, earlier ones of the window included, are the history: at that moment they are known.
+    Events of the windows are never trained on. A user without an event before the target has no case. Events
+    without a time count as older than all others.
+
+    Args:
+      interactions: All interactions.
+      items: Number of catalogue items.
+      valid_share: Share of the interactions, 0 to 1, between the cuts, as nearly as ties allow.
+      test_share: Share of the interactions, 0 to 1, after the second cut.
+      cold_share: As in `leave_one_out`.
+      seed: As in `leave_one_out`.
+
+    Raises:
+      DataError: No interaction has a time, or no training event or no case is left.
+    """
+    times = interactions.times
+    if not (times != MISSING_TIME).any():
+        raise DataError("data.split: temporal needs timestamps, and no interaction has one; use leave-one-out")
+    ordered = np.sort(times)
+    last = len(ordered) - 1
+    first_cut = ordered[min(round(len(ordered) * (1 - valid_share - test_share)), last)]
+    second_cut = ordered[min(round(len(ordered) * (1 - test_share)), last)]
+    valid, short_valid = _last_inside(interactions, (times >= first_cut) & (times < second_cut))
+    test, short_test = _last_inside(interactions, times >= second_cut)
+    warnings = []
+    if short_valid or short_test:
+        warnings.append(
+            f"{short_valid} validation and {short_test} test users have no interaction before their target and are "
+            "not evaluated"
+        )
+    return _finish(
+        interactions,
+        times < first_cut,
+        valid,
+        test,
+        items=items,
+        cold_share=cold_share,
+        seed=seed,
+        warnings=warnings,
+    )
+
+
+def _last_inside(interactions: Interactions, window: np.ndarray) -> tuple[Cases, int]:
+    """Each user's last event in the window, and how many users had nothing before it."""
+    events = np.flatnonzero(window)
+    users = interactions.users[events]
+    newest = np.append(users[1:] != users[:-1], True)[: len(users)]
+    users, cuts = users[newest], events[newest]
+    known = cuts > interactions.offsets[users]
+    return Cases(users=users[known].astype(np.int32), cuts=cuts[known]), int((~known).sum())
+
+
+def _finish(
+    interactions: Interactions,
+    train: np.ndarray,
+    valid: Cases,
+    test: Cases,
+    *,
+    items: int,
+    cold_share: float,
+    seed: int,
+    warnings: list[str],
+) -> Split:
+    removed = np.zeros(items, bool)
+    removed[np.random.default_rng(seed).permutation(items)[: round(items * cold_share)]] = True
+    train = train & ~removed[interactions.items]
+    for name, count in (
+        ("training", train.sum()),
+        ("validation", len(valid.users)),
+        ("test", len(test.users)),
+    ):
+        if not count:
+            raise DataError(
+                f"the {name} split is empty: {len(interactions.items)} interactions of {len(interactions.user_ids)} "
+                "users do not suffice; lower data.min_interactions or data.cold_share, change data.valid_share and "
+                "data.test_share, or add data"
+            )
+    cold = np.bincount(interactions.items[train], minlength=items) == 0
+    return Split(train=train, valid=valid, test=test, cold=cold, removed=removed, warnings=tuple(warnings))
