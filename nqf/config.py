@@ -378,8 +378,8 @@ class SASRecConfig:
     dropout: float = 0.3
     temperature: float = 0.05
     batch_positions: int = 1_024
-    epochs: int = 40
-    learning_rate: float = 1e-3
+    epochs: int = 20
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     patience: int = 5
 

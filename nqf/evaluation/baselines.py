@@ -24,11 +24,11 @@ _DAMP_CANDIDATE = 0.25
 def known_events(interactions: Interactions, split: Split, cases: Cases) -> np.ndarray:
     """What the baselines may count for these cases, bool [events].
 
-    The training events; and when `cases` are not the validation cases, the validation targets that are not cold: an
+    The training events; and when no validation case is among `cases`, the validation targets that are not cold: an
     item that training never saw stays unseen.
     """
     known = split.train.copy()
-    if not np.array_equal(cases.cuts, split.valid.cuts):
+    if not np.isin(cases.cuts, split.valid.cuts).any():
         cuts = split.valid.cuts
         known[cuts[~split.cold[interactions.items[cuts]]]] = True
     known[cases.cuts] = False
@@ -51,7 +51,7 @@ def recent_popular(interactions: Interactions, split: Split, cases: Cases, *, da
     if (times != MISSING_TIME).any():
         recent = (times != MISSING_TIME) & (times >= times.max() - round(days * _DAY))
     else:
-        user_of = np.repeat(np.arange(len(interactions.user_ids)), np.diff(interactions.offsets))
+        user_of = interactions.users
         ends = np.cumsum(np.bincount(user_of[known], minlength=len(interactions.user_ids)))
         sizes = np.diff(ends, prepend=0)
         place = np.arange(ends[-1] if len(ends) else 0)
@@ -98,8 +98,7 @@ def cooccurrence(interactions: Interactions, split: Split, cases: Cases) -> Scor
     ml-1m, ml-100k and goodbooks together.
     """
     items, events = len(split.cold), np.flatnonzero(known_events(interactions, split, cases))
-    user_of = np.repeat(np.arange(len(interactions.user_ids)), np.diff(interactions.offsets))[events]
-    item_of = interactions.items[events]
+    user_of, item_of = interactions.users[events], interactions.items[events]
     followed = scipy.sparse.csr_matrix((items, items), dtype=np.float32)
     for distance in range(1, _WINDOW + 1):
         same = user_of[distance:] == user_of[:-distance]

@@ -88,6 +88,7 @@ def rank_vectors(
     items = len(item_vectors_IxD)
     targets_N = _checked_targets(targets_N, len(user_vectors_NxD), items)
     _check_vectors(user_vectors_NxD, item_vectors_IxD)
+    batch = _batch_size(len(targets_N), batch)
     greater_N = np.zeros(len(targets_N), np.int64)
     equal_N = np.full(len(targets_N), -1, np.int64)  # The target equals itself.
     target_N = np.zeros(len(targets_N), np.float32)
@@ -154,6 +155,7 @@ def top_k(
         raise ValueError(f"k must be at least 1, got {k}")
     _check_vectors(user_vectors_NxD, item_vectors_IxD)
     users, items = len(user_vectors_NxD), len(item_vectors_IxD)
+    batch = _batch_size(users, batch)
     k, width = min(k, items), _chunk_width(items, batch, chunk)
     scores_NxK = np.full((users, k), -np.inf, np.float32)
     rows_NxK = np.full((users, k), -1, np.int32)
@@ -254,6 +256,11 @@ def _merged(
 def _spans(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def _batch_size(users: int, batch: int) -> int:
+    # A single user does not pay for a whole batch; powers of two keep the number of compiled programs small.
+    return min(batch, 1 << max(0, users - 1).bit_length())
 
 
 def _chunk_width(items: int, batch: int, chunk: int | None) -> int:

@@ -97,3 +97,9 @@ def test_targets_of_the_evaluated_cases_change_no_baseline() -> None:
     for make in makers:
         first, second = (scores_of(make(data, split, split.test), 60) for data in (interactions, other))
         np.testing.assert_array_equal(first, second)
+
+
+def test_a_sample_of_the_validation_cases_counts_no_validation_target() -> None:
+    interactions, split = random_interactions(7)
+    few = type(split.valid)(users=split.valid.users[:3], cuts=split.valid.cuts[:3])
+    np.testing.assert_array_equal(baselines.known_events(interactions, split, few), split.train)
