@@ -1,0 +1,304 @@
+"""From tables to a prepared data folder, and back: `items.parquet, interactions.parquet, split.npz, report.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+
+from nqf.config import DataConfig
+from nqf.data import amazon, recbole, splits, synthetic, unirec
+from nqf.data.catalogue import BAD, Catalogue, canonical, check_item_ids, vector_lengths
+from nqf.data.errors import DataError
+from nqf.data.interactions import Interactions, from_frame, load_interactions
+from nqf.data.readers import Columns, read_table
+from nqf.data.schema import Field, Schema, load_schema, schema_to_tree
+
+_INTERACTION_COLUMNS = {"user_id": None, "item_id": None, "timestamp": None, "rating": None, "review": None}
+_OPTIONAL = ("timestamp", "rating", "review")
+# Rows that a reader of the canonical file decodes at least.
+_ROW_GROUP = 16_384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Prepared data.
+
+    Attributes:
+      catalogue: The items.
+      interactions: Interactions with items of the catalogue.
+      split: Training events, validation and test cases.
+      report: What was read, dropped and warned about (JSON-able).
+    """
+
+    catalogue: Catalogue
+    interactions: Interactions
+    split: splits.Split
+    report: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tables:
+    """Source tables, not yet read.
+
+    Attributes:
+      items: Column item_id and the columns of the schema.
+      interactions: The interaction columns.
+      schema: All fields, those known only after the fact included.
+      folder: Where relative image paths start.
+      items_path: Named in errors.
+      interactions_path: Named in errors.
+    """
+
+    items: pl.LazyFrame
+    interactions: pl.LazyFrame
+    schema: Schema
+    folder: Path
+    items_path: Path
+    interactions_path: Path
+
+
+def prepare(config: DataConfig, directory: Path) -> Dataset:
+    """Reads, checks and splits the tables of a configuration and writes them in canonical form.
+
+    Args:
+      config: Sources and options.
+      directory: Folder to write; what it held is replaced, once everything has been written.
+
+    Raises:
+      DataError: Tables, schema or options that cannot be used.
+    """
+    directory = Path(directory).resolve()
+    building = directory.with_name(f".{directory.name}-preparing")
+    shutil.rmtree(building, ignore_errors=True)
+    scratch, target = building / "scratch", building / "data"
+    scratch.mkdir(parents=True)
+    target.mkdir()
+    try:
+        _write(config, target, scratch, directory)
+        if directory.exists():
+            os.replace(directory, building / "replaced")
+        os.replace(target, directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return open_dataset(directory)
+
+
+def open_dataset(directory: Path) -> Dataset:
+    """Opens what `prepare` wrote.
+
+    Raises:
+      DataError: A file is missing, or the files do not belong together.
+    """
+    directory = Path(directory)
+    for name in ("items.parquet", "interactions.parquet", "split.npz", "schema.yaml", "report.json"):
+        if not (directory / name).is_file():
+            raise DataError(f"{directory / name}: no such file; run python -m nqf.train --stage fields first")
+    dataset = Dataset(
+        catalogue=Catalogue(directory / "items.parquet", load_schema(directory / "schema.yaml")),
+        interactions=load_interactions(directory / "interactions.parquet"),
+        split=splits.load_split(directory / "split.npz"),
+        report=json.loads((directory / "report.json").read_text(encoding="utf-8")),
+    )
+    sizes = (len(dataset.split.cold), len(dataset.split.train))
+    if sizes != (len(dataset.catalogue), len(dataset.interactions.items)):
+        raise DataError(f"{directory}: split.npz is of other tables; run python -m nqf.train --stage fields again")
+    return dataset
+
+
+def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None:
+    tables = _open_tables(config, target, scratch, final)
+    left_out = [field.name for field in tables.schema.fields if field.after_the_fact and not config.use_after_the_fact]
+    fields = tuple(field for field in tables.schema.fields if field.name not in left_out)
+    if not fields:
+        raise DataError("no field is left: all are marked after_the_fact; see data.use_after_the_fact")
+    title = tables.schema.title if tables.schema.title not in left_out else None
+    schema = Schema(fields=fields, title=title)
+    item_ids, item_report = _write_items(tables, schema, config, target, scratch)
+    interactions, event_report = _read_interactions(tables, item_ids, config)
+    options = {"items": len(item_ids), "cold_share": config.cold_share, "seed": config.seed}
+    if config.split == "temporal":
+        options |= {"valid_share": config.valid_share, "test_share": config.test_share}
+        split = splits.temporal(interactions, **options)
+    else:
+        split = splits.leave_one_out(interactions, **options)
+    tied = interactions.tied_share
+    warnings = [*item_report.pop("warnings"), *event_report.pop("warnings")]
+    if tied > 0.01:
+        warnings.append(f"{tied:.0%} of consecutive interactions share their time; those keep the order of the source")
+    split = dataclasses.replace(split, warnings=(*warnings, *split.warnings))
+    report = {
+        "format": config.format,
+        "items": item_report,
+        "interactions": event_report,
+        "tied_share": tied,
+        "fields_left_out": left_out,
+        "training_interactions": int(split.train.sum()),
+        "validation_cases": len(split.valid.users),
+        "test_cases": len(split.test.users),
+        "cold_items": int(split.cold.sum()),
+        "warnings": list(split.warnings),
+    }
+    interactions.save(target / "interactions.parquet")
+    split.save(target / "split.npz")
+    (target / "schema.yaml").write_text(yaml.safe_dump(schema_to_tree(schema), sort_keys=False), encoding="utf-8")
+    (target / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -> _Tables:
+    if config.format == "synthetic":
+        source = target / "source"
+        source.mkdir()
+        synthetic.generate(config.synthetic, config.seed, source)
+        items, interactions, schema_path = (
+            source / name for name in ("items.parquet", "interactions.parquet", "schema.yaml")
+        )
+        # The folder is renamed when it is complete.
+        folder = final / "source"
+    else:
+        for key in ("items", "interactions", "schema"):
+            if not getattr(config, key):
+                raise DataError(f"data.{key}: format '{config.format}' needs this path")
+        items, interactions, schema_path = Path(config.items), Path(config.interactions), Path(config.schema)
+        folder = items.parent
+    schema = load_schema(schema_path)
+    columns: Columns = {"item_id": None} | {column: field for field in schema.fields for column in field.columns}
+    events: Columns = _INTERACTION_COLUMNS
+    if config.format == "recbole":
+        item_table = recbole.read_atomic(items, scratch, columns)
+        event_table = recbole.read_atomic(interactions, scratch, events, _OPTIONAL)
+    elif config.format == "amazon-2023":
+        item_table = amazon.read_items(items, scratch, columns)
+        event_table = amazon.read_reviews(interactions, scratch, events)
+    elif config.format == "unirec":
+        item_table = unirec.read_items(items, scratch, columns)
+        event_table = unirec.read_interactions(interactions, scratch, events)
+    else:
+        # Files of one name in two folders must not meet in the scratch folder.
+        (scratch / "items").mkdir()
+        item_table = read_table(items, scratch / "items", columns)
+        event_table = read_table(interactions, scratch, events, _OPTIONAL)
+    return _Tables(
+        items=item_table,
+        interactions=event_table,
+        schema=schema,
+        folder=folder,
+        items_path=items,
+        interactions_path=interactions,
+    )
+
+
+def _write_items(
+    tables: _Tables, schema: Schema, config: DataConfig, target: Path, scratch: Path
+) -> tuple[pl.Series, dict[str, Any]]:
+    path, draft = tables.items_path, scratch / "canonical-items.parquet"
+    try:
+        canonical(tables.items, schema, tables.folder).sink_parquet(draft, row_group_size=_ROW_GROUP)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: could not be read: {error}") from error
+    table = pl.scan_parquet(draft)
+    item_ids = table.select("item_id").collect()["item_id"]
+    if not len(item_ids):
+        raise DataError(f"{path}: there is no item in it")
+    check_item_ids(item_ids, str(path))
+    for name, lengths in vector_lengths(table, schema).items():
+        if len(lengths) > 1:
+            raise DataError(
+                f"{path}: vectors of '{name}' have different lengths, such as {lengths[0]} and {lengths[-1]}"
+            )
+    names = [field.name for field in schema.fields]
+    bad = table.select(pl.col(BAD + name).sum().alias(name) for name in names).collect().row(0, named=True)
+    missing = table.select(pl.col(name).null_count() for name in names).collect().row(0, named=True)
+    bad = {name: int(count) for name, count in bad.items() if count}
+    if bad and config.bad_values == "refuse":
+        field = next(field for field in schema.fields if field.name in bad)
+        raise DataError(_bad_item(tables, field, table, bad[field.name]))
+    warnings = [
+        f"{path}: {count} values of '{name}' could not be read and count as missing" for name, count in bad.items()
+    ]
+    warnings += [
+        f"{path}: no item has a value of '{name}'; remove it from the schema or mend its column"
+        for name in names
+        if missing[name] == len(item_ids)
+    ]
+    table.drop(BAD + name for name in names).sink_parquet(target / "items.parquet", row_group_size=_ROW_GROUP)
+    return item_ids, {"count": len(item_ids), "missing": missing, "bad_values": bad, "warnings": warnings}
+
+
+def _bad_item(tables: _Tables, field: Field, table: pl.LazyFrame, count: int) -> str:
+    marked = table.select("item_id", BAD + field.name).with_row_index().filter(pl.col(BAD + field.name))
+    row, item_id, _ = marked.head(1).collect().row(0)
+    values = tables.items.select(field.columns).slice(row, 1).collect().row(0)
+    return (
+        f"{tables.items_path}: row {row + 1} (item_id '{item_id}'): {field.name} is not a {field.modality}: "
+        f"{', '.join(map(repr, values))}; there are {count} such rows; mend them or set data.bad_values: missing"
+    )
+
+
+def _read_interactions(tables: _Tables, item_ids: pl.Series, config: DataConfig) -> tuple[Interactions, dict[str, Any]]:
+    path, table = tables.interactions_path, tables.interactions
+    # The events are the items of a small catalogue: the same reading of strings and numbers, the same marks.
+    schema = Schema(
+        fields=(
+            Field(name="user_id", modality="text", columns=("user_id",)),
+            Field(name="timestamp", modality="time", columns=("timestamp",)),
+            Field(name="rating", modality="number", columns=("rating",)),
+            Field(name="review", modality="text", columns=("review",)),
+        )
+    )
+    try:
+        frame = canonical(table, schema, tables.folder).collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: could not be read: {error}") from error
+    for name in ("user_id", "item_id"):
+        rows = frame[name].is_null().arg_true()
+        if len(rows):
+            raise DataError(f"{path}: row {rows[0] + 1} has no {name} ({len(rows)} such rows); remove them")
+    report: dict[str, Any] = {"read": len(frame), "warnings": []}
+    bad = {name: int(frame[BAD + name].sum()) for name in ("timestamp", "rating")}
+    report["bad_values"] = {name: count for name, count in bad.items() if count}
+    for name, count in report["bad_values"].items():
+        row = frame[BAD + name].arg_true()[0]
+        value = table.select(name).slice(row, 1).collect().item()
+        if config.bad_values == "refuse":
+            raise DataError(
+                f"{path}: row {row + 1} (user_id '{frame['user_id'][row]}'): {name} cannot be read: {value!r}; there "
+                f"are {count} such rows; mend them or set data.bad_values: missing"
+            )
+        report["warnings"].append(f"{path}: {count} values of '{name}' could not be read, such as {value!r}")
+    rows = pl.DataFrame({"item_id": item_ids, "item": pl.arange(len(item_ids), eager=True, dtype=pl.Int32)})
+    frame = frame.join(rows, on="item_id", how="left", maintain_order="left")
+    unknown = frame["item"].is_null()
+    report["unknown_items"] = int(unknown.sum())
+    if report["unknown_items"]:
+        first = frame["item_id"].filter(unknown)[0]
+        message = (
+            f"{path}: {report['unknown_items']} interactions are with items that {tables.items_path} lacks, such as "
+            f"'{first}'"
+        )
+        if config.unknown_items == "refuse":
+            raise DataError(f"{message}; add the items or set data.unknown_items: drop")
+        report["warnings"].append(f"{message}; they are left out")
+        frame = frame.filter(~unknown)
+    lengths = pl.len().over("user_id")
+    short = frame.filter(lengths < config.min_interactions)
+    report["short_users"] = short["user_id"].n_unique()
+    report["short_user_interactions"] = len(short)
+    if len(short):
+        report["warnings"].append(
+            f"{report['short_users']} users with fewer than {config.min_interactions} interactions are left out"
+        )
+        frame = frame.filter(lengths >= config.min_interactions)
+    if not len(frame):
+        raise DataError(
+            f"{path}: no interaction is left of {report['read']}: {report['unknown_items']} are with unknown items, "
+            f"{report['short_user_interactions']} of users with fewer than data.min_interactions"
+        )
+    interactions = from_frame(frame)
+    return interactions, report | {"count": len(frame), "users": len(interactions.user_ids)}

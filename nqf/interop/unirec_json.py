@@ -1,0 +1,44 @@
+"""The reference's candidate embedding JSON: `{item id: [floats]}`.
+
+Its item dictionaries and samples are tables, which `data.format: unirec` reads (`nqf.data.unirec`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from nqf.data.errors import DataError
+from nqf.data.unirec import read_json
+
+
+def read_candidate_embeddings(path: str | Path) -> tuple[list[str], np.ndarray]:
+    """Reads candidate embeddings.
+
+    Args:
+      path: The JSON file; it is read whole.
+
+    Returns:
+      The item ids, and their vectors as float32 [items, width].
+
+    Raises:
+      DataError: Not such a file; a vector that is empty, of another width, or not of finite numbers. Names the item.
+    """
+    path = Path(path)
+    tree = read_json(path, dict)
+    vectors: list[np.ndarray] = []
+    for item_id, values in tree.items():
+        try:
+            vector = np.asarray(values, np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: item '{item_id}': not a list of numbers: {error}") from error
+        width = len(vectors[0]) if vectors else vector.size
+        if vector.shape != (width,) or not width:
+            raise DataError(f"{path}: item '{item_id}': expected {width or 'some'} numbers, found {vector.shape}")
+        if not np.isfinite(vector).all():
+            raise DataError(f"{path}: item '{item_id}': not all numbers are finite")
+        vectors.append(vector)
+    if not vectors:
+        raise DataError(f"{path}: there is no embedding in it")
+    return list(tree), np.stack(vectors)
