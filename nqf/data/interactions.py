@@ -21,7 +21,7 @@ class Interactions:
     """All interactions of all users.
 
     Users stand in the order of their first interaction in the source. Within a user, interactions are ordered by
-    time, then as in the source; those without a time come first.
+    time, then as in the source; one without a time stays behind the one that it follows in the source.
 
     Attributes:
       user_ids: User id of every user row.
@@ -98,8 +98,9 @@ def from_frame(frame: pl.DataFrame) -> Interactions:
     users = frame["user_id"].unique(maintain_order=True)
     numbered = frame.with_columns(
         pl.col("user_id").replace_strict(users, np.arange(len(users)), return_dtype=pl.Int64).alias("_user"),
+        pl.col("timestamp").forward_fill().over("user_id").fill_null(MISSING_TIME).alias("_key"),
         pl.col("timestamp").fill_null(MISSING_TIME),
-    ).sort("_user", "timestamp", maintain_order=True)
+    ).sort("_user", "_key", maintain_order=True)
     counts = np.bincount(numbered["_user"].to_numpy(), minlength=len(users))
     reviews = None
     if "review" in frame.columns and frame["review"].null_count() < len(frame):

@@ -125,7 +125,6 @@ def _sample(path: Path, number: int, entry: Any) -> Sample:
 def _append(known: list[str], new: list[str]) -> None:
     """Appends what goes beyond the longest overlap of the end of one sequence with the start of the other."""
     for size in range(min(len(known), len(new)), 0, -1):
-        # A sample may also lie inside what is known.
         if known[-size:] == new[:size]:
             known += new[size:]
             return

@@ -38,8 +38,12 @@ def test_order_is_time_then_source(events: list[tuple]) -> None:
     interactions = from_frame(frame_of(events))
     assert interactions.user_ids == list(dict.fromkeys(user for user, *_ in events))
     for user in interactions.user_ids:
-        mine = [(item, MISSING_TIME if time is None else time) for name, item, time, _ in events if name == user]
-        assert events_of(interactions, user) == sorted(mine, key=lambda event: event[1])
+        mine, latest = [], MISSING_TIME
+        for name, item, time, _ in events:
+            if name == user:
+                latest = latest if time is None else time
+                mine.append((latest, item, MISSING_TIME if time is None else time))
+        assert events_of(interactions, user) == [event[1:] for event in sorted(mine, key=lambda event: event[0])]
 
 
 @given(EVENTS)

@@ -89,6 +89,18 @@ def test_warnings_say_what_leaks_and_who_is_left_out() -> None:
     assert "leaks" not in " ".join(leave_one_out(untimed, items=ITEMS).warnings)
 
 
+def test_an_event_without_a_time_is_split_with_the_one_before_it() -> None:
+    times = [1, 2, None, 30, None, 40, None]
+    rows = [("a", item, time, None) for item, time in enumerate(times)] + [("b", 9, 3, None), ("b", 8, 31, None)]
+    rows += [("b", 7, 41, None)]
+    schema = {"user_id": pl.String, "item": pl.Int32, "timestamp": pl.Int64, "rating": pl.Float32}
+    interactions = from_frame(pl.DataFrame(rows, orient="row", schema=schema))
+    split = temporal(interactions, items=ITEMS, valid_share=0.3, test_share=0.3)
+    assert split.train.tolist() == [True, True, True, False, False, False, False, True, False, False]
+    assert split.valid.cuts.tolist() == [4, 8]
+    assert split.test.cuts.tolist() == [6, 9]
+
+
 def test_empty_splits_are_refused() -> None:
     with pytest.raises(DataError, match="training split is empty"):
         leave_one_out(random_interactions(0), items=ITEMS, cold_share=1.0)
