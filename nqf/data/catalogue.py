@@ -121,7 +121,9 @@ def vector_lengths(table: pl.LazyFrame, schema: Schema) -> dict[str, list[int]]:
     """The different lengths of the values of every vector field, ascending."""
     names = [field.name for field in schema.fields if field.modality == "vector"]
     return {
-        name: sorted(table.select(pl.col(name).list.len().drop_nulls().unique()).collect()[name].to_list())
+        name: sorted(
+            table.select(pl.col(name).list.len().drop_nulls().unique()).collect(engine="streaming")[name].to_list()
+        )
         for name in names
     }
 

@@ -213,9 +213,11 @@ def _write_items(
                 f"{path}: vectors of '{name}' have different lengths, such as {lengths[0]} and {lengths[-1]}"
             )
     names = [field.name for field in schema.fields]
-    bad = table.select(pl.col(BAD + name).sum().alias(name) for name in names).collect().row(0, named=True)
-    missing = table.select(pl.col(name).null_count() for name in names).collect().row(0, named=True)
-    bad = {name: int(count) for name, count in bad.items() if count}
+    counts = table.select(
+        *(pl.col(BAD + name).sum() for name in names), *(pl.col(name).null_count() for name in names)
+    ).collect(engine="streaming")
+    missing = {name: int(counts[name].item()) for name in names}
+    bad = {name: int(counts[BAD + name].item()) for name in names if counts[BAD + name].item()}
     if bad and config.bad_values == "refuse":
         field = next(field for field in schema.fields if field.name in bad)
         raise DataError(_bad_item(tables, field, table, bad[field.name]))
