@@ -24,8 +24,8 @@ from nqf.models.qwen3 import Qwen3, Qwen3Config
 from nqf.ops.pooling import last_token_pool, mean_pool
 
 Pooling = Literal["last", "mean"]
-# Most bytes of a tensor that are read at a time, beside the array that they go to.
-_BLOCK = 1 << 25
+# Bytes of a tensor that are read at a time: few enough to be transposed within a core's cache.
+_BLOCK = 1 << 17
 # Size of a shard: the default of transformers' save_pretrained was 5 GB for years.
 _SHARD = 5 * 10**9
 _LISTED = 40
@@ -57,11 +57,12 @@ class TensorFile:
         """Yields slices of the first axis and what they hold, a bounded number of bytes at a time."""
         row = math.prod(self.shape[1:])
         rows = max(_BLOCK // (row * self.dtype.itemsize), 1)
-        for first in range(0, self.shape[0], rows):
-            part = slice(first, min(first + rows, self.shape[0]))
-            count = (part.stop - first) * row
-            block = np.fromfile(self.path, self.dtype, count, offset=self.start + first * row * self.dtype.itemsize)
-            yield part, block.reshape(-1, *self.shape[1:])
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            for first in range(0, self.shape[0], rows):
+                part = slice(first, min(first + rows, self.shape[0]))
+                block = np.fromfile(file, self.dtype, (part.stop - first) * row)
+                yield part, block.reshape(-1, *self.shape[1:])
 
 
 def list_tensors(paths: Sequence[Path]) -> dict[str, TensorFile]:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from tiny_qwen3 import SIZES, random_model, save  # noqa: E402
 from transformers.models.qwen3 import modeling_qwen3  # noqa: E402
 
+from nqf.interop.encoders import load_text_embedder  # noqa: E402
 from nqf.interop.huggingface import (  # noqa: E402
     check_embedding,
     export_merged,
@@ -397,6 +398,22 @@ def test_merged_export_loads_with_transformers(embedder: Path, tmp_path: Path) -
     pooling = json.loads((tmp_path / modules[1]["path"] / "config.json").read_text())
     assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_lasttoken", "include_prompt"]
     assert theirs.config.eos_token_id == tokenizer.eos_id == their_tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("instruction", ["", "Find what fits"])
+def test_text_embedder_equals_the_transformers_loop(embedder: Path, instruction: str) -> None:
+    found = load_text_embedder(embedder, dtype=jnp.float32, instruction=instruction).embed(TEXTS)
+    theirs = transformers.AutoModel.from_pretrained(embedder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedder)
+    prompt = f"Instruct: {instruction}\nQuery:" if instruction else ""
+    for text, vector in zip(TEXTS, found, strict=True):
+        ids = tokenizer(prompt + text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            last = theirs(input_ids=ids).last_hidden_state[0, -1]
+        np.testing.assert_allclose(vector, torch.nn.functional.normalize(last, dim=0).numpy(), atol=1e-4)
+    short = load_text_embedder(embedder, dtype=jnp.float32, instruction=instruction, dimensions=8).embed(TEXTS)
+    expected = found[:, :8] / np.linalg.norm(found[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, atol=1e-5)
 
 
 def test_golden_vectors_notice_another_model(embedder: Path, tmp_path: Path) -> None:

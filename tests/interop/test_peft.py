@@ -171,18 +171,31 @@ def test_export_with_golden_vectors(tmp_path: Path) -> None:
     np.testing.assert_allclose(torch.nn.functional.normalize(last, dim=-1).numpy(), golden["vectors"], atol=1e-4)
 
 
-def test_injected_prompt_in_golden_file(ours: Any, tmp_path: Path) -> None:
+def test_injected_prompt_in_golden_file(ours: Any, theirs: Any, tmp_path: Path) -> None:
     model, params, lora = ours
     tokenizer = train_byte_bpe(["abc"], 270)
     embeds = np.random.default_rng(2).normal(size=(2, 5, SIZES["hidden_size"])).astype(np.float32)
+    # Two branches, 2-3 and 4, over the trunk 0-1, as the joint stage's prompt.
+    tree = np.tril(np.ones((5, 5), bool))
+    tree[4, 2:4] = False
     inputs = {
         "inputs_embeds": embeds,
         "attention_mask": np.ones((2, 5), np.int32),
-        "position_ids": np.broadcast_to(np.arange(5, dtype=np.int32), (2, 5)),
-        "mask": np.broadcast_to(np.tril(np.ones((5, 5), bool)), (2, 1, 5, 5)),
+        "position_ids": np.broadcast_to(np.array([0, 1, 2, 3, 2], np.int32), (2, 5)),
+        "mask": np.broadcast_to(tree, (2, 1, 5, 5)),
     }
     export_adapter(tmp_path, model, {"params": params, "lora": lora}, tokenizer, golden=inputs, base="base")
     assert golden_difference(tmp_path, model, {"params": params, "lora": lora}) < 1e-6
+    # peft, from what the file holds.
+    golden = load_file(tmp_path / "golden.safetensors")
+    with torch.no_grad():
+        hidden = theirs.base_model.model(
+            inputs_embeds=torch.tensor(golden["inputs_embeds"]),
+            attention_mask=torch.tensor(golden["mask"]).bool(),
+            position_ids=torch.tensor(golden["position_ids"]).long(),
+        ).last_hidden_state
+    vectors = torch.nn.functional.normalize(hidden[:, -1], dim=-1).numpy()
+    np.testing.assert_allclose(vectors, golden["vectors"], atol=1e-4)
     zero = jax.tree.map(jnp.zeros_like, lora)
     assert golden_difference(tmp_path, model, {"params": params, "lora": zero}) > 0.01
 

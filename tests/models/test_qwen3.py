@@ -28,7 +28,7 @@ IDS = np.random.default_rng(0).integers(0, 61, (2, 6))
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    params = Qwen3(SMALL).init(jax.random.key(0), IDS)["params"]
+    params = jax.jit(lambda key: Qwen3(SMALL).init(key, IDS))(jax.random.key(0))["params"]
     # At the start's 0.02 a tiny model barely mixes tokens; larger weights make every test below see more.
     return jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 2 else leaf, params)
 
@@ -89,7 +89,7 @@ class TestSizes:
 
 def test_start() -> None:
     model = Qwen3(dataclasses.replace(SMALL, hidden_size=128, tie_word_embeddings=False))
-    params = model.init(jax.random.key(1), IDS, method="init_all")["params"]
+    params = jax.jit(lambda key: model.init(key, IDS, method="init_all"))(jax.random.key(1))["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key == "scale":
             np.testing.assert_array_equal(leaf, 1.0)
