@@ -186,12 +186,12 @@ def test_injected_prompt_in_golden_file(ours: Any, theirs: Any, tmp_path: Path) 
     }
     export_adapter(tmp_path, model, {"params": params, "lora": lora}, tokenizer, golden=inputs, base="base")
     assert golden_difference(tmp_path, model, {"params": params, "lora": lora}) < 1e-6
-    # peft, from what the file holds.
+    # peft, from what the file holds; transformers' eager attention adds the mask to its logits.
     golden = load_file(tmp_path / "golden.safetensors")
     with torch.no_grad():
         hidden = theirs.base_model.model(
             inputs_embeds=torch.tensor(golden["inputs_embeds"]),
-            attention_mask=torch.tensor(golden["mask"]).bool(),
+            attention_mask=torch.tensor(np.where(golden["mask"], 0.0, -np.inf).astype(np.float32)),
             position_ids=torch.tensor(golden["position_ids"]).long(),
         ).last_hidden_state
     vectors = torch.nn.functional.normalize(hidden[:, -1], dim=-1).numpy()
