@@ -8,36 +8,32 @@ DEPARTMENTS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
         "Baking": (("Bundt Tin", "Rolling Pin", "Proofing Basket", "Dough Scraper", "Pie Dish"), "weekend loaves"),
         "Cutlery": (("Chef Knife", "Paring Knife", "Whetstone", "Steak Set", "Carving Fork"), "clean, even cuts"),
         "Cookware": (("Skillet", "Dutch Oven", "Saucepan", "Wok", "Stockpot"), "one-pot suppers"),
-    },
-    "Dining": {
         "Pantry": (("Preserving Jar", "Spice Rack", "Bread Bin", "Oil Cruet", "Flour Canister"), "a tidy larder"),
-        "Table Linen": (("Napkin Set", "Tea Towel", "Placemat", "Tablecloth", "Apron"), "long family lunches"),
         "Glassware": (("Tumbler", "Carafe", "Champagne Coupe", "Decanter", "Water Goblet"), "festive toasts"),
-        "Candles": (("Candlestick", "Tea Light Holder", "Pillar", "Wick Trimmer", "Snuffer"), "dinners after dark"),
     },
     "Outdoors": {
         "Camping": (("Lantern", "Sleeping Pad", "Mess Kit", "Tarp", "Fire Striker"), "nights under canvas"),
         "Climbing": (("Chalk Bag", "Harness", "Quickdraw", "Belay Glove", "Rope Bucket"), "granite and limestone"),
         "Fishing": (("Fly Reel", "Landing Net", "Tackle Box", "Float Set", "Creel"), "quiet river banks"),
         "Gardening": (("Trowel", "Watering Can", "Seed Dibber", "Secateurs", "Kneeling Mat"), "spring borders"),
-    },
-    "Active": {
         "Cycling": (("Pannier", "Handlebar Bell", "Tire Pump", "Saddle", "Bottle Cage"), "miles of back road"),
         "Running": (("Hip Belt", "Headband", "Reflective Vest", "Soft Flask", "Gaiters"), "early tempo sessions"),
-        "Swimming": (("Goggles", "Pull Buoy", "Swim Cap", "Kickboard", "Nose Clip"), "laps before breakfast"),
-        "Travel": (("Packing Cube", "Luggage Tag", "Neck Pillow", "Passport Wallet", "Wash Bag"), "trains and ferries"),
     },
     "Studio": {
         "Painting": (("Sable Brush", "Palette", "Easel", "Gouache Set", "Canvas Panel"), "oils and watercolor"),
         "Photography": (("Lens Pouch", "Tripod", "Camera Strap", "Light Meter", "Film Case"), "golden-hour frames"),
         "Sewing": (("Thread Box", "Pin Cushion", "Fabric Shears", "Thimble", "Bobbin Case"), "hems and quilts"),
         "Pottery": (("Loop Tool", "Banding Wheel", "Glaze Pot", "Clay Cutter", "Rib Set"), "wheel-thrown bowls"),
+        "Guitar": (("Capo", "Plectrum Tin", "Guitar Stand", "String Winder", "Tremolo Pedal"), "fingerstyle and blues"),
+        "Calligraphy": (("Dip Pen", "Ink Bottle", "Nib Holder", "Blotter", "Guard Sheet"), "letters by hand"),
     },
     "Home": {
         "Lighting": (("Desk Lamp", "Pendant Shade", "Wall Sconce", "Night Light", "Floor Lamp"), "warm evenings"),
         "Rugs": (("Hall Runner", "Floor Rug", "Door Mat", "Bath Mat", "Hearth Rug"), "soft steps"),
         "Clocks": (("Wall Clock", "Alarm Clock", "Mantel Clock", "Metronome", "Barometer"), "keeping good time"),
         "Shelving": (("Wall Shelf", "Book End", "Plant Stand", "Magazine Rack", "Coat Hook"), "small apartments"),
+        "Candles": (("Candlestick", "Tea Light Holder", "Pillar", "Wick Trimmer", "Snuffer"), "dinners after dark"),
+        "Table Linen": (("Napkin Set", "Tea Towel", "Placemat", "Tablecloth", "Apron"), "long family lunches"),
     },
 }
 """Department to topic to its nouns and what they are good for."""

@@ -2,7 +2,7 @@
 
 Every item has a topic, a style and a tier, and shows them in its fields. Every user keeps to one style and one tier
 and moves from topic to topic by a fixed rule: the topic of the last item decides where to, and the department of
-the item before it decides which of six ways. So the next item takes the order of the last two items (sequence)
+the item before it decides which of four ways. So the next item takes the order of the last two items (sequence)
 and what the items are (content): the topics that follow each other share no nouns, popularity is nearly flat, and
 a pair of items recurs too seldom for counts to tell much.
 """
@@ -145,22 +145,19 @@ def _check(config: SyntheticConfig) -> None:
 
 
 def _draw_rule(rng: np.random.Generator) -> np.ndarray:
-    """The rule, int64 [departments, topics], of 100 random ones under which the last topic alone says least."""
+    """The rule, int64 [departments, topics], of 1000 random ones under which the last topic alone says least."""
     size = len(TOPICS)
-    rules = [np.stack([_derangement(rng, size) for _ in DEPARTMENTS]) for _ in range(100)]
-    last = np.arange(size)
+    rules = [np.stack([_derangement(rng, size) for _ in DEPARTMENTS]) for _ in range(1000)]
 
     def share_guessed(rule: np.ndarray) -> float:
         """How often the next topic is the most frequent one after the last topic, over twenty steps."""
-        following = rule[DEPARTMENT_OF]
+        # Entry [before, last] moves to [last, rule's topic], or to [last, last] if it stays with the topic.
+        following = np.arange(size) * size + rule[DEPARTMENT_OF]
         pairs = np.full((size, size), 1 / size**2)
         counts = np.zeros((size, size))
         for _ in range(20):
-            moved = np.zeros((size, size))
-            # Entry [before, last] moves to [last, following], or stays with the last topic.
-            np.add.at(moved, (np.broadcast_to(last, (size, size)), following), TOPIC_KEPT * pairs)
-            moved[last, last] += (1 - TOPIC_KEPT) * pairs.sum(axis=0)
-            pairs = moved
+            moved = np.bincount(following.ravel(), weights=TOPIC_KEPT * pairs.ravel(), minlength=size**2)
+            pairs = moved.reshape(size, size) + np.diag((1 - TOPIC_KEPT) * pairs.sum(axis=0))
             counts += pairs
         return counts.max(axis=1).sum() / counts.sum()
 
@@ -245,9 +242,9 @@ def _draw_images(world: World, there: pl.Series, rng: np.random.Generator, direc
             names.append(None)
             continue
         pixels = np.asarray(colors[world.styles[row]]) + rng.normal(0, 12, 3) + noise
-        top = 4 * DEPARTMENT_OF[world.topics[row]]
+        top = 2 + 5 * DEPARTMENT_OF[world.topics[row]]
         for bar in range(world.tiers[row] + 1):
-            pixels[top : top + 3, 3 + 7 * bar : 7 + 7 * bar] += 90
+            pixels[top : top + 4, 3 + 7 * bar : 7 + 7 * bar] += 90
         names.append(f"images/{row:05d}.png")
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(directory / names[-1])
     return pl.Series("image", names, dtype=pl.String)
