@@ -1,0 +1,1 @@
+"""Tables: schema, readers, canonical items and interactions, splits, and the built-in catalogue."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nqf.data.catalogue import BAD, Catalogue, canonical, canonical_items
@@ -48,6 +48,7 @@ def test_numbers() -> None:
     assert read(pl.Series([1, None]), "number")[0] == [1.0, None]
 
 
+@settings(deadline=None)
 @given(st.datetimes(datetime.datetime(1973, 6, 1), datetime.datetime(2200, 1, 1)))
 def test_every_spelling_of_a_time_is_the_same_second(moment: datetime.datetime) -> None:
     seconds = int(moment.replace(microsecond=0, tzinfo=datetime.UTC).timestamp())

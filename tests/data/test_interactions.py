@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nqf.data.errors import DataError
@@ -33,6 +33,7 @@ def events_of(interactions: Interactions, user: str) -> list[tuple[int, int]]:
     return list(zip(interactions.items[span].tolist(), interactions.times[span].tolist(), strict=True))
 
 
+@settings(deadline=None)
 @given(EVENTS)
 def test_order_is_time_then_source(events: list[tuple]) -> None:
     interactions = from_frame(frame_of(events))
@@ -46,6 +47,7 @@ def test_order_is_time_then_source(events: list[tuple]) -> None:
         assert events_of(interactions, user) == [event[1:] for event in sorted(mine, key=lambda event: event[0])]
 
 
+@settings(deadline=None)
 @given(EVENTS)
 def test_tied_share_counts_pairs(events: list[tuple]) -> None:
     interactions = from_frame(frame_of(events))

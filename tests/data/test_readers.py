@@ -86,7 +86,7 @@ def test_lists_stay_lists(ending: str, tmp_path: Path) -> None:
 TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=12)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @given(st.lists(st.tuples(TEXTS, st.none() | st.integers(-(10**12), 10**12)), min_size=1, max_size=6))
 def test_csv_and_jsonl_read_back_what_was_written(tmp_path: Path, pairs: list[tuple]) -> None:
     schema = schema_from_tree({"fields": {"name": "text", "price": "number"}})
@@ -220,6 +220,7 @@ def test_reference_item_dictionaries(tmp_path: Path) -> None:
         }
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_overlapping_samples_give_the_sequence_back(data: st.DataObject) -> None:
     sequence = [f"i{n}" for n in data.draw(st.permutations(range(data.draw(st.integers(4, 15)))))]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nqf.data.errors import DataError
@@ -26,6 +26,7 @@ def random_interactions(seed: int, *, users: int = 15, longest: int = 9, timed: 
     return from_frame(pl.DataFrame(rows, orient="row", schema=schema))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000))
 def test_leave_one_out(seed: int) -> None:
     interactions = random_interactions(seed)
@@ -42,6 +43,7 @@ def test_leave_one_out(seed: int) -> None:
     assert set(np.flatnonzero(~split.cold)) == set(interactions.items[split.train])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(0.05, 0.3), st.floats(0.05, 0.3))
 def test_temporal_never_looks_ahead(seed: int, valid_share: float, test_share: float) -> None:
     interactions = random_interactions(seed)
