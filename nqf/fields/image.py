@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,7 +46,7 @@ class ImageEncoder(LightEncoder):
         settings = cls.settings(field, config)
         mean, components = np.zeros(SIDE * SIDE * 3, np.float32), np.zeros((SIDE * SIDE * 3, 1), np.float32)
         scale, pending, pca = 1.0, np.zeros((0, SIDE * SIDE * 3), np.float32), None
-        for paths in _batches(chunk for chunk in values()):
+        for paths in _batches(values()):
             pixels, ok = thumbnails(paths)
             pending = np.concatenate([pending, pixels[ok]])
             # A batch must have as many rows as there are components, so the last one waits for company.
@@ -54,7 +54,8 @@ class ImageEncoder(LightEncoder):
                 pca = pca or IncrementalPCA(config.image_width)
                 pca.partial_fit(pending[: len(pending) // 2])
                 pending = pending[len(pending) // 2 :]
-        if len(pending):
+        # A single picture has no components: its vector is zero, as are those of pictures that are all alike.
+        if len(pending) > 1:
             pca = pca or IncrementalPCA(min(config.image_width, *pending.shape))
             pca.partial_fit(pending)
             mean, components = pca.mean_.astype(np.float32), pca.components_.T.astype(np.float32)
@@ -99,7 +100,7 @@ def _thumbnail(path: str) -> np.ndarray | None:
     return np.asarray(small, np.float32).ravel() / 255
 
 
-def _batches(chunks):
+def _batches(chunks: Iterable[pl.Series]) -> Iterator[list[str]]:
     for chunk in chunks:
         for start in range(0, len(chunk), BATCH):
             yield chunk[start : start + BATCH].to_list()

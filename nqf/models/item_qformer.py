@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from nqf.models.qformer import QFormer
 
 from nqf.config import QFormerConfig
+from nqf.models.qformer import QFormer
 
 
 @struct.dataclass

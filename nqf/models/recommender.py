@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from nqf.models.qwen3 import Qwen3, Qwen3Config
 
 from nqf.config import CandidatesConfig, Config
+from nqf.models.qwen3 import Qwen3, Qwen3Config
 from nqf.models.user_qformer import History, UserQFormer
 from nqf.ops.losses import unit
 
@@ -65,7 +65,8 @@ class CandidateTower(nn.Module):
 
         Args:
           tables: Tables of R items.
-          rows: int32 [R], the items' rows among the learned vectors; -1 for items without one (new or unseen).
+          rows: int32 [R], the items' rows among the learned vectors; outside of them (-1, or beyond the last) for
+            items without one.
           deterministic: Whether dropout is off.
 
         Returns:
@@ -82,12 +83,12 @@ class CandidateTower(nn.Module):
         if not self.config.free_vectors:
             return content
         free = self.param("free", nn.initializers.normal(0.02), (self.items, width))
-        keep = rows >= 0
+        keep = (rows >= 0) & (rows < self.items)
         if not deterministic and self.config.free_dropout > 0:
             # Whole vectors are hidden, not elements: a hidden item looks exactly like one that training never saw.
             shown = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.free_dropout, rows.shape)
             keep = keep & shown
-        return content + jnp.where(keep[:, None], free[jnp.maximum(rows, 0)], 0).astype(self.dtype)
+        return content + jnp.where(keep[:, None], free[jnp.clip(rows, 0, self.items - 1)], 0).astype(self.dtype)
 
 
 class ScoreHead(nn.Module):

@@ -17,11 +17,16 @@ from nqf.pipelines.histories import (
     TrainingWindows,
     bucket_of,
     gather_history,
+    hide_features,
     number_by_rows,
     slot_buckets,
     window_events,
 )
 from nqf.pipelines.pairs import PairBatch, PairSource, pair_batch
+
+UNKNOWN_SHARE = 0.1
+"""Share of the training histories whose times, ratings and reviews are hidden, so that histories of bare items,
+which is what a caller of `Recommender.recommend` often has, are nothing new to the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,10 +134,11 @@ def history_dataset(
         slots, examples = element
         history, targets = window_events(windows, examples, slots)
         targets = targets[:, -positions:]
+        gathered = hide_features(gather_history(features, history), rng.random(len(examples)) < UNKNOWN_SHARE)
         if loss.positions == "last":
             targets[:, :-1] = -1
         batch = HistoryBatch(
-            history=gather_history(features, history),
+            history=gathered,
             targets=np.where(targets >= 0, features.items[np.maximum(targets, 0)], -1).astype(np.int32),
         )
         if loss.negatives == "full":

@@ -9,10 +9,10 @@ import dataclasses
 
 import numpy as np
 from flax import struct
+
 from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.splits import Cases, Split
 from nqf.fields.cache import FieldTable
-
 from nqf.models.recommender import ItemTables
 from nqf.models.user_qformer import RATING_BUCKETS, History
 
@@ -127,6 +127,16 @@ def history_of_items(items_BxN: np.ndarray, review_width: int) -> History:
         ratings=unknown,
         reviews=np.zeros((*items_BxN.shape, review_width), np.float32),
         has_review=np.zeros(items_BxN.shape, bool),
+    )
+
+
+def hide_features(history: History, hidden_B: np.ndarray) -> History:
+    """Makes times, ratings and reviews of some histories unknown."""
+    return history.replace(
+        calendar=np.where(hidden_B[:, None, None], -1, history.calendar),
+        age=np.where(hidden_B[:, None], -1, history.age),
+        ratings=np.where(hidden_B[:, None], -1, history.ratings),
+        has_review=history.has_review & ~hidden_B[:, None],
     )
 
 

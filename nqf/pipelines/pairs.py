@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 from flax import struct
+
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Split
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nqf.fields.cache import FieldCache
 
 from nqf.config import ItemConfig
+from nqf.fields.cache import FieldCache
 from nqf.models.item_qformer import ItemQFormer
 from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
 from nqf.pipelines.datasets import pair_dataset

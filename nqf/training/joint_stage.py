@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nqf.interop.huggingface import load_qwen3
-from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
-from nqf.models.qwen3 import Qwen3Config
 
 from nqf.config import BackboneConfig
+from nqf.interop.huggingface import load_qwen3
+from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
 from nqf.models.item_qformer import ItemQFormer
+from nqf.models.qwen3 import Qwen3Config
 from nqf.models.recommender import ItemTables, JointModel, PromptIds
 from nqf.pipelines.histories import HistoryBatch
 from nqf.training.artifacts import StageError, read_artifact
@@ -144,19 +145,24 @@ def build_joint(run: Run, tokens_folder: Path) -> Joint:
     return Joint(module=module, frozen=frozen, prompt=prompt, tables=tables, tokenizer=tokenizer)
 
 
+def title_tokens(titles: Sequence[str], words: int, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids of some titles, int32 [titles, words], -1 in padding."""
+    ids = np.full((len(titles), words), -1, np.int32)
+    if words:
+        for row, tokens in enumerate(tokenizer.encode(list(titles), max_length=words)):
+            ids[row, : len(tokens)] = tokens
+    return ids
+
+
 def title_ids(run: Run, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids of every item's title, int32 [I, title_tokens], -1 in padding."""
-    words, items = run.config.joint.prompt.title_tokens, len(run.dataset.catalogue.item_ids)
-    ids = np.full((items, words), -1, np.int32)
-    if not words:
-        return ids
-    row = 0
-    for chunk in run.dataset.catalogue.chunks(["title"], 16_384):
-        encoded = tokenizer.encode([title or "" for title in chunk["title"]], max_length=words)
-        for tokens in encoded:
-            ids[row, : len(tokens)] = tokens
-            row += 1
-    return ids
+    words = run.config.joint.prompt.title_tokens
+    return np.concatenate(
+        [
+            title_tokens([title or "" for title in chunk["title"]], words, tokenizer)
+            for chunk in run.dataset.catalogue.chunks(["title"], 16_384)
+        ]
+    )
 
 
 def init_joint(run: Run, joint: Joint) -> Any:
@@ -291,14 +297,15 @@ def train_joint(run: Run) -> dict[str, Any]:
     }
 
 
-def load_joint(run: Run) -> tuple[Joint, Ranker, Any]:
-    """The trained joint model: its parts, its ranker and its best variables."""
-    folder = run.folder / ("joint" if run.config.joint.train_item_qformer else "") / "tokens"
-    joint = build_joint(run, folder)
+def load_joint(run: Run) -> tuple[Joint, Ranker, Any, tuple[ItemQFormer, Any]]:
+    """The trained joint model: its parts, its ranker, its best variables, and the Item Q-Former it goes with."""
+    trained_items = run.config.joint.train_item_qformer
+    joint = build_joint(run, run.folder / "joint" / "tokens" if trained_items else run.folder / "tokens")
     shapes = jax.eval_shape(lambda: init_joint(run, joint))
-    if run.config.joint.train_item_qformer:
+    if trained_items:
         module = item_module(run)
         shapes["item_qformer"] = jax.eval_shape(module.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"]
     step = read_artifact(run.folder, "joint").result["best_step"]
     params = restore_params(run.folder / "joint" / "checkpoints", step, shapes)
-    return joint, joint_ranker(run, joint), variables_of(params, joint.frozen)
+    items = (module, params["item_qformer"]) if trained_items else load_items(run)
+    return joint, joint_ranker(run, joint), variables_of(params, joint.frozen), items

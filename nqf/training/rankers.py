@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nqf.data.interactions import Interactions
-from nqf.data.splits import Cases
 
 from nqf.config import LossConfig
+from nqf.data.interactions import Interactions
+from nqf.data.splits import Cases
 from nqf.models.recommender import ItemTables
 from nqf.models.user_qformer import History
 from nqf.ops.losses import info_nce

@@ -7,11 +7,11 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from nqf.data.load import Dataset, open_dataset
-from nqf.fields.cache import FieldCache, open_cache
 from rich.console import Console
 
 from nqf.config import Config, load_config
+from nqf.data.load import Dataset, open_dataset
+from nqf.fields.cache import FieldCache, open_cache
 from nqf.models.recommender import ItemTables
 from nqf.pipelines.histories import EventFeatures, event_features
 from nqf.training.artifacts import StageError

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nqf.evaluation.metrics import summarize
-from nqf.evaluation.ranking import rank_vectors
 
 from nqf.config import Config, LossConfig
+from nqf.evaluation.metrics import summarize
+from nqf.evaluation.ranking import rank_vectors
 from nqf.models.recommender import ItemTables, UserModel
 from nqf.pipelines.datasets import TrainingData, history_dataset
 from nqf.pipelines.histories import HistoryBatch, history_of_items, training_windows

@@ -1,6 +1,7 @@
 """Small interactions, splits and cases made by hand, for the tests of the evaluation."""
 
 import numpy as np
+
 from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.splits import Cases, Split
 

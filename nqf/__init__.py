@@ -1,0 +1,24 @@
+"""nqf: a nested Q-Former recommender in JAX/Flax.
+
+`import nqf` is cheap; each name below loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {"Recommender": ("nqf.recommender", "Recommender"), "load_qwen3": ("nqf.interop.huggingface", "load_qwen3")}
+
+__all__ = ["Recommender", "interop", "load_qwen3"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "interop":
+        return importlib.import_module("nqf.interop")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'nqf' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(module), attribute)

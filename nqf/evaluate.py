@@ -1,0 +1,59 @@
+"""`python -m nqf.evaluate`: ranks the whole catalogue for every case with the run's models and all baselines."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from nqf.cli import guard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Evaluates a run beside all baselines; writes eval/results.json, eval/per_user.parquet and the model card.
+
+    Attributes:
+      run: Run folder.
+      split: Which cases. Select on `valid`; open `test` once.
+      protocol: `full` ranks the whole catalogue; `legacy` is the reference's 100 candidates, for comparison only.
+      k: Cut-offs of HR and NDCG; by default those of the run's configuration.
+      keep_seen: Leave the user's past in the ranking, as some published numbers do.
+      sasrec: Also train and evaluate a SASRec, whatever the configuration says.
+      debug: Show the traceback of an error.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    split: Literal["valid", "test"] = "test"
+    protocol: Literal["full", "legacy"] = "full"
+    k: tuple[int, ...] = ()
+    keep_seen: bool = False
+    sasrec: bool = False
+    debug: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m nqf.evaluate")
+    from rich.console import Console
+
+    from nqf.evaluation.results import print_results
+    from nqf.training.assess import assess
+    from nqf.training.run import open_run
+
+    console = Console()
+    run = open_run(options.run, console)
+    config = run.config
+    if options.keep_seen:
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, mask_seen=False))
+    if options.sasrec:
+        config = dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, sasrec=True))
+    run = dataclasses.replace(run, config=config)
+    print_results(assess(run, split=options.split, protocol=options.protocol, ks=options.k), console)
+
+
+if __name__ == "__main__":
+    guard(main, sys.argv[1:])

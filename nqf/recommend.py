@@ -1,0 +1,73 @@
+"""`python -m nqf.recommend`: recommendations for a user, a history or everybody."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nqf.cli import guard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecommendArguments:
+    """Recommends items from a trained run.
+
+    Attributes:
+      run: Run folder.
+      user: Id of a user of the run.
+      history: Item ids, oldest first, separated by commas.
+      all: Write recommendations for every user to this Parquet file.
+      k: Number of items.
+      stage: `joint`, or `user` for the User Q-Former without the language model.
+      debug: Show the traceback of an error.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    user: str | None = None
+    history: str | None = None
+    all: Path | None = None
+    k: int = 10
+    stage: str = "joint"
+    debug: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    options = tyro.cli(RecommendArguments, args=arguments, prog="python -m nqf.recommend")
+    chosen = [value for value in (options.user, options.history, options.all) if value is not None]
+    if len(chosen) != 1:
+        raise ValueError("give exactly one of --user ID, --history ID,ID,... and --all OUT.parquet")
+    import polars as pl
+    from rich.console import Console
+    from rich.table import Table
+
+    from nqf.recommender import Recommender
+
+    console = Console()
+    recommender = Recommender.load(options.run, stage=options.stage)
+    if options.all is not None:
+        temporary = options.all.with_suffix(".tmp")
+        pl.concat(recommender.recommend_all(k=options.k)).write_parquet(temporary)
+        os.replace(temporary, options.all)
+        console.print(f"wrote {options.all}", highlight=False)
+        return
+    if options.user is not None:
+        frame, title = recommender.recommend(user=options.user, k=options.k), f"For user {options.user}"
+    else:
+        history = [item.strip() for item in options.history.split(",") if item.strip()]
+        frame, title = recommender.recommend(history=history, k=options.k), f"For the history {', '.join(history)}"
+    table = Table(title=title)
+    for column in ("rank", "item_id", "title", "score"):
+        table.add_column(column, justify="right" if column in ("rank", "score") else "left")
+    for row in frame.iter_rows(named=True):
+        table.add_row(str(row["rank"]), row["item_id"], row["title"], f"{row['score']:.4f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    guard(main, sys.argv[1:])

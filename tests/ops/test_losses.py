@@ -1,0 +1,64 @@
+"""Losses against their definitions in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nqf.ops.losses import info_nce, masked_mse, triplet_margin, unit
+
+
+def test_info_nce_equals_cross_entropy() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(5, 7)).astype(np.float32), np.array([0, 6, 3, 3, 1])
+    weights = np.array([1.0, 0.0, 2.0, 1.0, 1.0], np.float32)
+    log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    expected = -(weights * log_p[np.arange(5), labels]).sum() / weights.sum()
+    assert info_nce(jnp.asarray(scores), jnp.asarray(labels), weights_M=jnp.asarray(weights)) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_info_nce_masks_and_corrects() -> None:
+    rng = np.random.default_rng(1)
+    scores, labels = rng.normal(size=(4, 6)).astype(np.float32), np.array([0, 1, 2, 3])
+    log_q = np.log(rng.uniform(0.1, 1, 6)).astype(np.float32)
+    allowed = rng.random((4, 6)) < 0.5
+    corrected = scores - log_q
+    kept = allowed | (np.arange(6)[None] == labels[:, None])
+    expected = np.mean(
+        [np.log(np.exp(corrected[row][kept[row]]).sum()) - corrected[row, labels[row]] for row in range(4)]
+    )
+    loss = info_nce(
+        jnp.asarray(scores), jnp.asarray(labels), log_q_C=jnp.asarray(log_q), allowed_MxC=jnp.asarray(allowed)
+    )
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_info_nce_without_examples_is_zero_with_zero_gradient() -> None:
+    def loss(scores):
+        return info_nce(scores, jnp.zeros(3, jnp.int32), weights_M=jnp.zeros(3))
+
+    value, gradient = jax.value_and_grad(loss)(jnp.ones((3, 4)))
+    assert value == 0 and not np.any(gradient)
+
+
+@pytest.mark.slow
+def test_triplet_equals_torch() -> None:
+    torch = pytest.importorskip("torch", reason="torch is installed for Python 3.11 only")
+    rng = np.random.default_rng(2)
+    a, p, n = (rng.normal(size=(6, 5)).astype(np.float32) for _ in range(3))
+    expected = torch.nn.functional.triplet_margin_loss(*map(torch.from_numpy, (a, p, n)), margin=0.5)
+    assert triplet_margin(jnp.asarray(a), jnp.asarray(p), jnp.asarray(n), margin=0.5) == pytest.approx(
+        float(expected), rel=1e-5
+    )
+
+
+def test_masked_mse_ignores_missing_rows() -> None:
+    true, made = np.zeros((3, 2), np.float32), np.array([[1, 1], [3, 3], [9, 9]], np.float32)
+    assert masked_mse(jnp.asarray(made), jnp.asarray(true), jnp.array([True, True, False])) == pytest.approx(5.0)
+
+
+def test_unit_of_zero_is_zero_with_finite_gradient() -> None:
+    gradient = jax.grad(lambda x: jnp.sum(unit(x)))(jnp.zeros((2, 3)))
+    assert np.all(np.isfinite(gradient)) and not np.any(unit(jnp.zeros((2, 3))))
