@@ -61,7 +61,10 @@ def test_packages_have_one_place(path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, nqf; heavy = {'torch', 'transformers', 'matplotlib', 'jax'} & set(sys.modules); assert not heavy, heavy"
+    code = (
+        "import sys, nqf\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'jax'} & set(sys.modules); assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 

@@ -82,7 +82,7 @@ def small_qwen3(backbone: BackboneConfig, vocabulary: int, dtype: jnp.dtype) -> 
 
 
 def run_tokenizer(run: Run) -> Tokenizer:
-    """The backbone's tokenizer: the pretrained folder's, or one trained on the catalogue's text and kept with the run."""
+    """The backbone's tokenizer: the pretrained folder's, or one trained on the catalogue's text, kept with the run."""
     backbone = run.config.joint.backbone
     if backbone.path:
         return load_tokenizer(backbone.path)
@@ -168,21 +168,16 @@ def title_ids(run: Run, tokenizer: Tokenizer) -> np.ndarray:
 def init_joint(run: Run, joint: Joint) -> Any:
     """Fresh trainable parameters of the joint model: `params` without what is frozen, and `lora` beside a base."""
 
-    def init() -> Any:
-        rows = np.zeros(1, np.int32)
-        variables = joint.module.init(
-            jax.random.key(run.config.seed + 2),
-            joint.tables.take(rows),
-            rows,
-            empty_history(run, run.config.joint.prompt.history_items),
-            joint.prompt,
-            positions=1,
-        )
+    rows = np.zeros(1, np.int32)
+    inputs = (joint.tables.take(rows), rows, empty_history(run, run.config.joint.prompt.history_items), joint.prompt)
+
+    def init(inputs: tuple) -> Any:
+        variables = joint.module.init(jax.random.key(run.config.seed + 2), *inputs, positions=1)
         # Under jit the base that `init` draws is never computed: its only use is dropped here.
         params = {name: tree for name, tree in variables["params"].items() if name not in joint.frozen}
         return {"params": params} | ({"lora": variables["lora"]} if "lora" in variables else {})
 
-    return jax.jit(init)()
+    return jax.jit(init)(inputs)
 
 
 def joint_ranker(run: Run, joint: Joint) -> Ranker:

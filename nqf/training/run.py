@@ -12,6 +12,7 @@ from rich.console import Console
 from nqf.config import Config, load_config
 from nqf.data.load import Dataset, open_dataset
 from nqf.fields.cache import FieldCache, open_cache
+from nqf.interop.encoders import encoder_factories
 from nqf.models.recommender import ItemTables
 from nqf.pipelines.histories import EventFeatures, event_features
 from nqf.training.artifacts import StageError
@@ -39,7 +40,11 @@ class Run:
     @functools.cached_property
     def cache(self) -> FieldCache:
         """The field cache, checked against the catalogue."""
-        return open_cache(self.folder / "fields", item_ids=self.dataset.catalogue.item_ids)
+        return open_cache(
+            self.folder / "fields",
+            item_ids=self.dataset.catalogue.item_ids,
+            factories=encoder_factories(self.config.fields),
+        )
 
     @functools.cached_property
     def features(self) -> EventFeatures:
@@ -50,10 +55,11 @@ class Run:
     def text(self) -> tuple[np.ndarray, np.ndarray]:
         """Candidate text embeddings float32 [I, T], zero where there is no text, and bool [I] where there is."""
         table = self.cache.candidates
+        if table is None:
+            items = len(self.dataset.catalogue.item_ids)
+            return np.zeros((items, 1), np.float32), np.zeros(items, bool)
         rows = np.asarray(table.rows)
         values = np.asarray(table.values, np.float32)
-        if not len(values):
-            return np.zeros((len(rows), max(1, values.shape[1])), np.float32), np.zeros(len(rows), bool)
         return np.where(rows[:, None] >= 0, values[np.maximum(rows, 0)], 0), rows >= 0
 
     def tables(self, tokens_folder: Path, titles: np.ndarray | None = None) -> ItemTables:

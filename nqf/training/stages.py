@@ -13,7 +13,7 @@ from rich.console import Console
 
 from nqf.config import Config, load_config, save_config
 from nqf.data.load import prepare
-from nqf.fields.cache import build
+from nqf.fields.build import build
 from nqf.interop.encoders import encoder_factories
 from nqf.training.artifacts import (
     STAGES,
@@ -30,21 +30,23 @@ from nqf.training.item_stage import make_tokens, train_items
 from nqf.training.joint_stage import train_joint
 from nqf.training.run import Run
 from nqf.training.user_stage import train_users
+from nqf.training.writer import Encoding
 
 
 def build_fields(run: Run) -> dict[str, Any]:
     """Runs the fields stage: reads and splits the tables, then encodes what the cache lacks."""
     dataset = prepare(run.config.data, run.folder / "data")
-    for warning in dataset.split.warnings:
+    with Encoding(run.console) as encoding:
+        cache = build(
+            dataset.catalogue,
+            run.folder / "fields",
+            run.config.fields,
+            factories=encoder_factories(run.config.fields),
+            reviews=dataset.interactions.reviews,
+            progress=encoding.step,
+        )
+    for warning in (*dataset.split.warnings, *cache.warnings):
         run.console.print(f"[yellow]warning[/yellow]  {warning}", highlight=False)
-    cache = build(
-        dataset.catalogue,
-        run.folder / "fields",
-        run.config.fields,
-        factories=encoder_factories(run.config.fields),
-        reviews=dataset.interactions.reviews,
-        console=run.console,
-    )
     return {
         "items": len(dataset.catalogue.item_ids),
         "users": len(dataset.interactions.user_ids),

@@ -45,8 +45,10 @@ def empty_history(run: Run, slots: int) -> Any:
 def init_user(run: Run, module: UserModel, tables: ItemTables) -> Any:
     """Fresh parameters of the user model."""
     rows = np.zeros(1, np.int32)
-    return module.init(
-        jax.random.key(run.config.seed + 1), tables.take(rows), rows, empty_history(run, 1), positions=1
+    key = jax.random.key(run.config.seed + 1)
+    # Compiled: it is faster than op by op, and `jax.eval_shape` passes through it.
+    return jax.jit(module.init, static_argnames="positions")(
+        key, tables.take(rows), rows, empty_history(run, 1), positions=1
     )["params"]
 
 
@@ -95,7 +97,7 @@ def negatives_of(run: Run) -> dict[str, np.ndarray]:
 
 
 def make_validation(run: Run, ranker: Ranker) -> Callable[[Any], dict[str, float]]:
-    """A function from variables to metrics on a fixed sample of the validation cases, seen items masked as the evaluation does."""
+    """A function from variables to metrics on a fixed sample of the validation cases, masked as the evaluation."""
     dataset, evaluation = run.dataset, run.config.evaluation
     cases = dataset.split.valid
     which = np.sort(np.random.default_rng(0).permutation(len(cases.users))[:VALIDATION_CASES])

@@ -101,3 +101,36 @@ class Terminal:
     def line(self, text: str) -> None:
         """Writes a line that stays."""
         self._console.print(f"[bold]{self._stage}[/bold]  {text}", highlight=False)
+
+
+class Encoding:
+    """Progress of the fields stage: a bar per table on a terminal, nothing elsewhere.
+
+    Args:
+      console: Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = None
+        self._tasks: dict[str, int] = {}
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=console,
+            )  # fmt: skip
+
+    def __enter__(self) -> Encoding:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Moves the bar of one table; `done` of `total` items have been read."""
+        if self._progress:
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=total)
+            self._progress.update(self._tasks[name], completed=done)
