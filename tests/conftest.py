@@ -1,15 +1,41 @@
-"""Settings of all tests."""
+"""Settings and shared fixtures of all tests."""
 
 import os
 
 # Before jax starts its backend: parity needs full float32 products, and two test workers share two cores.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import fcntl
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Programs of the tests' subprocesses are compiled once; the folder is this user's and this checkout's.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"nqf-tests-xla-{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "float32")
 
+TESTS = Path(__file__).parent
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: trains or compares with torch; left out on the newest Python")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A finished run of tests/tiny.yaml, trained once by the command line for all workers. Copy it to change it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "tiny"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "eval" / "results.json").is_file():
+            command = [sys.executable, "-m", "nqf.train", "--config", str(TESTS / "tiny.yaml"), "--run", str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+            assert done.returncode == 0, done.stdout + done.stderr
+    return folder
