@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import polars as pl
 from rich.console import Console
-from rich.table import Table
 
 from nqf.config import EvaluationConfig
 from nqf.data.interactions import Interactions
@@ -28,12 +27,21 @@ from nqf.evaluation.legacy import LEGACY_WARNING, legacy_ranks
 from nqf.evaluation.metrics import mean_intervals, per_user
 from nqf.evaluation.ranking import Scorer, dense_batches, rank_vectors, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.segments import describe_recommended, segment_users
+from nqf.evaluation.table import print_table
 
 Protocol = Literal["full", "legacy"]
 
 _RECOMMENDED = 10
 _RANK = "rank:"
 _SEGMENTS_SHOWN = ("all", "warm", "cold")
+# What `print_results` leaves out, step by step, where the terminal is too narrow.
+_DETAIL: tuple[dict[str, Any], ...] = (
+    {},
+    {"intervals": ("all",)},
+    {"intervals": ("all",), "about": False},
+    {"intervals": (), "about": False},
+    {"intervals": (), "about": False, "segments": ("all",)},
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +185,7 @@ def read_results(folder: Path) -> Results:
 
 
 def print_results(results: Results, console: Console, *, k: int | None = None) -> None:
-    """Prints a table of models; every segment is in results.json.
+    """Prints a table of models in the detail that the console is wide enough for; all of it is in results.json.
 
     Args:
       results: What to print.
@@ -190,14 +198,15 @@ def print_results(results: Results, console: Console, *, k: int | None = None) -
     if results.protocol == "legacy":
         console.print(f"[yellow]{LEGACY_WARNING}[/yellow]", highlight=False)
         title = f"{results.split}: {results.users:,} users, 1 target and 99 random items each (legacy protocol)"
-    table = Table(title=title, caption="means over users, 95 % bootstrap intervals in brackets")
-    header, rows = _cells(results, k)
-    table.add_column(header[0])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, highlight=False, markup=False)
+    choices = []
+    for options in _DETAIL:
+        header, rows = _cells(results, k, **options)
+        choices.append(([name.replace(" ", "\n") for name in header], rows))
+    chosen = print_table(console, choices, title=title)
+    intervals = (
+        "95 % bootstrap intervals in brackets" if _DETAIL[chosen].get("intervals", True) else "no room for intervals"
+    )
+    console.print(f"means over users; {intervals}; all figures are in eval/results.json", highlight=False)
 
 
 def markdown_table(results: Results, *, k: int | None = None) -> str:
@@ -229,25 +238,34 @@ def _cut_off(results: Results, k: int | None) -> int:
     return k
 
 
-def _cells(results: Results, k: int) -> tuple[list[str], list[list[str]]]:
-    shown = [segment for segment in _SEGMENTS_SHOWN if segment in results.segments]
+def _cells(
+    results: Results,
+    k: int,
+    *,
+    segments: Sequence[str] = _SEGMENTS_SHOWN,
+    intervals: Sequence[str] = _SEGMENTS_SHOWN,
+    about: bool = True,
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: some segments, some of them with intervals, and what describes the recommended items."""
+    shown = [segment for segment in segments if segment in results.segments]
     if "cold" not in shown:
         shown = ["all"]
     header = ["model"]
     for segment in shown:
         of = "" if segment == "all" else f" {segment} ({results.segments[segment]:,})"
         header += [f"HR@{k}{of}", f"NDCG@{k}{of}"] + (["MRR"] if segment == "all" else [])
-    if results.recommended:
+    if about and results.recommended:
         header += [f"coverage@{_RECOMMENDED}", f"popularity@{_RECOMMENDED}"]
     rows = []
     for name, summary in results.models.items():
         row = [name]
         for segment in shown:
             keys = [f"hr@{k}", f"ndcg@{k}"] + (["mrr"] if segment == "all" else [])
-            row += [format_interval(summary[segment][key]) for key in keys]
-        if results.recommended:
-            about = results.recommended[name]
-            row += [f"{about[f'coverage@{_RECOMMENDED}']:.1%}", f"{about[f'popularity@{_RECOMMENDED}']:,.0f}"]
+            cells = [format_interval(summary[segment][key]) for key in keys]
+            row += cells if segment in intervals else [cell.split(" ")[0] for cell in cells]
+        if about and results.recommended:
+            entry = results.recommended[name]
+            row += [f"{entry[f'coverage@{_RECOMMENDED}']:.1%}", f"{entry[f'popularity@{_RECOMMENDED}']:,.0f}"]
         rows.append(row)
     return header, rows
 
