@@ -43,13 +43,16 @@ class Catalogue:
             yield table.slice(start, rows).collect()
 
 
-def canonical_items(frame: pl.DataFrame, schema: Schema, *, taken: Collection[str] = ()) -> pl.DataFrame:
+def canonical_items(
+    frame: pl.DataFrame, schema: Schema, *, taken: Collection[str] = (), folder: Path | None = None
+) -> pl.DataFrame:
     """Brings a few items into canonical form, all values readable or an error.
 
     Args:
       frame: Column item_id and the schema's columns; a column that is not there is missing in every item.
-      schema: The fields. Paths of images are relative to the working directory.
+      schema: The fields.
       taken: Item ids that exist already.
+      folder: Where relative image paths start; the working directory by default.
 
     Raises:
       DataError: No item_id; a duplicate or taken one; a value that does not parse.
@@ -58,7 +61,7 @@ def canonical_items(frame: pl.DataFrame, schema: Schema, *, taken: Collection[st
         raise DataError(f"the items have no column 'item_id'; they have {', '.join(frame.columns) or 'no columns'}")
     missing = [name for field in schema.fields for name in field.columns if name not in frame.columns]
     frame = frame.with_columns(pl.lit(None, dtype=pl.String).alias(name) for name in missing)
-    result = canonical(frame.lazy(), schema, Path.cwd()).collect()
+    result = canonical(frame.lazy(), schema, folder or Path.cwd()).collect()
     check_item_ids(result["item_id"], "the new items")
     known = [item_id for item_id in result["item_id"] if item_id in taken]
     if known:
