@@ -15,12 +15,13 @@ from nqf.config import ConfigError
 from nqf.data.catalogue import canonical_items
 from nqf.evaluation.ranking import top_k
 from nqf.fields.cache import encode_items
+from nqf.fields.overlay import read_overlay
 from nqf.models.item_qformer import ItemQFormer
 from nqf.models.recommender import ItemTables
 from nqf.pipelines.histories import gather_history, history_of_items, newest
-from nqf.training.item_stage import load_items
+from nqf.training.item_stage import ENCODE_CHUNK, load_items
 from nqf.training.joint_stage import load_joint, title_tokens
-from nqf.training.rankers import Ranker
+from nqf.training.rankers import ITEM_CHUNK, Ranker
 from nqf.training.run import Run, open_run
 from nqf.training.stages import require
 from nqf.training.user_stage import load_users
@@ -32,6 +33,7 @@ class Recommender:
     Attributes:
       item_ids: Ids of all items, in the order of `item_vectors`.
       item_vectors: float32 [items, dim]; the inner product with a row of `encode_users` ranks.
+      available: bool [items], False for items that were removed: known in histories, never recommended.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Recommender:
         ]
         self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self.item_vectors: np.ndarray = ranker.item_vectors(variables)
+        self.available = np.ones(len(self.item_ids), bool)
 
     @classmethod
     def load(cls, run: str | Path, *, stage: str = "joint") -> Recommender:
-        """Restores a run's checkpoints, whatever number of devices wrote them.
+        """Restores a run's checkpoints, whatever number of devices wrote them, and its changed items (`nqf.items`).
 
         Args:
           run: Run folder.
@@ -59,16 +62,22 @@ class Recommender:
         Raises:
           StageError: The run or the stage is missing or stale.
           CheckpointError: The checkpoint does not fit the run's configuration.
+          CacheError: The changed items cannot be used.
         """
         opened = open_run(run)
+        if stage not in ("joint", "user"):
+            raise ConfigError(f"stage {stage!r} ranks nothing; use 'joint' or 'user'")
         require(opened, stage)
         if stage == "joint":
             joint, ranker, variables, items = load_joint(opened)
-            return cls(opened, ranker, variables, items, joint.tokenizer)
-        if stage == "user":
+            recommender = cls(opened, ranker, variables, items, joint.tokenizer)
+        else:
             ranker, variables = load_users(opened)
-            return cls(opened, ranker, variables, load_items(opened), None)
-        raise ConfigError(f"stage {stage!r} ranks nothing; use 'joint' or 'user'")
+            recommender = cls(opened, ranker, variables, load_items(opened), None)
+        overlay = read_overlay(opened.folder / "items", opened.dataset.catalogue, opened.cache)
+        recommender._put(overlay.frame, overlay.encoded)
+        recommender.available = np.array([item_id not in overlay.removed for item_id in recommender.item_ids])
+        return recommender
 
     def recommend(
         self, *, history: Sequence[str] | None = None, user: str | None = None, k: int = 10, mask_seen: bool = True
@@ -89,7 +98,7 @@ class Recommender:
             vectors, seen = self._encode_known([self._user_row(user)])
         else:
             vectors, seen = self.encode_users([history]), [self._rows(history)]
-        scores, rows = top_k(vectors, self.item_vectors, k, seen if mask_seen else None)
+        scores, rows = top_k(vectors, self.item_vectors, k, self._left_out(seen, mask_seen))
         return self._frame(rows[0], scores[0])
 
     def recommend_all(self, *, k: int = 10, mask_seen: bool = True) -> Iterable[pl.DataFrame]:
@@ -98,7 +107,7 @@ class Recommender:
         for start in range(0, len(interactions.user_ids), size):
             users = list(range(start, min(start + size, len(interactions.user_ids))))
             vectors, seen = self._encode_known(users)
-            scores, rows = top_k(vectors, self.item_vectors, k, seen if mask_seen else None)
+            scores, rows = top_k(vectors, self.item_vectors, k, self._left_out(seen, mask_seen))
             yield pl.concat(
                 self._frame(rows[index], scores[index]).select(
                     pl.lit(interactions.user_ids[user]).alias("user_id"), pl.all()
@@ -125,40 +134,75 @@ class Recommender:
     def add_items(self, items: pl.DataFrame | Sequence[Mapping[str, Any]]) -> None:
         """Adds new items without retraining: encodes their fields, appends their tokens and vectors.
 
-        The run folder is not changed.
+        The run folder is not changed; `python -m nqf.items` does that.
 
         Args:
           items: item_id and the schema's columns; missing columns are missing values.
 
         Raises:
-          DataError: A duplicate or known item id, or a column that does not parse.
+          DataError: A duplicate or known item id, or a value that does not parse.
         """
-        catalogue = self._run.dataset.catalogue
         frame = items if isinstance(items, pl.DataFrame) else pl.DataFrame(list(items))
-        frame = canonical_items(frame, catalogue.schema, taken=self._row_of.keys())
-        encoded = encode_items(self._run.cache, frame)
-        values = {name: encoded[name][0] for name in self._run.cache.names}
-        present = {name: encoded[name][1] for name in self._run.cache.names}
-        module, params = self._items
-        output = module.apply({"params": params}, values, present)
-        text, has_text = encoded["_candidate"]
+        frame = canonical_items(frame, self._run.dataset.catalogue.schema, taken=self._row_of.keys())
+        self._put(frame, encode_items(self._run.cache, frame))
+
+    def _put(self, frame: pl.DataFrame, encoded: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Appends new items and replaces the content of known ones; no other row changes."""
+        if not len(frame):
+            return
+        rows = np.array([self._row_of.get(item_id, -1) for item_id in frame["item_id"]], np.int32)
+        known = rows >= 0
+        rows[~known] = len(self.item_ids) + np.arange((~known).sum(), dtype=np.int32)
         titles = [title or "" for title in frame["title"]]
-        old = self._ranker.tables
-        new = ItemTables(
-            tokens=np.asarray(output.tokens, old.tokens.dtype),
-            vectors=np.asarray(output.vector, old.vectors.dtype),
+        new = self._encode(encoded, titles)
+        parts = [
+            # A known item keeps its learned vector: its row is the same. A new one has none.
+            self._ranker.items(
+                self._variables, new.take(slice(start, start + ITEM_CHUNK)), rows[start : start + ITEM_CHUNK]
+            )
+            for start in range(0, len(rows), ITEM_CHUNK)
+        ]
+
+        def merged(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+            table = np.concatenate([old, new[~known]])
+            table[rows[known]] = new[known]
+            return table
+
+        self._ranker = dataclasses.replace(self._ranker, tables=jax.tree.map(merged, self._ranker.tables, new))
+        self.item_vectors = merged(self.item_vectors, np.concatenate(parts).astype(np.float32))
+        self.available = merged(self.available, np.ones(len(rows), bool))
+        for item_id, row, title in zip(frame["item_id"], rows.tolist(), titles, strict=True):
+            if row == len(self.item_ids):
+                self.item_ids.append(item_id)
+                self._titles.append(title)
+                self._row_of[item_id] = row
+            self._titles[row] = title
+
+    def _encode(self, encoded: Mapping[str, tuple[np.ndarray, np.ndarray]], titles: Sequence[str]) -> ItemTables:
+        """Item tables of some encoded items."""
+        names, (module, params), old = self._run.cache.names, self._items, self._ranker.tables
+        encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
+        tokens, vectors = [], []
+        for start in range(0, len(titles), ENCODE_CHUNK):
+            chunk = slice(start, start + ENCODE_CHUNK)
+            values, present = ({name: encoded[name][part][chunk] for name in names} for part in (0, 1))
+            output = encode(params, values, present)
+            tokens.append(np.asarray(output.tokens, old.tokens.dtype))
+            vectors.append(np.asarray(output.vector, old.vectors.dtype))
+        nothing = np.zeros((len(titles), old.text.shape[1]), np.float32), np.zeros(len(titles), bool)
+        text, has_text = encoded.get("_candidate", nothing)
+        return ItemTables(
+            tokens=np.concatenate(tokens),
+            vectors=np.concatenate(vectors),
             text=np.where(has_text[:, None], text, 0).astype(old.text.dtype),
             has_text=has_text,
             titles=title_tokens(titles, old.titles.shape[1], self._tokenizer),
         )
-        tables = jax.tree.map(lambda *parts: np.concatenate(parts), old, new)
-        rows = np.arange(len(self.item_ids), len(self.item_ids) + len(frame), dtype=np.int32)
-        self._ranker = dataclasses.replace(self._ranker, tables=tables)
-        vectors = self._ranker.items(self._variables, new, rows)
-        self.item_vectors = np.concatenate([self.item_vectors, np.asarray(vectors, np.float32)])
-        self.item_ids += frame["item_id"].to_list()
-        self._titles += titles
-        self._row_of |= {item_id: int(row) for item_id, row in zip(frame["item_id"], rows, strict=True)}
+
+    def _left_out(self, seen: Sequence[np.ndarray], mask_seen: bool) -> list[np.ndarray]:
+        """Rows that are not recommended to each user: what was removed and, if asked for, what the user has seen."""
+        removed = np.flatnonzero(~self.available)
+        return [np.concatenate([rows, removed]) if mask_seen else removed for rows in seen]
 
     def _encode_known(self, users: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         interactions, slots = self._run.dataset.interactions, self._ranker.max_history
