@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from nqf.cli import guard
+from nqf.cli import guard, terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,16 +40,14 @@ class CompareArguments:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = tyro.cli(CompareArguments, args=arguments, prog="python -m nqf.compare")
-    from rich.console import Console
-    from rich.table import Table
+    from nqf.evaluation.table import print_table
 
     header, rows = compare(options)
-    table = Table(title=f"{options.segment} users; differences are paired over users, 95 % bootstrap intervals")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table, markup=False)
+    broken = [*header[:-1], header[-1].replace(" ", "\n")]
+    # The difference keeps its interval where there is no room for the others.
+    plain = [[row[0], *(cell.split(" ")[0] for cell in row[1:-1]), row[-1]] for row in rows]
+    title = f"{options.segment} users; differences are paired over users, 95 % bootstrap intervals in brackets"
+    print_table(terminal(), [(broken, rows), (broken, plain)], title=title)
 
 
 def compare(options: CompareArguments) -> tuple[list[str], list[list[str]]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nqf.cli import guard
+from nqf.cli import guard, terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,11 @@ class EvaluateArguments:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m nqf.evaluate")
-    from rich.console import Console
-
     from nqf.evaluation.results import print_results
     from nqf.training.assess import assess
     from nqf.training.run import open_run
 
-    console = Console()
+    console = terminal()
     run = open_run(options.run, console)
     config = run.config
     if options.keep_seen:

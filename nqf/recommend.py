@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from nqf.cli import guard
+from nqf.cli import guard, terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,11 @@ def main(arguments: list[str]) -> None:
     if len(chosen) != 1:
         raise ValueError("give exactly one of --user ID, --history ID,ID,... and --all OUT.parquet")
     import polars as pl
-    from rich.console import Console
-    from rich.table import Table
 
+    from nqf.evaluation.table import print_table
     from nqf.recommender import Recommender
 
-    console = Console()
+    console = terminal()
     recommender = Recommender.load(options.run, stage=options.stage)
     if options.all is not None:
         temporary = options.all.with_suffix(".tmp")
@@ -61,12 +60,10 @@ def main(arguments: list[str]) -> None:
     else:
         history = [item.strip() for item in options.history.split(",") if item.strip()]
         frame, title = recommender.recommend(history=history, k=options.k), f"For the history {', '.join(history)}"
-    table = Table(title=title)
-    for column in ("rank", "item_id", "title", "score"):
-        table.add_column(column, justify="right" if column in ("rank", "score") else "left")
-    for row in frame.iter_rows(named=True):
-        table.add_row(str(row["rank"]), row["item_id"], row["title"], f"{row['score']:.4f}")
-    console.print(table)
+    rows = [
+        [str(row["rank"]), row["item_id"], row["title"], f"{row['score']:.4f}"] for row in frame.iter_rows(named=True)
+    ]
+    print_table(console, [(("rank", "item_id", "title", "score"), rows)], title=title, left=(1, 2))
 
 
 if __name__ == "__main__":

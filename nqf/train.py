@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from nqf.cli import guard
+from nqf.cli import guard, terminal
 from nqf.config import Config, ConfigError, load_config
+from nqf.data.schema import nearest
+
+_PROGRAM = "python -m nqf.train"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArguments(Config):
-    """Trains a run, stage by stage. Every key of the configuration is an option.
+    """Trains a run, stage by stage; what is finished and unchanged is not run again.
 
     Attributes:
       config: YAML file; without it, the configuration that the run folder holds.
@@ -40,12 +43,52 @@ def parse(arguments: list[str]) -> TrainArguments:
     run = _value_of(arguments, "--run")
     if path is None and run is not None and (Path(run) / "config.yaml").is_file():
         path = str(Path(run) / "config.yaml")
-    if path is None and not {"-h", "--help"} & set(arguments):
-        raise ConfigError("no configuration: give --config configs/X.yaml, or --run with an existing run folder")
     config = load_config(path) if path else Config()
     # A shallow copy: the nested dataclasses stay what they are.
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return tyro.cli(TrainArguments, args=arguments, default=TrainArguments(**values), prog="python -m nqf.train")
+    default = TrainArguments(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    if {"-h", "--help"} & set(arguments):
+        _help(default, _value_of(arguments, "--help") or _value_of(arguments, "-h") or "")
+    options = tyro.cli(TrainArguments, args=arguments, default=default, prog=_PROGRAM)
+    if path is None:
+        raise ConfigError("no configuration: give --config configs/X.yaml, or --run with an existing run folder")
+    return options
+
+
+def _help(default: TrainArguments, topic: str) -> None:
+    """Prints the help of one section of the configuration, or of the options outside of all sections, and exits.
+
+    Raises:
+      ConfigError: There is no such section.
+    """
+    import tyro
+
+    sections = {
+        field.name: type(getattr(default, field.name)).__doc__.split("\n")[0]
+        for field in dataclasses.fields(default)
+        if dataclasses.is_dataclass(getattr(default, field.name))
+    }
+    if topic.startswith("-"):
+        topic = ""
+    if topic and topic not in (*sections, "all"):
+        raise ConfigError(f"--help: no section '{topic}'{nearest(topic, (*sections, 'all'))}")
+    if topic:
+        description = f"Options of {_PROGRAM}: {sections.get(topic, 'all of them')}"
+    else:
+        description = TrainArguments.__doc__.split("\n")[0] + " Every key of the configuration is an option, too:\n"
+        description += "\n".join(f"--help {name:<12}{about}" for name, about in sections.items())
+        description += f"\n--help {'all':<12}Everything."
+
+    def shown(name: str) -> bool:
+        return topic == "all" or (name == topic if topic else name not in sections)
+
+    hidden = [
+        (field.name, Annotated[type(getattr(default, field.name)), tyro.conf.Suppress], getattr(default, field.name))
+        for field in dataclasses.fields(default)
+        if not shown(field.name)
+    ]
+    part = dataclasses.make_dataclass("Help", hidden, bases=(TrainArguments,), kw_only=True, frozen=True)
+    values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    tyro.cli(part, args=["--help"], default=part(**values), prog=_PROGRAM, description=description)
 
 
 def _value_of(arguments: list[str], option: str) -> str | None:
@@ -62,7 +105,6 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     # jax and the stages take seconds to import, which --help and a wrong option should not.
     import jax
-    from rich.console import Console
 
     from nqf.evaluation.results import print_results
     from nqf.training.assess import assess
@@ -71,7 +113,7 @@ def main(arguments: list[str]) -> None:
     config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
     if config.training.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.training.compilation_cache)
-    console = Console()
+    console = terminal()
     run = open_for_training(config, options.run or Path("runs") / config.name, console)
     if options.stage != "all":
         run_stage(run, options.stage)

@@ -1,0 +1,148 @@
+"""What people see in the terminal: help, errors, tables and progress."""
+
+import dataclasses
+import importlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nqf import cli
+from nqf.config import Config
+from nqf.evaluation.table import print_table
+from nqf.training.writer import Terminal
+
+ENTRY_POINTS = sorted(
+    path.stem
+    for path in Path(cli.__file__).parent.glob("*.py")
+    if "guard(main, sys.argv" in path.read_text(encoding="utf-8")
+)
+ROOT = Path(__file__).parents[1]
+
+
+def help_of(name: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as done:
+        importlib.import_module(f"nqf.{name}").main([*arguments, "--help"])
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+def failure(main: object, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as done:
+        cli.guard(main, arguments)
+    return done.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(name, [], capsys)
+    assert f"python -m nqf.{name}" in text
+    # Boxes are cut into options; each has a sentence and its default, or is marked as required.
+    body = re.sub(r"[│╭╮╰╯─]", " ", text)
+    options = re.split(r"\n\s+(?=--\w)", body.split("show this help message and exit")[1])[1:]
+    assert options
+    for option in options:
+        words = " ".join(option.split())
+        assert re.search(r"[a-z]{3,}.*\((default:|required|repeatable)", words), words
+        assert len(words.split("(")[0].split()) > 4, f"says too little: {words}"
+
+
+def test_help_of_training_is_short_and_has_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module("nqf.train").main
+    short = help_of("train", [], capsys)
+    assert len(short.splitlines()) < 45 and "--joint.optim" not in short and "--help joint" in short
+    with pytest.raises(SystemExit):
+        main(["--help", "joint"])
+    section = capsys.readouterr().out
+    assert "--joint.optim.learning-rate FLOAT" in section and "Peak learning rate. (default: 0.001)" in section
+    assert "--item." not in section and "--stage" not in section
+    with pytest.raises(SystemExit):
+        main(["--config", str(ROOT / "tests" / "tiny.yaml"), "--help", "all"])
+    whole = capsys.readouterr().out
+    assert "Number of items. (default: 240)" in whole, "the defaults are not those of the file"
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in whole
+    code, error = failure(main, ["--help", "joit"], capsys)
+    assert code == 1 and "no section 'joit'; did you mean 'joint'?" in error
+
+
+def test_an_unknown_option_is_reported_before_a_missing_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = failure(importlib.import_module("nqf.train").main, ["--cofig", "x.yaml"], capsys)
+    assert code == 2 and "--cofig" in error and "--config" in error.split("Perhaps you meant")[1]
+    code, error = failure(importlib.import_module("nqf.train").main, ["--stage", "item"], capsys)
+    assert code == 1 and "give --config configs/X.yaml" in error
+
+
+def test_errors_are_one_paragraph_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(arguments: list[str]) -> None:
+        raise KeyError("the file has no column 'x';\n   columns: a, b")
+
+    code, error = failure(main, [], capsys)
+    assert code == 1
+    assert error == "error: the file has no column 'x'; columns: a, b\n(--debug shows the traceback)\n"
+    with pytest.raises(KeyError):
+        cli.guard(main, ["--debug"])
+
+
+def test_a_bug_keeps_its_traceback_and_ctrl_c_has_none(capsys: pytest.CaptureFixture[str]) -> None:
+    def bug(arguments: list[str]) -> None:
+        raise TypeError("a bug")
+
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(TypeError):
+        cli.guard(bug, [])
+    assert failure(interrupted, [], capsys) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRY_POINTS if name in ("evaluate", "recommend", "report")])
+def test_a_folder_without_a_run_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extra = ["--user", "u"] if name == "recommend" else []
+    code, error = failure(importlib.import_module(f"nqf.{name}").main, [str(tmp_path / "none"), *extra], capsys)
+    assert code == 1 and error.startswith(f"error: {tmp_path / 'none'}: no run here") and error.count("\n") == 2
+
+
+CHOICES = [
+    (("model", "hr\n(all)", "note"), [["joint", ".1234 [.1, .2]", "long explanation"]]),
+    (("model", "hr\n(all)"), [["joint", ".1234 [.1, .2]"]]),
+    (("model", "hr\n(all)"), [["joint", ".1234"]]),
+]
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(80, 0), (30, 1), (20, 2), (4, 2)])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_table_drops_detail_instead_of_cutting_cells(width: int, chosen: int, is_terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=is_terminal, color_system=None)
+    assert print_table(console, CHOICES, title="what") == chosen
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert is_terminal == ("─" in text)
+    assert all(len(line) <= width for line in text.splitlines())
+    if width > 4:
+        for cell in CHOICES[chosen][1][0]:
+            assert cell in text
+
+
+def test_lines_of_a_log_are_plain_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    cli.terminal().print("[bold]warning[/bold]  " + "word " * 60)
+    assert sys.stdout.getvalue() == "warning  " + "word " * 60 + "\n"
+
+
+def test_progress_shows_speed_time_and_loss_on_a_terminal_only() -> None:
+    shown = {}
+    for is_terminal in (True, False):
+        console = Console(file=io.StringIO(), width=120, force_terminal=is_terminal, color_system=None)
+        with Terminal("joint", 100, console) as terminal:
+            for step in (10, 20):
+                terminal.step(step, loss=1.25, items_per_second=1234.5)
+            terminal.line("epoch 1")
+        shown[is_terminal] = console.file.getvalue()
+    assert shown[False] == "joint  epoch 1\n"
+    for text in ("joint", "20/100", "loss 1.2500", "1,234 items/s", "epoch 1"):
+        assert text in shown[True]
+    assert re.search(r"\d:\d\d:\d\d", shown[True]), "no remaining time"
