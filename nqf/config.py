@@ -235,6 +235,7 @@ class UserConfig:
     Attributes:
       qformer: Size of the User Q-Former; `queries` is the number of user tokens.
       max_history: Newest items of a history that it reads.
+      item_dropout: Probability, in training, that an item of the history is hidden (user and joint stage).
       ratings: Add an embedding of the rating.
       times: Add calendar parts and time gaps.
       reviews: Add a projection of the review's text embedding, where reviews exist.
@@ -245,6 +246,7 @@ class UserConfig:
 
     qformer: QFormerConfig = QFormerConfig(queries=2, layers=1)
     max_history: int = 50
+    item_dropout: float = 0.0
     ratings: bool = True
     times: bool = True
     reviews: bool = True
@@ -398,6 +400,21 @@ class BaselinesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices of all processes share the work; the product of the sizes is their number.
+
+    Attributes:
+      data: Devices over which each batch is split; 0 for all that the other two leave.
+      fsdp: Devices over which parameters and optimizer state are split; each batch is split over them too.
+      tensor: Devices over which the widths inside layers are split.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What all training stages share.
 
@@ -405,8 +422,13 @@ class TrainingConfig:
       dtype: Compute dtype: `auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`.
       tables: Where item tables live in training: `auto` (on the device when they fit), `device` or `host`.
       device_table_gib: Largest table, in GiB, that `auto` puts on the device.
-      workers: Grain worker processes; 0 reads in threads. It is part of the data order's checkpoint.
+      workers: Grain worker processes; 0 reads in threads. It changes no batch and no order.
       keep: Newest checkpoints kept beside the best one.
+      save_every_seconds: Wall time between checkpoints, beside those of the validations; 0 saves after each step.
+      skip_non_finite: Batches with a non-finite loss or gradient that a stage leaves out before it stops.
+      mesh: Which devices share what.
+      distributed: Join the other processes of one run. SLURM, Open MPI, GKE and TPU pods are detected; elsewhere
+        set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
       compilation_cache: Folder of XLA's persistent compilation cache; empty for none.
     """
 
@@ -415,6 +437,10 @@ class TrainingConfig:
     device_table_gib: float = 2.0
     workers: int = 0
     keep: int = 1
+    save_every_seconds: float = 60.0
+    skip_non_finite: int = 0
+    mesh: MeshConfig = MeshConfig()
+    distributed: bool = False
     compilation_cache: str = ""
 
 

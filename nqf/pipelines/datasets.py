@@ -20,6 +20,7 @@ from nqf.pipelines.histories import (
     hide_features,
     number_by_rows,
     slot_buckets,
+    supervised_places,
     window_events,
 )
 from nqf.pipelines.pairs import PairBatch, PairSource, pair_batch
@@ -97,6 +98,7 @@ def history_dataset(
     loss: LossConfig,
     max_history: int,
     positions: int,
+    item_dropout: float,
     batch_size: int,
     epochs: int,
     seed: int,
@@ -112,6 +114,7 @@ def history_dataset(
       loss: Decides whether batches are numbered by their distinct items and carry sampled negatives.
       max_history: Most slots.
       positions: Supervised positions, counted from the newest slot.
+      item_dropout: Probability that a slot of a history is hidden.
       batch_size: Windows per batch; smaller where there are fewer windows.
       epochs: Passes over the windows.
       seed: Seed of order and draws.
@@ -134,13 +137,13 @@ def history_dataset(
         slots, examples = element
         history, targets = window_events(windows, examples, slots)
         targets = targets[:, -positions:]
+        if item_dropout:
+            history = np.where(rng.random(history.shape) < item_dropout, -1, history)
         gathered = hide_features(gather_history(features, history), rng.random(len(examples)) < UNKNOWN_SHARE)
         if loss.positions == "last":
             targets[:, :-1] = -1
-        batch = HistoryBatch(
-            history=gathered,
-            targets=np.where(targets >= 0, features.items[np.maximum(targets, 0)], -1).astype(np.int32),
-        )
+        targets = np.where(targets >= 0, features.items[np.maximum(targets, 0)], -1).astype(np.int32)
+        batch = HistoryBatch(history=gathered, targets=targets, supervised=supervised_places(targets))
         if loss.negatives == "full":
             return batch
         if loss.negatives == "sampled":

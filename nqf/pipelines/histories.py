@@ -24,6 +24,8 @@ class HistoryBatch:
     Attributes:
       history: The slots; `history.items` index `rows` where that is given, else the catalogue.
       targets: int32 [B, P], the item after each of the newest P slots in the same numbering, -1 for none.
+      supervised: int32 [M], the places in `targets.ravel()` that hold a target, -1 in padding. A loss over them alone
+        does not score the positions of short histories that have none.
       rows: int32 [R] catalogue rows of the batch's distinct items, -1 in padding; None if items are numbered by
         the catalogue.
       negatives: int32 [S], sampled negatives in the same numbering; None without sampling.
@@ -32,6 +34,7 @@ class HistoryBatch:
 
     history: History
     targets: np.ndarray
+    supervised: np.ndarray
     rows: np.ndarray | None = None
     negatives: np.ndarray | None = None
     tables: ItemTables | None = None
@@ -140,6 +143,14 @@ def hide_features(history: History, hidden_B: np.ndarray) -> History:
     )
 
 
+def supervised_places(targets_BxP: np.ndarray) -> np.ndarray:
+    """Flat places that hold a target, int32 [M]; -1 fills up to an eighth of all places, so few programs compile."""
+    places = np.flatnonzero(targets_BxP >= 0)
+    step = max(1, -(-targets_BxP.size // 8))
+    size = max(step, -(-len(places) // step) * step)
+    return np.concatenate([places, np.full(size - len(places), -1)]).astype(np.int32)
+
+
 def newest(events: np.ndarray, slots: int) -> np.ndarray:
     """The newest `slots` entries, padded with -1 before the oldest."""
     kept = events[-slots:]
@@ -236,7 +247,7 @@ def number_by_rows(batch: HistoryBatch, tables: ItemTables | None) -> HistoryBat
     def local(items: np.ndarray) -> np.ndarray:
         return np.where(items >= 0, np.searchsorted(distinct, items), -1).astype(np.int32)
 
-    return HistoryBatch(
+    return batch.replace(
         history=batch.history.replace(items=local(batch.history.items)),
         targets=local(batch.targets),
         rows=rows,

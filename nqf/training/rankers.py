@@ -83,8 +83,8 @@ class Ranker:
             return np.concatenate([x, np.repeat(x[-1:], pad, axis=0)])
 
         history = jax.tree.map(widen, history)
-        targets = np.full((self.batch_size, 0), -1, np.int32)
-        batch = number_by_rows(HistoryBatch(history=history, targets=targets), self.tables)
+        none = np.full((self.batch_size, 0), -1, np.int32)
+        batch = number_by_rows(HistoryBatch(history=history, targets=none, supervised=none.ravel()), self.tables)
         vectors = self.users(variables, batch.tables, batch.rows, batch.history)
         return np.asarray(jax.device_get(vectors), np.float32)[:count]
 
@@ -157,10 +157,10 @@ def ranking_loss(
     Returns:
       A float32 scalar.
     """
-    users_MxD = users_BxPxD.reshape(-1, users_BxPxD.shape[-1])
-    targets_M = batch.targets.reshape(-1)
-    weights_M = (targets_M >= 0).astype(jnp.float32)
-    targets_M = jnp.maximum(targets_M, 0)
+    places_M = jnp.maximum(batch.supervised, 0)
+    users_MxD = users_BxPxD.reshape(-1, users_BxPxD.shape[-1])[places_M]
+    targets_M = jnp.maximum(batch.targets.reshape(-1)[places_M], 0)
+    weights_M = (batch.supervised >= 0).astype(jnp.float32)
 
     def scores(candidates_CxD: jax.Array) -> jax.Array:
         learned = users_MxD[:, :learned_width] @ candidates_CxD[:, :learned_width].T

@@ -62,6 +62,7 @@ def history_data(run: Run, loss: LossConfig, optim: Any, tables: ItemTables | No
         loss=loss,
         max_history=config.user.max_history,
         positions=positions,
+        item_dropout=config.user.item_dropout,
         batch_size=optim.batch_size,
         epochs=optim.epochs,
         seed=seed,
