@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -115,6 +116,9 @@ def write_overlay(directory: Path, overlay: Overlay, cache: FieldCache) -> None:
     for path in [*directory.glob("rows-*"), *directory.glob("encoded-*")]:
         if path.name not in current:
             path.unlink()
+    # What a killed process left.
+    for path in directory.glob("writing-*"):
+        shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -172,6 +176,17 @@ def remove(overlay: Overlay, catalogue: Catalogue, item_ids: Collection[str]) ->
     """
     _check_known(item_ids, overlay, catalogue)
     return dataclasses.replace(overlay, removed=overlay.removed | set(item_ids))
+
+
+def unreadable(overlay: Overlay, item_ids: pl.Series) -> dict[str, int]:
+    """How many values of each field are there in some items, but could not be encoded."""
+    among = overlay.frame["item_id"].is_in(item_ids.implode())
+    counts = {}
+    for field, (_, present) in overlay.encoded.items():
+        if field in overlay.frame.columns:
+            there = overlay.frame[field].is_not_null() & among
+            counts[field] = int((there.to_numpy() & ~present).sum())
+    return {field: count for field, count in counts.items() if count}
 
 
 def _put(overlay: Overlay, cache: FieldCache, frame: pl.DataFrame) -> Overlay:

@@ -1,0 +1,82 @@
+"""`python -m nqf.items`: new, changed and removed items of a trained run, without training it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from nqf.cli import guard, terminal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ItemsArguments:
+    """Changes the items that a trained run recommends. Nothing is trained and no stage becomes stale.
+
+    The run folder gets a folder `items/` that `nqf.Recommender` reads beside the catalogue; delete it to undo
+    everything. The evaluation goes on with the catalogue that was trained on.
+
+    Attributes:
+      action: `add` items that the run does not know; `update` known ones (columns that FILE lacks stay as they are);
+        `remove` known ones from all recommendations (they stay known in histories).
+      run: Run folder.
+      file: Item table of any kind that `python -m nqf.data inspect` reads; column item_id and those of the schema.
+        To remove, item_id is enough.
+      debug: Show the traceback of an error.
+    """
+
+    action: Annotated[Literal["add", "update", "remove"], tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional]
+    debug: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    options = tyro.cli(ItemsArguments, args=arguments, prog="python -m nqf.items")
+    import polars as pl
+
+    from nqf.data.errors import DataError
+    from nqf.data.inspect import open_table
+    from nqf.fields import overlay
+    from nqf.training.run import open_run
+
+    console = terminal()
+    run = open_run(options.run, console)
+    catalogue, cache, folder = run.dataset.catalogue, run.cache, run.folder / "items"
+    with tempfile.TemporaryDirectory() as scratch:
+        table = open_table(options.file, Path(scratch))
+        names = table.collect_schema().names()
+        if "item_id" not in names:
+            raise DataError(f"{options.file}: no column 'item_id'; it has {', '.join(names)}")
+        columns = [column for field in catalogue.schema.fields for column in field.columns if column in names]
+        if not columns and options.action != "remove":
+            raise DataError(f"{options.file}: none of its columns is in the schema: {', '.join(names)}")
+        frame = table.select("item_id", *columns).collect()
+    with overlay.locked(folder):
+        old = overlay.read_overlay(folder, catalogue, cache)
+        if options.action == "remove":
+            new = overlay.remove(old, catalogue, frame["item_id"].cast(pl.String).to_list())
+        else:
+            change = overlay.add if options.action == "add" else overlay.update
+            new = change(old, catalogue, cache, frame, options.file.parent)
+        overlay.write_overlay(folder, new, cache)
+    passed_over = [name for name in names if name not in ("item_id", *columns)]
+    if passed_over and options.action != "remove":
+        console.print(f"columns that the schema does not name are passed over: {', '.join(passed_over)}", markup=False)
+    for name, count in overlay.unreadable(new, frame["item_id"].cast(pl.String)).items():
+        console.print(f"warning  {count} values of '{name}' could not be read and count as missing", markup=False)
+    added = len(set(new.frame["item_id"]) - set(catalogue.item_ids))
+    console.print(
+        f"{options.action}: {len(frame):,} items. The run recommends {len(catalogue) + added - len(new.removed):,}: "
+        f"{len(catalogue):,} of its training; since then {added:,} added, {len(new.frame) - added:,} updated, "
+        f"{len(new.removed):,} removed"
+    )
+
+
+if __name__ == "__main__":
+    guard(main, sys.argv[1:])
