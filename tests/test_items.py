@@ -123,9 +123,10 @@ def test_update_keeps_what_the_file_lacks(tiny_run: Path, run: Path, tmp_path: P
     row = read(opened).frame.row(0, named=True)
     assert row == stored.row(7, named=True) | {"price": 3.25}
     change("add", run, NEW, tmp_path)
-    change("update", run, [{"item_id": "item-00007", "title": "T"}, {"item_id": "new-1", "brand": "B"}], tmp_path)
+    change("update", run, [{"item_id": "item-00007", "title": "A lamp"}], tmp_path)
+    change("update", run, [{"item_id": "new-1", "brand": "B"}], tmp_path)
     rows = {row["item_id"]: row for row in read(opened).frame.iter_rows(named=True)}
-    assert rows["item-00007"] == stored.row(7, named=True) | {"price": 3.25, "title": "T"}
+    assert rows["item-00007"] == stored.row(7, named=True) | {"price": 3.25, "title": "A lamp"}
     assert (rows["new-1"]["brand"], rows["new-1"]["title"]) == (["B"], "Fine oak desk")
     # A column that is there and empty takes the value away.
     change("update", run, [{"item_id": "item-00007", "price": None}], tmp_path)
@@ -145,7 +146,7 @@ def test_removed_items_can_come_back(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("action", "row", "message"),
     [
-        ("add", {"item_id": "item-00004"}, "in the catalogue already, such as item_id 'item-00004'"),
+        ("add", {"item_id": "item-00004", "title": "A"}, "in the catalogue already, such as item_id 'item-00004'"),
         ("add", {"item_id": "x", "price": "cheap"}, "the new item 'x': price is not a number: 'cheap'"),
         ("update", {"item_id": "nobody", "price": 1}, "not in the catalogue or were removed, such as item_id 'nobody'"),
         ("remove", {"item_id": "nobody"}, "not in the catalogue or were removed, such as item_id 'nobody'"),
