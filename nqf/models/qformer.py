@@ -48,6 +48,8 @@ class Attention(nn.Module):
         if mask is not None:
             # A query that may read nothing reads zero, not the mean of everything it must not see.
             weights = jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0.0)
+        # Kept only where a caller asks for the collection `intermediates`; otherwise the program is the same.
+        self.sow("intermediates", "attention", weights)
         weights = nn.Dropout(self.config.dropout)(weights, deterministic=deterministic).astype(self.dtype)
         attended = jnp.einsum("bhqs,bshk->bqhk", weights, v)
         return _residual(self, attended.reshape(*attended.shape[:2], -1), x_BxQxD, deterministic)
@@ -123,3 +125,22 @@ class QFormer(nn.Module):
                     x = cross(x, states_BxSxE.astype(self.dtype), cross_mask, cross_bias, deterministic)
                 x = FeedForward(config=self.config, dtype=self.dtype, name=f"layer_{layer}_output")(x, deterministic)
         return x
+
+
+def cross_attention(intermediates: dict, path: tuple[str, ...]) -> jax.Array | None:
+    """Cross-attention weights of a Q-Former from the collection `intermediates`.
+
+    Args:
+      intermediates: The collection.
+      path: Names of the modules down to the `QFormer`.
+
+    Returns:
+      float32 [layers with cross-attention, B, H, Q, S]; None if the Q-Former was not called.
+    """
+    for name in path:
+        intermediates = intermediates.get(name, {})
+    layers = [name for name in intermediates if name.endswith("_crossattention")]
+    if not layers:
+        return None
+    layers.sort(key=lambda name: int(name.split("_")[1]))
+    return jnp.stack([intermediates[name]["attention"][0] for name in layers])

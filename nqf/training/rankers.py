@@ -14,6 +14,7 @@ import numpy as np
 from nqf.config import LossConfig
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
+from nqf.models.qformer import cross_attention
 from nqf.models.recommender import ItemTables
 from nqf.models.user_qformer import History
 from nqf.ops.losses import info_nce
@@ -32,11 +33,13 @@ ITEM_CHUNK = 16_384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranker:
-    """A model's two inference functions over the catalogue's tables.
+    """A model's inference functions over the catalogue's tables.
 
     Attributes:
       users: `(variables, tables, rows, history) -> [B, D]`, compiled; the newest position's user vector.
       items: `(variables, tables, rows) -> [R, D]`, compiled.
+      explained: `users` with the User Q-Former's cross-attention beside it, float32 [layers, B, heads, user tokens,
+        slots * item tokens], None if the model does not read user tokens.
       tables: Host tables of the whole catalogue.
       max_history: Newest slots that the model reads.
       batch_size: Users encoded at a time.
@@ -44,6 +47,7 @@ class Ranker:
 
     users: Callable[[Any, ItemTables, jax.Array, History], jax.Array]
     items: Callable[[Any, ItemTables, jax.Array], jax.Array]
+    explained: Callable[[Any, ItemTables, jax.Array, History], tuple[jax.Array, jax.Array | None]]
     tables: ItemTables
     max_history: int
     batch_size: int
@@ -120,7 +124,21 @@ def make_ranker(model: Any, tables: ItemTables, *, extra: tuple, max_history: in
     def items(variables: Any, tables: ItemTables, rows: jax.Array) -> jax.Array:
         return model.apply(variables, tables, rows, method=type(model).item_vectors)
 
-    return Ranker(users=users, items=items, tables=tables, max_history=max_history, batch_size=batch_size)
+    @jax.jit
+    def explained(
+        variables: Any, tables: ItemTables, rows: jax.Array, history: History
+    ) -> tuple[jax.Array, jax.Array | None]:
+        outputs, state = model.apply(variables, tables, rows, history, *extra, positions=1, mutable=["intermediates"])
+        return outputs[0][:, -1], cross_attention(state.get("intermediates", {}), ("user_qformer", "qformer"))
+
+    return Ranker(
+        users=users,
+        items=items,
+        explained=explained,
+        tables=tables,
+        max_history=max_history,
+        batch_size=batch_size,
+    )
 
 
 def batch_tables(tables: ItemTables | None, batch: HistoryBatch) -> tuple[ItemTables, jax.Array]:
