@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -32,19 +32,38 @@ which is what a caller of `Recommender.recommend` often has, are nothing new to 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """A finite, ordered stream of batches whose iterator can be checkpointed.
+    """A finite, ordered list of batches. Each follows from its number alone, so a step is a position in the data.
 
     Attributes:
-      dataset: Grain dataset over all epochs.
+      batches: Grain dataset of the batches of all epochs.
+      examples: The example numbers of every batch.
+      users: int64, user row of every example.
+      workers: Worker processes; 0 reads in threads.
       steps: Batches over all epochs.
       steps_per_epoch: Batches of one epoch.
       batch_size: Examples per batch.
     """
 
-    dataset: grain.IterDataset
+    batches: grain.MapDataset
+    examples: grain.MapDataset
+    users: np.ndarray
+    workers: int
     steps: int
     steps_per_epoch: int
     batch_size: int
+
+    def iterate(self, start: int) -> Iterator[Any]:
+        """The batches from number `start` on, read ahead."""
+        # Few threads: the builders are numpy code that releases the lock only in parts.
+        dataset = self.batches[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+        if self.workers:
+            # grain 0.2.18 reads absl flags in its workers and fails in programs that never parsed them (grain#1355).
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
+        return iter(dataset)
 
 
 def pair_dataset(
@@ -80,15 +99,14 @@ def pair_dataset(
         values, present = gather(batch.items())
         return batch.replace(values=values, present=present)
 
-    batches = (
+    examples = (
         grain.MapDataset.range(len(source.users))
         .seed(seed)
         .shuffle()
         .batch(batch_size, drop_remainder=True, batch_fn=_indices)
         .repeat(epochs)
-        .random_map(build)
     )
-    return _finish(batches, epochs, batch_size, workers)
+    return _finish(examples, build, source.users, epochs, batch_size, workers)
 
 
 def history_dataset(
@@ -163,7 +181,7 @@ def history_dataset(
             .map(lambda examples, slots=slots: (slots, examples))
         )
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [len(part) for part in parts])
-    return _finish(mixed.repeat(epochs).seed(seed).random_map(build), epochs, batch_size, workers)
+    return _finish(mixed.repeat(epochs).seed(seed), build, windows.users, epochs, batch_size, workers)
 
 
 def _indices(elements: Sequence[Any]) -> np.ndarray:
@@ -187,15 +205,15 @@ def _merge_small(bucket: np.ndarray, buckets: int, batch_size: int) -> list[np.n
     return groups
 
 
-def _finish(batches: grain.MapDataset, epochs: int, batch_size: int, workers: int) -> TrainingData:
-    steps = len(batches)
-    # Few threads: the builders are numpy code that releases the lock only in parts.
-    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
-    if workers:
-        # grain 0.2.18 reads absl flags in its workers and fails in programs that never parsed them (grain#1355).
-        from absl import flags
-
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return TrainingData(dataset=dataset, steps=steps, steps_per_epoch=steps // epochs, batch_size=batch_size)
+def _finish(
+    examples: grain.MapDataset, build: Callable, users: np.ndarray, epochs: int, batch_size: int, workers: int
+) -> TrainingData:
+    return TrainingData(
+        batches=examples.random_map(build),
+        examples=examples.map(lambda element: element[1] if isinstance(element, tuple) else element),
+        users=users,
+        workers=workers,
+        steps=len(examples),
+        steps_per_epoch=len(examples) // epochs,
+        batch_size=batch_size,
+    )

@@ -39,6 +39,12 @@ class HistoryBatch:
     negatives: np.ndarray | None = None
     tables: ItemTables | None = None
 
+    def items(self) -> np.ndarray:
+        """Catalogue rows of the batch's items, int32; -1 in padding."""
+        if self.rows is not None:
+            return self.rows
+        return np.concatenate([self.history.items.ravel(), self.targets.ravel()])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EventFeatures:
@@ -180,11 +186,13 @@ class TrainingWindows:
       order: int64, event numbers of the training split, grouped by user, oldest first.
       starts: int64 [examples], first entry of the example's user in `order`.
       ends: int64 [examples], entry in `order` of the last target; slots are the entries before it.
+      users: int64 [examples], the example's user.
     """
 
     order: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    users: np.ndarray
 
     def slots(self) -> np.ndarray:
         """Number of history slots of every example before any cut."""
@@ -209,6 +217,7 @@ def training_windows(interactions: Interactions, split: Split, positions: int) -
         order=order,
         starts=np.concatenate([np.zeros(0, np.int64), *starts]).astype(np.int64),
         ends=np.concatenate([np.zeros(0, np.int64), *ends]).astype(np.int64),
+        users=np.repeat(np.arange(len(ends)), [len(window_ends) for window_ends in ends]),
     )
 
 

@@ -1,20 +1,36 @@
 """Checkpoints: the only file that knows Orbax.
 
-A checkpoint holds the training state and the position of the data iterator in one atomic step. The newest ones and
-the best one are kept.
+A checkpoint is one atomic step: the whole training state, and a checksum of every leaf of it. The position in the
+data is the step itself (`nqf.pipelines.datasets.TrainingData.iterate`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
+
+from nqf.training.mesh import leaf_name
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing or does not fit; the message names the folder and the differing leaves."""
+    """A checkpoint that is missing, damaged, not written or does not fit; the message names folder and leaves."""
+
+
+class _NewestAndBest:
+    """Keeps the newest checkpoints, and the best one by what the newest says."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep = max(keep, 1)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = checkpoints[-1].metrics["best_step"] if checkpoints else None
+        newest = len(checkpoints) - self._keep
+        return [index >= newest or checkpoint.step == best for index, checkpoint in enumerate(checkpoints)]
 
 
 class Checkpointer:
@@ -27,48 +43,79 @@ class Checkpointer:
 
     def __init__(self, directory: Path, *, keep: int = 1) -> None:
         self._directory = directory.resolve()
-        policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(max(keep, 1)),
-                    policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1),
-                ]
-            ),
-            cleanup_tmp_directories=True,
+            self._directory, preservation_policy=_NewestAndBest(keep), cleanup_tmp_directories=True
         )
+        self._saving: Any = None
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        # Errors of asynchronous saves surface here and nowhere else, so nothing is swallowed.
-        self._checkpointer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Errors of asynchronous saves surface here and nowhere else, so they are swallowed only by an earlier error.
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            if kind is None:
+                raise self._not_saved(error) from error
+
+    def wait(self) -> None:
+        """Waits until the checkpoint that is being saved is whole.
+
+        Raises:
+          CheckpointError: It could not be written.
+        """
+        try:
+            if self._saving is not None:
+                self._saving.result()
+        except Exception as error:
+            raise self._not_saved(error) from error
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, or None."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, step: int, state: Any, data: Any, *, score: float) -> None:
-        """Starts an asynchronous save of `state` and the data iterator; `score` decides which one is best."""
-        self._checkpointer.save_checkpointables_async(
-            step, {"state": state, "data": data}, metrics={"score": float(score)}, force=True
-        )
+    def save(self, step: int, state: Any, *, best_step: int) -> None:
+        """Starts an asynchronous save; waits for the one before.
 
-    def restore(self, step: int, state: Any, data: Any) -> Any:
-        """Restores a step into the shapes, dtypes and shardings of `state`; moves the iterator `data` in place.
+        Args:
+          step: Name of the checkpoint.
+          state: Tree of arrays.
+          best_step: The checkpoint that is kept whatever its age.
 
         Raises:
-          CheckpointError: The checkpoint's leaves differ from `state`'s.
+          CheckpointError: This or the previous save failed.
         """
-        _check_leaves(self._directory, self._checkpointer.checkpointables_metadata(step).metadata["state"], state)
-        return self._checkpointer.load_checkpointables(step, {"state": _abstract(state), "data": data})["state"]
+        try:
+            self._saving = self._checkpointer.save_checkpointables_async(
+                step,
+                {"state": state, "checksums": checksums(state)},
+                metrics={"best_step": best_step},
+                force=True,
+            )
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def restore(self, step: int, state: Any) -> Any:
+        """Restores a step into the shapes, dtypes and shardings of `state`, whatever devices wrote it.
+
+        Raises:
+          CheckpointError: The checkpoint is damaged, or its leaves differ from `state`'s.
+        """
+        return _read(self._directory / str(step), state)
+
+    def _not_saved(self, error: Exception) -> CheckpointError:
+        whole = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+        left = f"the checkpoint of step {whole[-1]} is whole" if whole else "there is no earlier one"
+        return CheckpointError(
+            f"{self._directory}: a checkpoint could not be written ({_first_line(error)}); {left}. Make room or mend "
+            "the folder's permissions, then run the same command again"
+        )
 
 
 def restore_params(directory: Path, step: int, params: Any) -> Any:
-    """Restores the parameters of one step and nothing else.
+    """Restores the parameters of one step and nothing else; every process may do so by itself.
 
     Args:
       directory: Folder of a stage's checkpoints.
@@ -76,47 +123,108 @@ def restore_params(directory: Path, step: int, params: Any) -> Any:
       params: Tree of arrays or `jax.ShapeDtypeStruct` with the expected names and shapes.
 
     Raises:
-      CheckpointError: No such checkpoint, or its leaves differ from `params`.
+      CheckpointError: No such checkpoint, a damaged one, or its leaves differ from `params`.
     """
-    directory = directory.resolve()
-    with ocp.training.Checkpointer(directory) as checkpointer:
-        if step not in [checkpoint.step for checkpoint in checkpointer.checkpoints]:
-            raise CheckpointError(f"{directory}: no checkpoint of step {step}; run the stage again")
-        stored = checkpointer.checkpointables_metadata(step).metadata["state"]
-        _check_leaves(directory, {"params": stored["params"]}, {"params": params})
-        wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, stored)
-        wanted["params"] = _abstract(params)
-        return checkpointer.load_checkpointables(step, {"state": wanted})["state"]["params"]
-
-
-def _abstract(tree: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    path = directory.resolve() / str(step)
+    if not path.is_dir():
+        raise CheckpointError(f"{path.parent}: no checkpoint of step {step}; run the stage again")
+    context = ocp.Context()
+    # Without this, Orbax waits for the other processes of a multi-process run.
+    context.multiprocessing_options.active_processes = {jax.process_index()}
+    context.multiprocessing_options.primary_host = jax.process_index()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def leaf(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or sharding)
+        sharding = getattr(x, "sharding", None)
+        usable = sharding is not None and sharding.is_fully_addressable
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if usable else device)
 
-    # Without shardings a checkpoint written on eight devices does not load on one.
+    with context:
+        return _read(path, {"params": jax.tree.map(leaf, params)})["params"]
+
+
+@jax.jit
+def checksums(tree: Any) -> Any:
+    """A uint32 checksum of every leaf: the sum of its bits times odd weights by position, modulo 2^32.
+
+    Sums of integers do not depend on their order, so the devices that hold a leaf do not matter. Odd weights make
+    every change of a single element show.
+    """
+
+    def leaf(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = x.astype(unsigned) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
+        weights = jax.lax.broadcasted_iota(jnp.uint32, (x.size,), 0) * jnp.uint32(2_654_435_762) + jnp.uint32(1)
+        return jnp.sum(bits.astype(jnp.uint32).reshape(-1) * weights, dtype=jnp.uint32)
+
     return jax.tree.map(leaf, tree)
 
 
-def _check_leaves(directory: Path, stored: Any, wanted: Any) -> None:
+def _read(path: Path, wanted: Any) -> Any:
+    """Reads a checkpoint into the names, shapes, dtypes and shardings of `wanted`.
+
+    If that is a dictionary, what else the checkpoint holds is left unread.
+    """
+    try:
+        stored = ocp.metadata(path).metadata
+    except Exception as error:
+        # Damaged files may raise anything that readers of JSON, protobuf and tensorstore can.
+        raise _damaged(path, _first_line(error)) from error
+    unread = {}
+    if isinstance(wanted, dict):
+        unread = {
+            name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in stored.items() if name not in wanted
+        }
+        stored = {name: tree for name, tree in stored.items() if name in wanted}
+    _check_leaves(path, stored, wanted)
+    # Without shardings a checkpoint written on eight devices does not load on one.
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
+    sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.uint32, sharding=_scalar(x.sharding)), wanted)
+    try:
+        parts = {"state": state, "checksums": sums}
+        if unread:
+            parts = {name: {**tree, **unread} for name, tree in parts.items()}
+        loaded = ocp.load_checkpointables(path, parts)
+    except Exception as error:
+        raise _damaged(path, _first_line(error)) from error
+    if unread:
+        loaded = {name: {key: loaded[name][key] for key in wanted} for name in parts}
+    found, expected = jax.device_get((checksums(loaded["state"]), loaded["checksums"]))
+    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    differing = [leaf_name(where) for (where, one), other in pairs if one != other]
+    if differing:
+        raise _damaged(path, f"the checksum of {', '.join(differing[:5])} differs")
+    return loaded["state"]
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: damaged ({reason}); delete this folder to go on from an earlier checkpoint, if there is one, or "
+        "begin the stage again with --restart"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    # Orbax hides the cause behind a message of its own; tensorstore's messages run over many lines.
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no reason given'}"
+
+
+def _scalar(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
+
+
+def _check_leaves(path: Path, stored: Any, wanted: Any) -> None:
     """Compares names and shapes first: Orbax's own message for a mismatch hides the cause."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {"/".join(_key(part) for part in path): tuple(leaf.shape) for path, leaf in leaves}
+        return {leaf_name(where): tuple(leaf.shape) for where, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
     there, here = shapes(stored), shapes(wanted)
-    if there == here:
-        return
     lines = [f"  {name}: stored {there.get(name, 'nothing')}, expected {here.get(name, 'nothing')}"
              for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]  # fmt: skip
-    shown = "\n".join(lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
-    raise CheckpointError(f"{directory}: the checkpoint does not fit the configuration:\n{shown}")
-
-
-def _key(part: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(part, attribute):
-            return str(getattr(part, attribute))
-    return str(part)
+    if lines:
+        shown = "\n".join(lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
+        raise CheckpointError(f"{path}: the checkpoint does not fit the configuration:\n{shown}")

@@ -259,7 +259,7 @@ def train_items(run: Run) -> dict[str, Any]:
         validate=validate,
         score="explained",
         seed=config.seed,
-        keep=config.training.keep,
+        training=config.training,
         console=run.console,
     )
     return {

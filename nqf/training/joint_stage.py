@@ -278,7 +278,7 @@ def train_joint(run: Run) -> dict[str, Any]:
         validate=validate,
         score="ndcg@10",
         seed=config.seed + 2,
-        keep=config.training.keep,
+        training=config.training,
         console=run.console,
     )
     # `fit` validates the best parameters last, so the tokens on disk are theirs.

@@ -1,36 +1,140 @@
-"""Devices: one mesh, batches split over it, everything else replicated."""
+"""Devices: one mesh, where parameters and batches lie on it, and which part of a batch a process builds.
+
+A layout never changes a result beyond the rounding of sums: every compiled program sees global arrays.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nqf.config import MeshConfig
 
-def make_mesh() -> Mesh:
-    """A mesh of all devices with the axis `data`.
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical names of a leaf's last axes by its path; a path that no rule matches is replicated. Kernels that read what
+# the layer before them split over `tensor` come first (Megatron-LM, arXiv 1909.08053, section 3).
+RULES = (
+    (r"(dense|o_proj|down_proj|output)/kernel$", ("hidden", "embed")),
+    (r"/kernel$", ("embed", "hidden")),
+    (r"(/embedding|/free)$", ("rows", "embed")),
+    (r"/lora_a$", ("embed", None)),
+    (r"/lora_b$", (None, "hidden")),
+)
+MESH_AXIS = {"embed": "fsdp", "hidden": "tensor", "rows": "tensor"}
+
+# Leaves of a batch that every process holds whole; of all others it builds its rows.
+WHOLE = ("rows", "negatives", "supervised")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of all devices of all processes, with the axes `data`, `fsdp` and `tensor`.
 
     Auto axes: under jax's default, explicit ones, Linen's embeddings fail.
+
+    Raises:
+      ValueError: The sizes do not multiply to the number of devices.
     """
-    return jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+    devices = len(jax.devices())
+    data = config.data or max(1, devices // (config.fsdp * config.tensor))
+    if data * config.fsdp * config.tensor != devices:
+        raise ValueError(
+            f"training.mesh: data {config.data or 'all that is left'} x fsdp {config.fsdp} x tensor {config.tensor} "
+            f"does not make the {devices} devices of this run; mend the sizes, or leave data at 0"
+        )
+    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts every leaf on all devices; committed, so that a restored state compiles nothing anew."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def batch_shard(config: MeshConfig) -> tuple[int, int]:
+    """Which of how many equal, consecutive slices of every batch this process builds, (index, count)."""
+    mesh = make_mesh(config)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    where = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).addressable_devices_indices_map((rows,))
+    starts = {index[0].indices(rows)[0] for index in where.values()}
+    return min(starts) // len(starts), rows // len(starts)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path in a tree as text, `/` between its parts."""
+    return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+
+
+def layout(tree: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of parameters, or of anything that holds trees of the same names, such as a train state.
+
+    An axis that its devices do not divide evenly stays whole.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = next((names for pattern, names in RULES if re.search(pattern, "/" + leaf_name(path))), ())
+        if len(names) > leaf.ndim:
+            names = ()
+        spec = [None] * (leaf.ndim - len(names))
+        for size, name in zip(leaf.shape[leaf.ndim - len(names) :], names, strict=True):
+            axis = MESH_AXIS.get(name)
+            spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts host or local arrays, equal in all processes, where `shardings` says; committed, so that a restored state
+    compiles nothing anew."""
+
+    def leaf(x: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(leaf, tree, shardings)
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """Splits every leaf along its first axis over `data` where that divides evenly, and replicates the rest.
+    """Splits every leaf along its first axis over `data` and `fsdp` where that divides evenly; replicates the rest.
 
-    Placement never changes a result: the compiled step sees global arrays.
+    With several processes, a leaf is this process's slice (see `batch_shard`), those named in `WHOLE` excepted.
     """
-    devices = mesh.shape["data"]
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    split, whole = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), NamedSharding(mesh, PartitionSpec())
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def leaf(x: np.ndarray) -> jax.Array:
-        return jax.device_put(x, split if devices > 1 and x.ndim and x.shape[0] % devices == 0 else whole)
+    def leaf(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
+        if whole.is_fully_addressable:
+            sliced = x.size and x.shape and x.shape[0] % devices == 0
+        else:
+            sliced = leaf_name(path) not in WHOLE
+        return jax.make_array_from_process_local_data(split if sliced else whole, x)
 
-    return jax.tree.map(leaf, batch)
+    return jax.tree_util.tree_map_with_path(leaf, batch)
+
+
+def local(tree: Any, mesh: Mesh) -> Any:
+    """The tree as this process can read it alone: as it is for one process, else whole copies on a device of it."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if whole.is_fully_addressable:
+        return tree
+    gathered = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered)
+
+
+def is_primary() -> bool:
+    """Whether this process writes logs and tables."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(values: np.ndarray) -> np.ndarray:
+    """The first process's values, in all processes."""
+    return multihost_utils.broadcast_one_to_all(values) if jax.process_count() > 1 else values

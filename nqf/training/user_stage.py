@@ -176,7 +176,7 @@ def train_users(run: Run) -> dict[str, Any]:
         validate=lambda params: check({"params": params}),
         score="ndcg@10",
         seed=config.seed + 1,
-        keep=config.training.keep,
+        training=config.training,
         console=run.console,
     )
     return {

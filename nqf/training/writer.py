@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -22,13 +23,16 @@ class Writer:
       folder: Run folder.
       stage: Name of the stage.
       resumed_step: Step that training goes on from; 0 for a fresh start.
+      enabled: Whether anything is written; false in all but one of several processes.
     """
 
-    def __init__(self, folder: Path, stage: str, *, resumed_step: int) -> None:
+    def __init__(self, folder: Path, stage: str, *, resumed_step: int, enabled: bool = True) -> None:
         # tensorboardX takes a quarter of a second to import, so only training pays for it.
         from tensorboardX import SummaryWriter
 
-        self._stage = stage
+        self._stage, self._enabled = stage, enabled
+        if not enabled:
+            return
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _keeps(line, stage, resumed_step)]
@@ -42,12 +46,21 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        if self._enabled:
+            self._file.close()
+            self._board.close()
+
+    def sync(self) -> None:
+        """Returns when the lines are on disk, so that no checkpoint is ahead of them."""
+        if self._enabled:
+            os.fsync(self._file.fileno())
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line and the same scalars to TensorBoard."""
-        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **metrics}
+        """Appends one line and the same scalars to TensorBoard; JSON has no infinity, so that becomes null."""
+        if not self._enabled:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in metrics.items():
