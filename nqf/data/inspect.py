@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -197,7 +198,7 @@ def _suggest_number(name: str, values: pl.Series, variety: float) -> tuple[dict[
     if _LATER_NAME.search(name):
         return (
             {"modality": "number", "after_the_fact": True},
-            "a total of the day it was collected may know the future; left out of training unless asked for",
+            "a total of the day it was collected knows the future; left out unless data.use_after_the_fact is set",
         )
     return {"modality": "number"}, ""
 
@@ -219,8 +220,9 @@ def _suggest_string(name: str, values: pl.Series, variety: float) -> tuple[dict[
     if share(values.str.contains(_NUMBERS)) >= 0.99:
         return {"modality": "vector"}, ""
     if share(values.str.contains(_IMAGE)) >= 0.8:
-        links = share(values.str.contains(_URL)) > 0.5
-        return {"modality": "image"}, "links; they need fields.image_encoder to be a CLIP model" if links else ""
+        if share(values.str.contains(_URL)) > 0.5:
+            return {}, "links to pictures; modality image where fields.image_encoder is a CLIP model"
+        return {"modality": "image"}, ""
     if share(values.str.contains(_URL)) >= 0.8:
         return {}, "links"
     words = float(values.str.split(" ").list.len().mean())
@@ -310,16 +312,16 @@ def inspect_interactions(path: Path, scratch: Path, items: pl.Series | None = No
         ("interactions", f"{len(frame):,}"),
         ("users", f"{len(lengths):,}"),
         ("items in them", f"{len(counts):,}"),
-        ("history length: least, 5 %, half, mean, 95 %, most", _quantiles(lengths)),
-        ("users with fewer than 3 (not evaluated)", f"{(lengths < 3).sum():,}"),
-        ("interactions per item: least, 5 %, half, mean, 95 %, most", _quantiles(counts)),
+        ("history length", _quantiles(lengths)),
+        ("users with fewer than 3", f"{(lengths < 3).sum():,}"),
+        ("interactions per item", _quantiles(counts)),
         ("the same user and item again", f"{len(frame) - frame.select('user_id', 'item_id').n_unique():,}"),
     ]
     if items is not None:
         known = frame["item_id"].cast(pl.String).is_in(items.cast(pl.String).implode())
         unused = ~items.cast(pl.String).is_in(frame["item_id"].cast(pl.String).unique().implode())
         lines += [
-            ("interactions with items that the item table lacks", f"{(~known).sum():,}"),
+            ("with unknown items", f"{(~known).sum():,}"),
             ("items without any interaction", f"{unused.sum():,}"),
         ]
     if "timestamp" in names:
@@ -349,15 +351,20 @@ def _times(frame: pl.DataFrame) -> list[tuple[str, str]]:
     tied = float((gaps == 0).mean() or 0)
     return [
         ("timestamps", f"{_share(timed['time'])}, {days[0]} to {days[1]}"),
-        ("consecutive interactions of a user at the same time", f"{tied:.1%}"),
+        ("consecutive, at the same time", f"{tied:.1%}"),
     ]
 
 
 def _quantiles(values: pl.Series) -> str:
-    middle = [values.quantile(q) for q in (0.05, 0.5)]
-    return "  ".join(
-        f"{value:,.4g}" for value in (values.min(), *middle, values.mean(), values.quantile(0.95), values.max())
-    )
+    numbers = {
+        "least": values.min(),
+        "5 %": values.quantile(0.05),
+        "half": values.median(),
+        "mean": values.mean(),
+        "95 %": values.quantile(0.95),
+        "most": values.max(),
+    }
+    return ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
 
 
 def _share(values: pl.Series) -> str:
@@ -372,3 +379,22 @@ def _shorten(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, (pl.Series, list)) else str(value)
     text = " ".join(text.split())
     return text if len(text) <= 40 else text[:39] + "…"
+
+
+def suggest_config(items: Path, interactions: Path, folder: Path) -> str:
+    """A configuration YAML for two tables and the schema.yaml of a folder."""
+    suffixes = [suffix.lower() for suffix in items.suffixes]
+    kind = "table"
+    if ".item" in suffixes:
+        kind = "recbole"
+    elif ".json" in suffixes:
+        kind = "unirec"
+    elif {".jsonl", ".ndjson"} & set(suffixes) and "parent_asin" in next(read_json_lines(items)):
+        kind = "amazon-2023"
+    where = [os.path.relpath(path, folder) for path in (items, interactions)]
+    return (
+        "# Train with: python -m nqf.train --config THIS_FILE\n"
+        f"name: {_plain(folder.resolve().name)}\n"
+        f"data:\n  format: {kind}\n  items: {_plain(where[0])}\n  interactions: {_plain(where[1])}\n"
+        "  schema: schema.yaml\n"
+    )
