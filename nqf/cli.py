@@ -27,13 +27,18 @@ def guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     except _EXPECTED as error:
         # The message of a KeyError is the repr of its argument.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {' '.join(str(message).split())}\n(--debug shows the traceback)", file=sys.stderr)
+        text = " ".join(str(message).split())
+        if hasattr(error, "exit_code"):
+            # Not a fault: training that was asked to stop (nqf.training.stop).
+            print(f"stopped: {text}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+        print(f"error: {text}\n(--debug shows the traceback)", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def terminal() -> Console:
+def terminal(*, quiet: bool = False) -> Console:
     """The console of an entry point: as wide as the terminal, or plain lines that are never broken elsewhere."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, quiet=quiet)

@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> None:
     options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m nqf.evaluate")
     from nqf.evaluation.results import print_results
     from nqf.training.assess import assess
+    from nqf.training.lock import lock_run
     from nqf.training.run import open_run
 
     console = terminal()
@@ -50,7 +51,8 @@ def main(arguments: list[str]) -> None:
     if options.sasrec:
         config = dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, sasrec=True))
     run = dataclasses.replace(run, config=config)
-    print_results(assess(run, split=options.split, protocol=options.protocol, ks=options.k), console)
+    with lock_run(run.folder):
+        print_results(assess(run, split=options.split, protocol=options.protocol, ks=options.k), console)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ class TrainArguments(Config):
       config: YAML file; without it, the configuration that the run folder holds.
       stage: What to run: one stage, or `all` that are missing or stale, followed by the evaluation.
       run: Run folder; `runs/<name>` by default.
+      restart: Begin anew the stages that were cut off, instead of going on from their checkpoints.
       debug: Show the traceback of an error.
     """
 
     config: Path | None = None
     stage: Literal["fields", "item", "tokens", "user", "joint", "all"] = "all"
     run: Path | None = None
+    restart: bool = False
     debug: bool = False
 
 
@@ -108,18 +110,24 @@ def main(arguments: list[str]) -> None:
 
     from nqf.evaluation.results import print_results
     from nqf.training.assess import assess
-    from nqf.training.stages import open_for_training, run_all, run_stage
+    from nqf.training.lock import lock_run
+    from nqf.training.mesh import barrier, is_primary, join_processes
+    from nqf.training.stages import STAGES, open_for_training, run_stage
 
     config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
     if config.training.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.training.compilation_cache)
-    console = terminal()
-    run = open_for_training(config, options.run or Path("runs") / config.name, console)
-    if options.stage != "all":
-        run_stage(run, options.stage)
-        return
-    run_all(run)
-    print_results(assess(run, split="test"), console)
+    if config.training.distributed:
+        join_processes()
+    console = terminal(quiet=not is_primary())
+    folder, stages = options.run or Path("runs") / config.name, STAGES if options.stage == "all" else (options.stage,)
+    with lock_run(folder):
+        run = open_for_training(config, folder, console, stages=stages, restart=options.restart)
+        for stage in stages:
+            run_stage(run, stage, restart=options.restart)
+        if options.stage == "all" and is_primary():
+            print_results(assess(run, split="test"), console)
+        barrier("evaluated")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -14,6 +16,7 @@ from nqf.config import Config, to_tree
 CODE_FORMAT = 1
 """Version of what the stages write; raise it when an old artefact must not be reused."""
 
+STARTED = "started.json"
 STAGES = ("fields", "item", "tokens", "user", "joint")
 
 _CONFIG_OF = {
@@ -23,6 +26,7 @@ _CONFIG_OF = {
     "user": ("seed", "candidates", "user", "joint.prompt.history_items"),
     "joint": ("seed", "joint"),
 }
+_MODELS_OF = {"fields": ("fields.text_encoder", "fields.image_encoder"), "joint": ("joint.backbone.path",)}
 _INPUTS_OF = {"fields": (), "item": ("fields",), "tokens": ("item",), "user": ("tokens",), "joint": ("user",)}
 
 
@@ -44,14 +48,36 @@ class Artifact:
 
 
 def source_digest(config: Config) -> str:
-    """SHA-256 of the source files' contents; empty for the synthetic catalogue."""
+    """SHA-256 of the source files' contents; that of nothing for the synthetic catalogue."""
     digest = hashlib.sha256()
     for name in (config.data.items, config.data.interactions, config.data.schema):
-        if name is None or not Path(name).is_file():
-            # A missing file is reported by the reader, with advice.
-            continue
-        with open(name, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        # A missing file is reported by the reader, with advice.
+        if name is not None and Path(name).is_file():
+            status = os.stat(name)
+            digest.update(_file_digest(name, status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@functools.lru_cache
+def _file_digest(name: str, size: int, changed: int) -> bytes:
+    # Size and time are there to make the cached digest of a changed file another one.
+    with open(name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def model_digest(name: str) -> str | None:
+    """Of a local model folder: SHA-256 over names, sizes and first bytes of its files; None for anything else.
+
+    The first mebibyte holds a weight file's index and the start of its tensors; reading gigabytes at every start
+    would cost more than it tells.
+    """
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for suffix in ("json", "safetensors", "txt") for path in folder.glob(f"*.{suffix}")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}|{path.stat().st_size}|".encode() + file.read(2**20))
     return digest.hexdigest()
 
 
@@ -59,19 +85,21 @@ def parts_of(config: Config, stage: str, run: Path) -> dict[str, Any]:
     """What a stage depends on: its configuration, its inputs' fingerprints, the data and the code format."""
     parts: dict[str, Any] = {"code_format": CODE_FORMAT, "stage": stage}
     for key in _CONFIG_OF[stage]:
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        parts[key] = to_tree(value)
+        parts[key] = to_tree(_value(config, key))
     for name in _INPUTS_OF[stage]:
         artifact = read_artifact(run, name)
         parts[f"input {name}"] = artifact.fingerprint if artifact else None
     if stage == "fields":
         parts["data files"] = source_digest(config)
-    if stage in ("item", "user", "joint"):
-        # The number of workers is part of the data order's checkpoint.
-        parts["workers"] = config.training.workers
+    for model in _MODELS_OF.get(stage, ()):
+        digest = model_digest(_value(config, model))
+        if digest is not None:
+            parts[f"files of {model}"] = digest
     return parts
+
+
+def _value(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
@@ -81,38 +109,74 @@ def fingerprint(parts: dict[str, Any]) -> str:
 
 def read_artifact(run: Path, stage: str) -> Artifact | None:
     """The finished stage, or None if it has not been finished."""
+    tree = _read_stage(run, stage)
+    return None if tree is None else Artifact(fingerprint=tree["fingerprint"], result=tree["result"])
+
+
+def _read_stage(run: Path, stage: str) -> dict[str, Any] | None:
     path = run / stage / "stage.json"
     if not path.is_file():
         return None
+    advice = f"delete {path} and run stage '{stage}' again"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return Artifact(fingerprint=tree["fingerprint"], result=tree["result"])
-    except (json.JSONDecodeError, KeyError) as error:
-        raise StageError(
-            f"{path}: not readable ({error!r}); delete {path.parent} and run stage '{stage}' again"
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StageError(f"{path}: not readable as JSON ({error}); {advice}") from error
+    kinds = {"fingerprint": str, "parts": dict, "result": dict}
+    if not isinstance(tree, dict) or any(not isinstance(tree.get(key), kind) for key, kind in kinds.items()):
+        raise StageError(f"{path}: not the record of a finished stage; {advice}")
+    # Records of before checksums have none; their fingerprint covers the parts alone.
+    if tree["fingerprint"] != fingerprint(tree["parts"]) or tree.get("sha256", fingerprint(tree["result"])) != (
+        fingerprint(tree["result"])
+    ):
+        raise StageError(f"{path}: altered, its own checksum differs; {advice}")
+    return tree
 
 
 def write_artifact(run: Path, stage: str, parts: dict[str, Any], result: dict[str, Any]) -> None:
     """Marks a stage as finished. The file is the last thing that a stage writes, and appears whole or not at all."""
-    write_json(run / stage / "stage.json", {"fingerprint": fingerprint(parts), "parts": parts, "result": result})
+    # As it reads in the file, where all keys are strings.
+    result = json.loads(json.dumps(result))
+    tree = {"fingerprint": fingerprint(parts), "parts": parts, "result": result, "sha256": fingerprint(result)}
+    write_json(run / stage / "stage.json", tree)
+
+
+def started(parts: dict[str, Any]) -> dict[str, Any]:
+    """What a stage that is cut off must find again to go on: its parts, and the library that orders its data."""
+    return {**parts, "data order": f"grain {importlib.metadata.version('grain')}"}
+
+
+def cut_off(run: Path, stage: str) -> dict[str, Any] | None:
+    """What `started` was of a stage that began and has not finished; None if there is no such record."""
+    path = run / stage / STARTED
+    if (run / stage / "stage.json").exists() or not path.is_file():
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return tree if isinstance(tree, dict) else None
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Writes JSON atomically."""
+    """Writes JSON atomically, also if the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(tree, indent=2), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(tree, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def status(config: Config, stage: str, run: Path) -> str:
     """Empty if the stage is finished and fresh; else the reason why it has to run."""
-    path = run / stage / "stage.json"
-    if read_artifact(run, stage) is None:
+    stored = _read_stage(run, stage)
+    if stored is None:
         return "it has not been run"
-    stored = json.loads(path.read_text(encoding="utf-8"))["parts"]
-    reasons = differences(stored, parts_of(config, stage, run))
+    # The number of workers was once a part; it changes nothing.
+    stored["parts"].pop("workers", None)
+    reasons = differences(stored["parts"], parts_of(config, stage, run))
     return "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
 
 
@@ -125,6 +189,6 @@ def differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
         return lines
     if stored == wanted:
         return []
-    if path.startswith("input ") or path == "data files":
+    if path.startswith(("input ", "files of ")) or path == "data files":
         return [f"{path} changed"]
     return [f"{path} was {stored!r} and is {wanted!r}"]

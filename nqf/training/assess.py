@@ -114,6 +114,8 @@ def sasrec(run: Run) -> TrainedSASRec:
         dataset.interactions, dataset.split, config.baselines.sasrec_options, seed=config.seed, report=report
     )
     folder.mkdir(exist_ok=True)
+    # A kill in between must not leave new parameters under an old record.
+    (folder / "stage.json").unlink(missing_ok=True)
     leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(trained.params)[0]}
     temporary = folder / "params.tmp"
     with temporary.open("wb") as file:

@@ -5,6 +5,7 @@ A layout never changes a result beyond the rounding of sums: every compiled prog
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -122,6 +123,20 @@ def local(tree: Any, mesh: Mesh) -> Any:
         return tree
     gathered = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered)
+
+
+def join_processes() -> None:
+    """Joins the processes of one run; to be called before anything else touches a device.
+
+    JAX finds the others by itself under SLURM, Open MPI, Kubernetes and on TPU pods, else by its own variable
+    JAX_COORDINATOR_ADDRESS (host:port of the first process) and JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    numbers = {
+        argument: int(os.environ[variable])
+        for argument, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
+        if variable in os.environ
+    }
+    jax.distributed.initialize(**numbers)
 
 
 def is_primary() -> bool:

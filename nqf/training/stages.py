@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-import json
+import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,20 @@ from nqf.fields.build import build
 from nqf.interop.encoders import encoder_factories
 from nqf.training.artifacts import (
     STAGES,
+    STARTED,
     StageError,
+    cut_off,
     differences,
-    fingerprint,
     parts_of,
     read_artifact,
+    started,
     status,
     write_artifact,
     write_json,
 )
 from nqf.training.item_stage import make_tokens, train_items
 from nqf.training.joint_stage import train_joint
+from nqf.training.mesh import barrier, is_primary
 from nqf.training.run import Run
 from nqf.training.user_stage import train_users
 from nqf.training.writer import Encoding
@@ -56,6 +61,7 @@ def build_fields(run: Run) -> dict[str, Any]:
     }
 
 
+_TRAINED = ("item", "user", "joint")
 _RUN = {
     "fields": build_fields,
     "item": train_items,
@@ -65,25 +71,53 @@ _RUN = {
 }
 
 
-def open_for_training(config: Config, folder: Path, console: Console) -> Run:
-    """Makes the run folder and saves the resolved configuration in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
+def open_for_training(
+    config: Config, folder: Path, console: Console, *, stages: Sequence[str] = STAGES, restart: bool = False
+) -> Run:
+    """Makes the run folder and saves the resolved configuration in it.
+
+    Args:
+      config: The configuration; relative data paths start at the working directory.
+      folder: Run folder.
+      console: Terminal.
+      stages: What is going to be run.
+      restart: Whether starts under other settings are to be discarded.
+
+    Raises:
+      StageError: One of the stages was cut off under other settings; the folder stays as it is.
+    """
+    paths = {key: getattr(config.data, key) for key in ("items", "interactions", "schema")}
+    paths = {key: str(Path(path).resolve()) for key, path in paths.items() if path is not None}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+    if not restart:
+        for stage in stages:
+            _refuse_other_settings(config, folder, stage)
+    if is_primary():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "config.tmp"
+        save_config(config, temporary)
+        os.replace(temporary, folder / "config.yaml")
+    barrier("config")
     # Read back, so that training sees exactly what later commands will see.
     return Run(folder=folder, config=load_config(folder / "config.yaml"), console=console)
 
 
-def run_stage(run: Run, stage: str) -> bool:
+def run_stage(run: Run, stage: str, *, restart: bool = False) -> bool:
     """Runs one stage if it is missing or stale.
 
-    A stage that was cut off goes on from its newest checkpoint if nothing it depends on has changed; otherwise what
-    it left is deleted.
+    A stage that was cut off goes on from its newest checkpoint. A stale one, and a start whose inputs are there no
+    more, is deleted first.
+
+    Args:
+      run: The run.
+      stage: Name of the stage.
+      restart: Begin anew what was cut off.
 
     Returns:
       Whether anything was run.
 
     Raises:
-      StageError: A stage before it is missing or stale.
+      StageError: A stage before it is missing or stale, or it was cut off under other settings.
     """
     for earlier in STAGES[: STAGES.index(stage)]:
         reason = status(run.config, earlier, run.folder)
@@ -96,39 +130,60 @@ def run_stage(run: Run, stage: str) -> bool:
     if not reason:
         run.console.print(f"[bold]{stage}[/bold]  up to date", highlight=False)
         return False
+    if not restart:
+        _refuse_other_settings(run.config, run.folder, stage)
     run.console.print(f"[bold]{stage}[/bold]  running: {reason}", highlight=False)
     parts = parts_of(run.config, stage, run.folder)
-    folder = run.folder / stage
-    _discard_other_start(run, folder, stage, parts)
-    started = time.perf_counter()
-    result = _RUN[stage](run)
-    result["wall_seconds"] = round(time.perf_counter() - started, 1)
+    if is_primary():
+        _clear(run, stage, restart)
+        write_json(run.folder / stage / STARTED, started(parts))
+    barrier(f"{stage} begins")
+    begun = time.perf_counter()
+    # What is not trained, one process makes for all.
+    result = _RUN[stage](run) if stage in _TRAINED or is_primary() else {}
+    result["wall_seconds"] = round(time.perf_counter() - begun, 1)
     result["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_artifact(run.folder, stage, parts, result)
+    if is_primary():
+        write_artifact(run.folder, stage, parts, result)
+    barrier(f"{stage} ends")
     run.console.print(f"[bold]{stage}[/bold]  done in {result['wall_seconds']:.1f} s", highlight=False)
     return True
 
 
-def _discard_other_start(run: Run, folder: Path, stage: str, parts: dict[str, Any]) -> None:
-    """Deletes what a start under other settings left; keeps what this one can go on from.
+def _refuse_other_settings(config: Config, folder: Path, stage: str) -> None:
+    """Refuses to go on with a stage that was cut off under other settings, which would lose what it learned.
+
+    Changed inputs are no reason: the ones that it could go on with are there no more.
+    """
+    left = cut_off(folder, stage)
+    if left is None or not (folder / stage / "checkpoints").is_dir():
+        return
+    lines = [line for line in differences(left, started(parts_of(config, stage, folder))) if "input " not in line]
+    if lines:
+        raise StageError(
+            f"{folder / stage}: this stage was cut off under other settings, which would change its data or its model: "
+            f"{'; '.join(lines)}. Restore them to go on from its newest checkpoint, or discard it with --restart"
+        )
+
+
+def _clear(run: Run, stage: str, restart: bool) -> None:
+    """Deletes what an earlier start left, unless this one can go on from it.
 
     The fields stage is kept in any case: its cache is content-addressed and decides value by value.
     """
-    marker = folder / "started.json"
+    folder = run.folder / stage
+    finished, left = (folder / "stage.json").exists(), cut_off(run.folder, stage)
+    changed = differences(left, started(parts_of(run.config, stage, run.folder))) if left else []
+    if stage in _TRAINED and left is not None and not changed and not restart:
+        return
+    if not finished and (folder / "checkpoints").is_dir():
+        why = "--restart" if restart else "; ".join(changed) or "it left no record of its settings"
+        run.console.print(f"[bold]{stage}[/bold]  discarding an earlier start: {why}", highlight=False)
+    # In this order, so that a kill in between leaves neither what looks finished nor what could be gone on from.
+    (folder / STARTED).unlink(missing_ok=True)
     (folder / "stage.json").unlink(missing_ok=True)
-    if folder.is_dir() and stage != "fields":
-        left = json.loads(marker.read_text()) if marker.is_file() else None
-        if left is None or fingerprint(left) != fingerprint(parts):
-            changed = "; ".join(differences(left, parts)[:3]) if left else "it left no record of its settings"
-            run.console.print(f"[bold]{stage}[/bold]  discarding an earlier start: {changed}", highlight=False)
-            shutil.rmtree(folder)
-    write_json(marker, parts)
-
-
-def run_all(run: Run) -> None:
-    """Runs every stage that is missing or stale, in order."""
-    for stage in STAGES:
-        run_stage(run, stage)
+    if stage != "fields" and folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def require(run: Run, stage: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ class Stopped(RuntimeError):
 
     # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. Schedulers may requeue on it.
     exit_code = 75
-    label = "stopped"
 
 
 class StopRequest:
