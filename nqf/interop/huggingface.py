@@ -32,7 +32,7 @@ _LISTED = 40
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # What sentence-transformers calls the poolings.
 _POOLING_FLAGS = {"last": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
-GOLDEN = "golden.safetensors"
+GOLDEN, GOLDEN_TEXTS = "golden.safetensors", "golden_texts.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +99,9 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    # A folder may hold an adapter beside the model.
-    paths = [
-        path for path in sorted(folder.glob("*.safetensors")) if path.name not in ("adapter_model.safetensors", GOLDEN)
-    ]
+    # A folder may hold an adapter and golden vectors beside the model.
+    others = ("adapter_model.safetensors", GOLDEN, GOLDEN_TEXTS)
+    paths = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in others]
     if not paths:
         raise ValueError(f"{folder}: no .safetensors file; weights in other formats are not read")
     return paths
@@ -291,7 +290,8 @@ def export_merged(
     variables: Mapping[str, Any],
     tokenizer: Tokenizer,
     *,
-    golden: Mapping[str, Any],
+    golden: Mapping[str, Any] | None = None,
+    texts: Sequence[str] = (),
     pooling: Pooling = "last",
     dtype: Any = jnp.float32,
 ) -> None:
@@ -302,7 +302,8 @@ def export_merged(
       model: The module.
       variables: `params` and, with adapters, `lora`.
       tokenizer: Its tokenizer.
-      golden: Inputs of the golden file, for `write_golden`, e.g. of `text_inputs`.
+      golden: Inputs of `golden.safetensors`, for `write_golden`; without them there is no such file.
+      texts: Texts whose ids and vectors go to `golden_texts.safetensors`; without them there is no such file.
       pooling: How a text's vector is made.
       dtype: Type of the tensors, after the merge.
     """
@@ -315,7 +316,11 @@ def export_merged(
     tokenizer.save(folder)
     write_sentence_config(folder, config.hidden_size, pooling=pooling)
     merged = Qwen3(dataclasses.replace(config, lora_rank=0))
-    write_golden(folder, merged, {"params": params}, golden, pooling=pooling)
+    if golden is not None:
+        write_golden(folder, merged, {"params": params}, golden, pooling=pooling)
+    if texts:
+        inputs = text_inputs(tokenizer, texts)
+        write_golden(folder, merged, {"params": params}, inputs, pooling=pooling, texts=texts)
 
 
 def write_sentence_config(folder: Path, width: int, *, pooling: Pooling = "last", max_length: int = 8_192) -> None:
@@ -391,8 +396,9 @@ def write_golden(
     inputs: Mapping[str, Any],
     *,
     pooling: Pooling = "last",
+    texts: Sequence[str] = (),
 ) -> None:
-    """Writes inputs and the unit vectors that a loader must get from them, `golden.safetensors`.
+    """Writes inputs and the unit vectors that a loader must get from them.
 
     Args:
       folder: Where to.
@@ -400,6 +406,8 @@ def write_golden(
       variables: Its variables.
       inputs: Arguments of `Qwen3.__call__`, `attention_mask` among them; boolean masks are stored as uint8.
       pooling: How a sequence's vector is made; it is in the file's metadata.
+      texts: What the inputs are the ids of, if they are texts; then the file is `golden_texts.safetensors` instead of
+        `golden.safetensors` and its metadata holds them, as a JSON list.
     """
     from safetensors.numpy import save_file
 
@@ -409,10 +417,11 @@ def write_golden(
         for name, value in arrays.items()
     }
     stored["vectors"] = pooled_vectors(model, variables, arrays, pooling=pooling)
-    save_file(stored, Path(folder) / GOLDEN, metadata={"pooling": pooling, "normalized": "true"})
+    metadata = {"pooling": pooling, "normalized": "true"} | ({"texts": json.dumps(list(texts))} if texts else {})
+    save_file(stored, Path(folder) / (GOLDEN_TEXTS if texts else GOLDEN), metadata=metadata)
 
 
-def golden_difference(folder: str | Path, model: Qwen3, variables: Mapping[str, Any]) -> float:
+def golden_difference(folder: str | Path, model: Qwen3, variables: Mapping[str, Any], *, name: str = GOLDEN) -> float:
     """The largest absolute difference between a folder's golden vectors and those of a loaded model.
 
     Raises:
@@ -420,7 +429,7 @@ def golden_difference(folder: str | Path, model: Qwen3, variables: Mapping[str, 
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(folder) / GOLDEN
+    path = Path(folder) / name
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}

@@ -1,0 +1,225 @@
+"""`python -m nqf.export`: a trained run in other people's formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from nqf.cli import guard
+
+if TYPE_CHECKING:
+    from nqf.training.joint_stage import Joint
+    from nqf.training.run import Run
+
+# Users and titles in the golden files.
+_GOLDEN_ROWS = 4
+_README = """\
+{about} Written by `python -m nqf.export`.
+
+`golden.safetensors` holds prompts of some users as the model reads them, item and user tokens injected, and the unit
+vectors that it makes of them. Run in this folder, this prints a difference below 1e-4:
+
+```python
+import torch
+from safetensors.torch import load_file
+{load}
+
+golden = load_file("golden.safetensors")
+mask = golden["attention_mask"]
+with torch.no_grad():
+    hidden = model.eval()(inputs_embeds=golden["inputs_embeds"], attention_mask=mask).last_hidden_state
+vectors = torch.nn.functional.normalize({pool}, dim=-1)
+print((vectors - golden["vectors"]).abs().max().item())
+```
+"""
+_PEFT = """from peft import AutoPeftModelForFeatureExtraction
+
+model = AutoPeftModelForFeatureExtraction.from_pretrained(".", dtype=torch.float32)"""
+_MERGED = """from transformers import AutoModel
+
+model = AutoModel.from_pretrained(".", dtype=torch.float32)"""
+_POOL = {
+    "last": "hidden[torch.arange(len(mask)), mask.sum(1) - 1]",
+    "mean": "(hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Writes a trained run in other people's formats.
+
+    Attributes:
+      run: Run folder.
+      format: `peft`: the adapter of a pretrained backbone. `huggingface`: the whole backbone, adapters merged in
+        float32, for transformers and sentence-transformers. `index`: item vectors and ids, for a nearest-neighbor
+        index by inner product. `parquet`: item vectors and the users' vectors as tables.
+      output: Folder to make.
+      debug: Show the traceback of an error.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    format: Literal["peft", "huggingface", "index", "parquet"]
+    output: Path
+    debug: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command.
+
+    Raises:
+      ValueError: The output exists, or the run has nothing to write in that format.
+      StageError: The run or its joint stage is missing or stale.
+    """
+    options = tyro.cli(ExportArguments, args=arguments, prog="python -m nqf.export")
+    output = options.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists already; name a new folder")
+    unfinished = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        if options.format in ("peft", "huggingface"):
+            export_backbone(options.run, options.format, unfinished)
+        else:
+            export_vectors(options.run, options.format, unfinished)
+        unfinished.replace(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"wrote {', '.join(sorted(path.name for path in output.iterdir()))} to {output}")
+
+
+def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], folder: Path) -> None:
+    """Writes the trained Qwen3, with its tokenizer and golden files, into an existing folder.
+
+    `golden.safetensors` holds prompts of some users as the Qwen3 reads them, item and user tokens injected, and the
+    unit vectors that it makes of them; `golden_texts.safetensors` (merged models) the same of some titles.
+    """
+    import jax.numpy as jnp
+
+    from nqf.interop.huggingface import export_merged
+    from nqf.interop.peft import export_adapter
+    from nqf.models.qwen3 import Qwen3
+    from nqf.training.joint_stage import load_joint
+    from nqf.training.run import open_run
+    from nqf.training.stages import require
+
+    run = open_run(run_folder)
+    config = run.config.joint
+    if format == "peft" and not config.backbone.path:
+        raise ValueError(
+            f"{run.folder}: its backbone was trained whole (joint.backbone.path is empty), so there is no adapter; "
+            "use --format huggingface"
+        )
+    require(run, "joint")
+    joint, _, variables, _ = load_joint(run)
+    # Golden vectors are those of float32, which every other implementation can be held to.
+    model = Qwen3(dataclasses.replace(joint.module.backbone, dtype=jnp.float32, attention="xla"))
+    qwen3 = {name: tree["qwen3"] for name, tree in variables.items() if "qwen3" in tree}
+    prompts, pooling = injected_prompts(run, joint, variables), config.prompt.pooling
+    if format == "peft":
+        base = config.backbone.path
+        # A relative folder would be looked for beside whoever loads the adapter.
+        base = str(Path(base).resolve()) if Path(base).is_dir() else base
+        export_adapter(folder, model, qwen3, joint.tokenizer, golden=prompts, base=base, pooling=pooling)
+        about, load = f"LoRA adapter of `{config.backbone.path}`, trained to rank.", _PEFT
+    else:
+        chunk = next(run.dataset.catalogue.chunks(["title"], 1_024))
+        texts = [title for title in chunk["title"] if title][:_GOLDEN_ROWS]
+        export_merged(folder, model, qwen3, joint.tokenizer, golden=prompts, texts=texts, pooling=pooling)
+        about, load = "Qwen3 trained to rank, for transformers and sentence-transformers.", _MERGED
+    readme = _README.format(about=about, load=load, pool=_POOL[pooling])
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def injected_prompts(run: Run, joint: Joint, variables: Any) -> dict[str, np.ndarray]:
+    """Prompts of the first users as the Qwen3 reads them, without the padding inside: inputs of `Qwen3.__call__`.
+
+    Returns:
+      `inputs_embeds` float32 [users, T, D] and `attention_mask` int32 [users, T], padded on the right. The state of
+      the last token (or the mean, by the run's pooling) is what the user vector is made of.
+    """
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from nqf.models.qwen3 import Qwen3
+    from nqf.pipelines.histories import HistoryBatch, gather_history, newest, number_by_rows
+
+    spans = itertools.pairwise(run.dataset.interactions.offsets[: _GOLDEN_ROWS + 1])
+    events = np.stack([newest(np.arange(start, stop), run.config.user.max_history) for start, stop in spans])
+    none = np.full((len(events), 0), -1, np.int32)
+    batch = HistoryBatch(history=gather_history(run.features, events), targets=none, supervised=none.ravel())
+    batch = number_by_rows(batch, joint.tables)
+
+    @jax.jit
+    def read(variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        inputs: dict[str, jax.Array] = {}
+
+        def keep_inputs(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+            if isinstance(context.module, Qwen3) and context.method_name == "__call__":
+                inputs.update(kwargs)
+                return jnp.zeros_like(kwargs["inputs_embeds"])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(keep_inputs):
+            joint.module.apply(variables, batch.tables, batch.rows, batch.history, joint.prompt, positions=1)
+        return inputs["inputs_embeds"].astype(jnp.float32), inputs["attention_mask"] != 0
+
+    embeds, valid = (np.asarray(array) for array in read(variables, batch))
+    lengths = valid.sum(axis=1)
+    packed = np.zeros((len(embeds), lengths.max(), embeds.shape[2]), np.float32)
+    for row, length in enumerate(lengths):
+        packed[row, :length] = embeds[row, valid[row]]
+    return {
+        "inputs_embeds": packed,
+        "attention_mask": (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int32),
+    }
+
+
+def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder: Path) -> None:
+    """Writes the vectors that rank, of all items that may be recommended, into an existing folder.
+
+    `index`: `vectors.npy` (float32 [items, width]), `ids.json` (the rows' item ids) and `index.json` (what they are).
+    `parquet`: `items.parquet` (item_id, vector) and `users.parquet` (user_id, vector: of each user's whole history).
+    """
+    import polars as pl
+
+    from nqf.recommender import Recommender
+
+    recommender = Recommender.load(run_folder)
+    vectors = recommender.item_vectors[recommender.available]
+    ids = [item for item, kept in zip(recommender.item_ids, recommender.available, strict=True) if kept]
+    width = vectors.shape[1]
+    if format == "index":
+        np.save(folder / "vectors.npy", vectors)
+        (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+        about = {
+            "format": "nqf-index",
+            "version": 1,
+            "run": str(run_folder),
+            "items": len(ids),
+            "width": width,
+            "dtype": "float32",
+            "similarity": "inner product with a row of nqf.Recommender.encode_users",
+        }
+        (folder / "index.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        return
+    users, user_vectors = recommender.encode_all_users()
+    for name, keys, table in (("item", ids, vectors), ("user", users, user_vectors)):
+        frame = pl.DataFrame(
+            {f"{name}_id": keys, "vector": table},
+            schema={f"{name}_id": pl.String, "vector": pl.Array(pl.Float32, width)},
+        )
+        frame.write_parquet(folder / f"{name}s.parquet")
+
+
+if __name__ == "__main__":
+    guard(main, sys.argv[1:])
