@@ -195,6 +195,7 @@ class CandidatesConfig:
 
     Attributes:
       sources: Frozen inputs of the tower: `item` (Item Q-Former vectors), `text` (candidate text embeddings).
+      text_width: Whitened principal components of the text embeddings that the models read; 0 reads them as they are.
       width: Width of the learned part of user and item vectors.
       free_vectors: Add a learned vector per item, for what content does not tell.
       free_dropout: Probability, per item and step, that its learned vector is hidden in training.
@@ -204,6 +205,7 @@ class CandidatesConfig:
     """
 
     sources: tuple[Literal["item", "text"], ...] = ("item", "text")
+    text_width: int = 128
     width: int = 64
     free_vectors: bool = True
     free_dropout: float = 0.3

@@ -24,7 +24,7 @@ from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases, Split
 from nqf.evaluation.metrics import summarize
 from nqf.evaluation.ranking import rank_vectors
-from nqf.ops.losses import info_nce, unit
+from nqf.ops.losses import full_softmax, unit
 
 _VALIDATION_CASES = 5_000
 _BATCH = 512
@@ -151,8 +151,14 @@ def train_sasrec(
         states = model.apply({"params": params}, inputs_BxL, deterministic=False, rngs={"dropout": key})
         items = model.apply({"params": params}, method=SASRec.item_vectors)
         weights = (inputs_BxL >= 0).astype(jnp.float32).reshape(-1)
-        scores_MxI = states.reshape(-1, config.width) @ items.T
-        return info_nce(scores_MxI, jnp.maximum(targets_BxL, 0).reshape(-1), weights_M=weights)
+        return full_softmax(
+            states.reshape(-1, config.width),
+            items,
+            jnp.zeros((len(items), 0)),
+            jnp.maximum(targets_BxL, 0).reshape(-1),
+            weights_M=weights,
+            allowed_C=jnp.ones(len(items), bool),
+        )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, sequences_BxS: jax.Array, count: int) -> tuple[Any, Any, jax.Array]:

@@ -61,6 +61,30 @@ def recency_bucket(slots: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.where(slots < exact, slots, far.astype(jnp.int32)), RECENCY_BUCKETS - 1)
 
 
+class SmallEmbed(nn.Module):
+    """`nn.Embed` for a table of few rows, as a product with one-hot rows.
+
+    The gradient of a lookup adds thousands of rows into each of a few: as a scatter that is serial on CPUs and fights
+    over the same addresses on GPUs.
+
+    Attributes:
+      rows: Rows of the table.
+      width: Its columns.
+      dtype: Dtype of the result.
+    """
+
+    rows: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+    init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, at: jax.Array) -> jax.Array:
+        """Rows of the table at int32 [...]: float [..., width]."""
+        table = self.param("embedding", self.init, (self.rows, self.width))
+        return jax.nn.one_hot(at, self.rows, dtype=self.dtype) @ table.astype(self.dtype)
+
+
 class UserQFormer(nn.Module):
     """Compresses the history before each position to `config.queries` user tokens.
 
@@ -135,13 +159,13 @@ class UserQFormer(nn.Module):
         if self.times:
             for index, (name, size) in enumerate((("hour", 24), ("weekday", 7), ("month", 12))):
                 # Row 0 stands for an unknown time.
-                parts.append(nn.Embed(size + 1, width, name=name, dtype=self.dtype)(history.calendar[..., index] + 1))
+                parts.append(SmallEmbed(size + 1, width, name=name, dtype=self.dtype)(history.calendar[..., index] + 1))
             previous = jnp.concatenate([jnp.full_like(history.age[:, :1], -1), history.age[:, :-1]], axis=1)
             known = (previous >= 0) & (history.age >= 0)
             gap = jnp.where(known, previous - history.age, -1)
-            parts.append(nn.Embed(GAP_BUCKETS, width, name="gap", dtype=self.dtype)(gap_bucket(gap)))
+            parts.append(SmallEmbed(GAP_BUCKETS, width, name="gap", dtype=self.dtype)(gap_bucket(gap)))
         if self.ratings:
-            parts.append(nn.Embed(RATING_BUCKETS + 1, width, name="rating", dtype=self.dtype)(history.ratings + 1))
+            parts.append(SmallEmbed(RATING_BUCKETS + 1, width, name="rating", dtype=self.dtype)(history.ratings + 1))
         if self.reviews and history.reviews.shape[-1]:
             review = nn.Dense(width, name="review", dtype=self.dtype)(history.reviews.astype(self.dtype))
             parts.append(jnp.where(history.has_review[..., None], review, 0))
@@ -152,8 +176,8 @@ class UserQFormer(nn.Module):
         recency = self.param("recency_bias", nn.initializers.zeros, (RECENCY_BUCKETS, heads))
         bias = recency[recency_bucket(jnp.maximum(distance_PxN, 0))].transpose(2, 0, 1)[None]
         if self.times:
-            table = self.param("gap_bias", nn.initializers.zeros, (GAP_BUCKETS, heads))
+            table = SmallEmbed(GAP_BUCKETS, heads, init=nn.initializers.zeros, name="gap_bias")
             age_BxPx1, age_Bx1xN = history.age[:, at_P, None], history.age[:, None, :]
             gap = jnp.where((age_BxPx1 >= 0) & (age_Bx1xN >= 0), jnp.maximum(age_Bx1xN - age_BxPx1, 0), -1)
-            bias = bias + table[gap_bucket(gap)].transpose(0, 3, 1, 2)
+            bias = bias + table(gap_bucket(gap)).transpose(0, 3, 1, 2)
         return jnp.broadcast_to(bias, (history.items.shape[0], *bias.shape[1:])).astype(jnp.float32)

@@ -45,6 +45,63 @@ def info_nce(
     return weighted_mean(loss_M, weights_M)
 
 
+def full_softmax(
+    users_MxD: jax.Array,
+    learned_CxV: jax.Array,
+    frozen_CxT: jax.Array,
+    targets_M: jax.Array,
+    *,
+    weights_M: jax.Array,
+    allowed_C: jax.Array,
+) -> jax.Array:
+    """`info_nce` of inner products with every candidate, with one [M, C] array instead of several.
+
+    The gradient is written out: of the softmax cross-entropy it is `(softmax - one_hot(target)) * weight`, whose part
+    at the target is a gather and a scatter of M rows, not of an [M, C] array; and frozen columns get none.
+
+    Args:
+      users_MxD: float32, D = V + T.
+      learned_CxV: float32, the leading columns of the candidates.
+      frozen_CxT: float32, the other columns, without a gradient.
+      targets_M: int32 rows of the positives.
+      weights_M: Weight of each example; zero leaves one out.
+      allowed_C: False keeps a candidate out of all denominators. No target of positive weight may be among them.
+
+    Returns:
+      Weighted mean of the losses, a float32 scalar; 0 where all weights are zero.
+    """
+    bias_C = jnp.where(allowed_C, 0.0, NEGATIVE)
+    shares_M = weights_M / jnp.maximum(jnp.sum(weights_M), 1e-9)
+    return _full_softmax(users_MxD, learned_CxV, jax.lax.stop_gradient(frozen_CxT), targets_M, shares_M, bias_C)
+
+
+@jax.custom_vjp
+def _full_softmax(users, learned, frozen, targets, shares, bias):
+    return _full_softmax_forward(users, learned, frozen, targets, shares, bias)[0]
+
+
+def _full_softmax_forward(users, learned, frozen, targets, shares, bias):
+    items = jnp.concatenate([learned, frozen], axis=1)
+    scores = users @ items.T + bias
+    normalizer = jax.nn.logsumexp(scores, axis=1)
+    loss = jnp.sum(shares * (normalizer - jnp.sum(users * items[targets], axis=1)))
+    return loss, (users, items, learned, targets, shares, scores, normalizer)
+
+
+def _full_softmax_backward(residuals, g):
+    users, items, learned, targets, shares, scores, normalizer = residuals
+    weights = (g * shares)[:, None]
+    slopes = jnp.exp(scores - normalizer[:, None]) * weights
+    to_users = slopes @ items - weights * items[targets]
+    width = learned.shape[1]
+    to_learned = (slopes.T @ users[:, :width]).at[targets].add(-weights * users[:, :width])
+    frozen = jnp.zeros((items.shape[0], items.shape[1] - width), items.dtype)
+    return to_users, to_learned, frozen, None, None, None
+
+
+_full_softmax.defvjp(_full_softmax_forward, _full_softmax_backward)
+
+
 def triplet_margin(
     anchor_MxD: jax.Array, positive_MxD: jax.Array, negative_MxD: jax.Array, *, margin: float
 ) -> jax.Array:

@@ -22,7 +22,7 @@ STAGES = ("fields", "item", "tokens", "user", "joint")
 _CONFIG_OF = {
     "fields": ("data", "fields"),
     "item": ("seed", "item"),
-    "tokens": (),
+    "tokens": ("candidates.text_width",),
     "user": ("seed", "candidates", "user", "joint.prompt.history_items"),
     "joint": ("seed", "joint"),
 }

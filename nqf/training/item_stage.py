@@ -13,6 +13,7 @@ import numpy as np
 
 from nqf.config import ItemConfig
 from nqf.fields.cache import FieldCache
+from nqf.fields.whitening import fit_whitening
 from nqf.models.item_qformer import ItemQFormer
 from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
 from nqf.pipelines.datasets import pair_dataset
@@ -21,7 +22,7 @@ from nqf.training.artifacts import read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.loop import FitResult, fit
 from nqf.training.rankers import compute_dtype
-from nqf.training.run import Run
+from nqf.training.run import WHITENING, Run
 
 ENCODE_CHUNK = 4_096
 VALIDATION_ITEMS = 4_096
@@ -318,6 +319,11 @@ def write_tokens(run: Run, module: ItemQFormer, params: Any, folder: Path) -> di
 
 
 def make_tokens(run: Run) -> dict[str, Any]:
-    """Runs the tokens stage."""
+    """Runs the tokens stage: item tokens and vectors, and the whitening of the candidates' text embeddings."""
     module, params = load_items(run)
-    return write_tokens(run, module, params, run.folder / "tokens")
+    report = write_tokens(run, module, params, run.folder / "tokens")
+    if run.config.candidates.text_width and run.cache.candidates is not None:
+        whitening = fit_whitening(run.cache.candidates, run.config.candidates.text_width)
+        whitening.save(run.folder / "tokens" / WHITENING)
+        report["text_width"] = whitening.matrix.shape[1]
+    return report

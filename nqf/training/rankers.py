@@ -17,7 +17,7 @@ from nqf.data.splits import Cases
 from nqf.models.qformer import cross_attention
 from nqf.models.recommender import ItemTables
 from nqf.models.user_qformer import History
-from nqf.ops.losses import info_nce
+from nqf.ops.losses import full_softmax, info_nce
 from nqf.pipelines.histories import (
     EventFeatures,
     HistoryBatch,
@@ -186,7 +186,8 @@ def ranking_loss(
         return learned + frozen
 
     if config.negatives == "full":
-        return info_nce(scores(items_RxD), targets_M, weights_M=weights_M, allowed_MxC=trained[None, :])
+        learned, frozen = items_RxD[:, :learned_width], items_RxD[:, learned_width:]
+        return full_softmax(users_MxD, learned, frozen, targets_M, weights_M=weights_M, allowed_C=trained)
     catalogue = jnp.maximum(batch.rows, 0)
     if config.negatives == "sampled":
         negatives = batch.negatives

@@ -12,10 +12,14 @@ from rich.console import Console
 from nqf.config import Config, load_config
 from nqf.data.load import Dataset, open_dataset
 from nqf.fields.cache import FieldCache, open_cache
+from nqf.fields.whitening import Whitening, load_whitening
 from nqf.interop.encoders import encoder_factories
 from nqf.models.recommender import ItemTables
 from nqf.pipelines.histories import EventFeatures, event_features
 from nqf.training.artifacts import StageError
+
+WHITENING = "text.npz"
+"""Name of the whitening in the tokens stage's folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class Run:
 
     @functools.cached_property
     def text(self) -> tuple[np.ndarray, np.ndarray]:
-        """Candidate text embeddings float32 [I, T], zero where there is no text, and bool [I] where there is."""
+        """Candidate text embeddings as encoded, float32 [I, T], zero without text, and bool [I] where there is text."""
         table = self.cache.candidates
         if table is None:
             items = len(self.dataset.catalogue.item_ids)
@@ -61,6 +65,18 @@ class Run:
         rows = np.asarray(table.rows)
         values = np.asarray(table.values, np.float32)
         return np.where(rows[:, None] >= 0, values[np.maximum(rows, 0)], 0), rows >= 0
+
+    @functools.cached_property
+    def whitening(self) -> Whitening | None:
+        """What the tokens stage fitted; None where text embeddings are used as they are."""
+        if not self.config.candidates.text_width or self.cache.candidates is None:
+            return None
+        return load_whitening(self.folder / "tokens" / WHITENING)
+
+    def text_features(self, embeddings: np.ndarray, has_text: np.ndarray) -> np.ndarray:
+        """What the models read of text embeddings [n, T]: float32 [n, T'], zero without text."""
+        features = embeddings if self.whitening is None else self.whitening.apply(embeddings)
+        return np.where(has_text[:, None], features, 0).astype(np.float32)
 
     def tables(self, tokens_folder: Path, titles: np.ndarray | None = None) -> ItemTables:
         """Host tables of the whole catalogue.
@@ -74,7 +90,7 @@ class Run:
         return ItemTables(
             tokens=np.load(tokens_folder / "tokens.npy", mmap_mode="r"),
             vectors=np.load(tokens_folder / "vectors.npy", mmap_mode="r"),
-            text=text,
+            text=self.text_features(text, has_text),
             has_text=has_text,
             titles=np.zeros((items, 0), np.int32) if titles is None else titles,
         )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nqf.ops.losses import info_nce, masked_mse, triplet_margin, unit
+from nqf.ops.losses import full_softmax, info_nce, masked_mse, triplet_margin, unit
 
 
 def test_info_nce_equals_cross_entropy() -> None:
@@ -62,3 +62,23 @@ def test_masked_mse_ignores_missing_rows() -> None:
 def test_unit_of_zero_is_zero_with_finite_gradient() -> None:
     gradient = jax.grad(lambda x: jnp.sum(unit(x)))(jnp.zeros((2, 3)))
     assert np.all(np.isfinite(gradient)) and not np.any(unit(jnp.zeros((2, 3))))
+
+
+def test_full_softmax_is_info_nce_over_everything() -> None:
+    keys = jax.random.split(jax.random.key(3), 5)
+    users, learned = jax.random.normal(keys[0], (29, 9)), jax.random.normal(keys[1], (71, 6))
+    frozen, targets = jax.random.normal(keys[2], (71, 3)), jax.random.randint(keys[3], (29,), 0, 40)
+    weights = (jax.random.uniform(keys[4], (29,)) > 0.3).astype(jnp.float32)
+    allowed = jnp.arange(71) < 50
+
+    def written_out(users: jax.Array, learned: jax.Array, frozen: jax.Array) -> jax.Array:
+        return full_softmax(users, learned, frozen, targets, weights_M=weights, allowed_C=allowed)
+
+    def plain(users: jax.Array, learned: jax.Array, frozen: jax.Array) -> jax.Array:
+        scores = users @ jnp.concatenate([learned, jax.lax.stop_gradient(frozen)], axis=1).T
+        return info_nce(scores, targets, weights_M=weights, allowed_MxC=allowed[None, :])
+
+    found = jax.value_and_grad(written_out, (0, 1, 2))(users, learned, frozen)
+    expected = jax.value_and_grad(plain, (0, 1, 2))(users, learned, frozen)
+    assert float(jnp.abs(expected[1][1]).max()) > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
