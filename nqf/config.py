@@ -61,6 +61,9 @@ class DataConfig:
       min_interactions: Users with fewer interactions are left out and counted.
       unknown_items: What to do with interactions whose item the catalogue lacks: `drop` (counted) or `refuse`.
       bad_values: What to do with numbers and times that do not parse: `missing` (counted) or `refuse`.
+      without: Fields of the schema that are left out, to see what they are worth.
+      shuffle_ties: Put interactions of one user and time in random order (of `seed`), to see what part of a result is
+        the order of the file.
       use_after_the_fact: Also use fields that the schema marks as known only after the fact.
       synthetic: The built-in catalogue.
     """
@@ -77,6 +80,8 @@ class DataConfig:
     min_interactions: int = 3
     unknown_items: Literal["drop", "refuse"] = "drop"
     bad_values: Literal["missing", "refuse"] = "missing"
+    without: tuple[str, ...] = ()
+    shuffle_ties: bool = False
     use_after_the_fact: bool = False
     synthetic: SyntheticConfig = SyntheticConfig()
 

@@ -22,6 +22,7 @@ class EvaluateArguments:
       protocol: `full` ranks the whole catalogue; `legacy` is the reference's 100 candidates, for comparison only.
       k: Cut-offs of HR and NDCG; by default those of the run's configuration.
       keep_seen: Leave the user's past in the ranking, as some published numbers do.
+      into: Folder inside the run for the results.
       sasrec: Also train and evaluate a SASRec, whatever the configuration says.
       debug: Show the traceback of an error.
     """
@@ -31,6 +32,7 @@ class EvaluateArguments:
     protocol: Literal["full", "legacy"] = "full"
     k: tuple[int, ...] = ()
     keep_seen: bool = False
+    into: str = "eval"
     sasrec: bool = False
     debug: bool = False
 
@@ -52,7 +54,9 @@ def main(arguments: list[str]) -> None:
         config = dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, sasrec=True))
     run = dataclasses.replace(run, config=config)
     with lock_run(run.folder):
-        print_results(assess(run, split=options.split, protocol=options.protocol, ks=options.k), console)
+        print_results(
+            assess(run, split=options.split, protocol=options.protocol, ks=options.k, into=options.into), console
+        )
 
 
 if __name__ == "__main__":

@@ -114,10 +114,19 @@ def open_dataset(directory: Path) -> Dataset:
 
 def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None:
     tables = _open_tables(config, target, scratch, final)
-    left_out = [field.name for field in tables.schema.fields if field.after_the_fact and not config.use_after_the_fact]
+    known = [field.name for field in tables.schema.fields]
+    if unknown := set(config.without) - set(known):
+        raise DataError(f"data.without: no field {', '.join(sorted(unknown))}; the schema has {', '.join(known)}")
+    left_out = [
+        field.name
+        for field in tables.schema.fields
+        if field.name in config.without or (field.after_the_fact and not config.use_after_the_fact)
+    ]
     fields = tuple(field for field in tables.schema.fields if field.name not in left_out)
     if not fields:
-        raise DataError("no field is left: all are marked after_the_fact; see data.use_after_the_fact")
+        raise DataError(
+            "no field is left: all are marked after_the_fact or named by data.without; see data.use_after_the_fact"
+        )
     title = tables.schema.title if tables.schema.title not in left_out else None
     schema = Schema(fields=fields, title=title)
     item_ids, item_report = _write_items(tables, schema, config, target, scratch)
@@ -302,5 +311,9 @@ def _read_interactions(tables: _Tables, item_ids: pl.Series, config: DataConfig)
             f"{path}: no interaction is left of {report['read']}: {report['unknown_items']} are with unknown items, "
             f"{report['short_user_interactions']} of users with fewer than data.min_interactions"
         )
+    if config.shuffle_ties:
+        if frame["timestamp"].null_count():
+            raise DataError(f"{path}: data.shuffle_ties needs a timestamp in every row; null ones keep their place")
+        frame = frame.sample(fraction=1, shuffle=True, seed=config.seed)
     interactions = from_frame(frame)
     return interactions, report | {"count": len(frame), "users": len(interactions.user_ids)}

@@ -159,9 +159,9 @@ def model_ranks(frame: pl.DataFrame) -> dict[str, np.ndarray]:
     return {name.removeprefix(_RANK): frame[name].to_numpy() for name in frame.columns if name.startswith(_RANK)}
 
 
-def write_results(results: Results, folder: Path) -> None:
+def write_results(results: Results, folder: Path, into: str = "eval") -> None:
     """Writes eval/results.json and eval/per_user.parquet in a run folder, each atomically."""
-    target = folder / "eval"
+    target = folder / into
     target.mkdir(parents=True, exist_ok=True)
     temporary = target / "per_user.parquet.tmp"
     results.frame.write_parquet(temporary)
@@ -171,13 +171,13 @@ def write_results(results: Results, folder: Path) -> None:
     os.replace(temporary, target / "results.json")
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path, into: str = "eval") -> Results:
     """Reads what `write_results` wrote.
 
     Raises:
       FileNotFoundError: The run was never evaluated.
     """
-    target = folder / "eval"
+    target = folder / into
     if not (target / "results.json").is_file():
         raise FileNotFoundError(f"{target / 'results.json'} does not exist; run python -m nqf.evaluate {folder} first")
     tree = json.loads((target / "results.json").read_text(encoding="utf-8"))

@@ -27,7 +27,12 @@ from nqf.training.user_stage import load_users
 
 
 def assess(
-    run: Run, *, split: Literal["valid", "test"] = "test", protocol: Protocol = "full", ks: tuple[int, ...] = ()
+    run: Run,
+    *,
+    split: Literal["valid", "test"] = "test",
+    protocol: Protocol = "full",
+    ks: tuple[int, ...] = (),
+    into: str = "eval",
 ) -> Results:
     """Evaluates what the run has trained beside all baselines; writes eval/ and the model card.
 
@@ -36,6 +41,7 @@ def assess(
       split: Which cases. Select on `valid`; open `test` once.
       protocol: `full` catalogue, or the reference's `legacy` candidates.
       ks: Cut-offs; by default those of the configuration.
+      into: Folder inside the run for the results; the model card is written for `eval` only.
 
     Raises:
       StageError: The run has no fields stage to evaluate on.
@@ -57,8 +63,9 @@ def assess(
         protocol=protocol,
         command=command_line(),
     )
-    write_results(results, run.folder)
-    write_card(run, results)
+    write_results(results, run.folder, into)
+    if into == "eval":
+        write_card(run, results)
     return results
 
 

@@ -1,0 +1,215 @@
+"""`python -m nqf.ablate STUDY`: trains every variant of a study and writes its table; nothing in it is typed by hand.
+
+A study is a YAML file: `config`, the configuration that it varies, and `variants`, a name for each set of dotted keys
+that differ. Stages whose inputs and settings are those of another variant are taken over from it, not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from nqf.cli import guard, terminal
+from nqf.config import Config, ConfigError, from_tree, load_config, save_config, to_tree
+
+METRICS = ("hr@10", "ndcg@10")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblateArguments:
+    """Trains and tests every variant of a study, then writes its results and docs/results.md.
+
+    Attributes:
+      study: YAML file with `config` and `variants`.
+      runs: Folder of the run folders; `runs/<name of the study>` by default.
+      seeds: Seeds of every variant.
+      only: Names of the variants to run; all by default.
+      parallel: Runs at a time. Seconds in the table are of runs that shared the machine if it is above 1.
+      results: Folder of the collected results, one JSON file per study; results.md is written beside it.
+      debug: Show the traceback of an error.
+    """
+
+    study: Annotated[Path, tyro.conf.Positional]
+    runs: Path | None = None
+    seeds: tuple[int, ...] = (0,)
+    only: tuple[str, ...] = ()
+    parallel: int = 1
+    results: Path = Path("docs/results")
+    debug: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A configuration of a study under one seed.
+
+    Attributes:
+      name: Name of the variant.
+      changes: Dotted keys and their values.
+      seed: Seed.
+      config: The configuration that follows.
+      folder: Run folder.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    seed: int
+    config: Config
+    folder: Path
+
+
+def load_study(path: Path, runs: Path, seeds: tuple[int, ...], only: tuple[str, ...]) -> list[Variant]:
+    """Reads a study.
+
+    Raises:
+      ConfigError: A missing file, key or variant, or a change that the configuration refuses.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such study")
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict) or set(tree) != {"config", "variants"}:
+        raise ConfigError(f"{path}: a study has the keys 'config' and 'variants' and no others")
+    names = list(tree["variants"])
+    if unknown := set(only) - set(names):
+        raise ConfigError(f"{path}: no variant {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    base = load_config(path.parent / tree["config"])
+    variants = []
+    for name in only or names:
+        changes = tree["variants"][name] or {}
+        for seed in seeds:
+            plain = to_tree(base) | {"seed": seed}
+            for key, value in changes.items():
+                *parents, last = key.split(".")
+                functools.reduce(lambda node, part: node.setdefault(part, {}), parents, plain)[last] = value
+            config = from_tree(Config, plain, where=f"{path}: variant '{name}'")
+            folder = runs / f"{name.replace(' ', '-')}-seed{seed}"
+            variants.append(Variant(name=name, changes=changes, seed=seed, config=config, folder=folder))
+    return variants
+
+
+def take_over(variant: Variant, others: list[Path]) -> None:
+    """Copies finished stages of other runs that this variant would make again."""
+    from nqf.training.artifacts import STAGES, fingerprint, parts_of, read_artifact
+
+    variant.folder.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        if read_artifact(variant.folder, stage) is not None:
+            continue
+        wanted = fingerprint(parts_of(variant.config, stage, variant.folder))
+        for other in others:
+            found = read_artifact(other, stage)
+            if found is not None and found.fingerprint == wanted:
+                for name in (stage, "data") if stage == "fields" else (stage,):
+                    shutil.copytree(other / name, variant.folder / name)
+                if stage == "fields" and (other / "sasrec").is_dir():
+                    # It is checked against its own fingerprint when it is used.
+                    shutil.copytree(other / "sasrec", variant.folder / "sasrec")
+                break
+        else:
+            return
+
+
+def run_variant(variant: Variant, others: list[Path]) -> dict[str, Any]:
+    """Trains and tests a variant, seen items masked and kept; its row of the table.
+
+    Raises:
+      RuntimeError: The run failed; names its log.
+    """
+    done = [other for other in others if other != variant.folder and (other / "eval" / "results.json").is_file()]
+    take_over(variant, done)
+    settings = variant.folder.with_suffix(".yaml")
+    save_config(variant.config, settings)
+    log = variant.folder.with_suffix(".log")
+    run = str(variant.folder)
+    with log.open("w") as file:
+        for command in (
+            ["nqf.train", "--config", str(settings), "--run", run, "--stage", "all"],
+            ["nqf.evaluate", run, "--keep-seen", "--into", "eval-unmasked"],
+        ):
+            code = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT).returncode
+            if code:
+                raise RuntimeError(f"variant '{variant.name}' with seed {variant.seed} failed; see {log}")
+    return row_of(variant)
+
+
+def row_of(variant: Variant) -> dict[str, Any]:
+    """What is kept of a finished run."""
+    from nqf.evaluation.metrics import paired_difference
+    from nqf.evaluation.results import model_ranks, read_results
+    from nqf.training.artifacts import STAGES, read_artifact
+
+    results, unmasked = read_results(variant.folder), read_results(variant.folder, "eval-unmasked")
+    ranks = model_ranks(results.frame)
+    rivals = [name for name in ranks if name not in ("joint", "user")]
+    best = max(rivals, key=lambda name: results.models[name]["all"]["ndcg@10"][0])
+    difference = paired_difference(ranks["joint"], ranks[best], (10,))
+
+    def shown(models: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: {
+                segment: {metric: summary[segment][metric] for metric in METRICS}
+                for segment in ("all", "warm", "cold")
+                if segment in summary
+            }
+            for name, summary in models.items()
+        }
+
+    return {
+        "variant": variant.name,
+        "seed": variant.seed,
+        "changes": variant.changes,
+        "split": results.split,
+        "users": results.users,
+        "items": results.items,
+        "segments": {name: count for name, count in results.segments.items() if name in ("all", "warm", "cold")},
+        "masked": shown(results.models),
+        "unmasked": shown(unmasked.models),
+        "best_baseline": best,
+        "joint_minus_best_baseline": {metric: difference[metric] for metric in METRICS},
+        "stage_seconds": {stage: read_artifact(variant.folder, stage).result["wall_seconds"] for stage in STAGES},
+        "text_encoder": Path(variant.config.fields.text_encoder).name,
+        "provenance": results.provenance,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    options = tyro.cli(AblateArguments, args=arguments, prog="python -m nqf.ablate")
+    from nqf.evaluation.study import write_studies
+    from nqf.training.artifacts import write_json
+
+    runs = options.runs or Path("runs") / options.study.stem
+    variants = load_study(options.study, runs, options.seeds, options.only)
+    folders = [variant.folder for variant in variants]
+    console = terminal()
+    path = options.results / f"{options.study.stem}.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    rows = {(row["variant"], row["seed"]): row for row in stored}
+
+    def run(variant: Variant) -> None:
+        row = run_variant(variant, folders)
+        rows[variant.name, variant.seed] = row
+        command = f"python -m nqf.ablate {options.study}"
+        write_json(path, {"study": options.study.stem, "command": command, "rows": list(rows.values())})
+        score = row["masked"]["joint"]["all"]["ndcg@10"][0]
+        console.print(f"{variant.name}, seed {variant.seed}: joint NDCG@10 {score:.4f}", highlight=False)
+
+    # The first variant goes first: the others take over what they share with it.
+    run(variants[0])
+    with ThreadPoolExecutor(options.parallel) as pool:
+        list(pool.map(run, variants[1:]))
+    write_studies(options.results, options.results.with_suffix(".md"))
+    console.print(f"wrote {path} and {options.results.with_suffix('.md')}", highlight=False)
+
+
+if __name__ == "__main__":
+    guard(main, sys.argv[1:])
