@@ -13,7 +13,8 @@ import polars as pl
 
 from nqf.config import ConfigError
 from nqf.data.catalogue import canonical_items
-from nqf.evaluation.ranking import top_k
+from nqf.evaluation.ranking import rank_vectors, top_k
+from nqf.explain import Explanation, Items, explain
 from nqf.fields.cache import encode_items
 from nqf.fields.overlay import read_overlay
 from nqf.models.item_qformer import ItemQFormer
@@ -50,6 +51,8 @@ class Recommender:
         self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self.item_vectors: np.ndarray = ranker.item_vectors(variables)
         self.available = np.ones(len(self.item_ids), bool)
+        # Row of an item that was added or updated to its place in a frame, and its encoded fields.
+        self._changed: dict[int, tuple[int, pl.DataFrame, Mapping[str, tuple[np.ndarray, np.ndarray]]]] = {}
 
     @classmethod
     def load(cls, run: str | Path, *, stage: str = "joint") -> Recommender:
@@ -115,6 +118,68 @@ class Recommender:
                 for index, user in enumerate(users)
             )
 
+    def rank(
+        self, histories: Sequence[Sequence[str]], item_ids: Sequence[str], *, left_out: Sequence[Sequence[str]]
+    ) -> np.ndarray:
+        """Expected rank under ties of one item after each history, float64 [histories], 1 for the best.
+
+        Args:
+          histories: Item ids, oldest first.
+          item_ids: The item to rank after each.
+          left_out: Item ids that are not ranked beside each; no part of it may be empty.
+
+        Raises:
+          ValueError: An empty history or an unknown item id.
+        """
+        rows = self._left_out([np.unique(self._rows(ids)) for ids in left_out], True)
+        return rank_vectors(self.encode_users(histories), self.item_vectors, self._rows(item_ids), rows)
+
+    def explain(self, history: Sequence[str], item_id: str) -> Explanation:
+        """What speaks for an item after a history of item ids, oldest first: see `nqf.explain.Explanation`.
+
+        Only the newest items of the history that the model reads are judged.
+
+        Raises:
+          ValueError: An empty history or an unknown item id.
+        """
+        seen = self._rows(history)
+        rows = np.concatenate([seen[-self._ranker.max_history :], self._rows([item_id])])
+        reviews = self._run.features.reviews
+        explanation = explain(
+            self._contents(rows),
+            ranker=self._ranker,
+            variables=self._variables,
+            item_qformer=self._items,
+            cache=self._run.cache,
+            text_features=self._run.text_features,
+            item_vectors=self.item_vectors,
+            left_out=self._left_out([seen], True)[0],
+            review_width=0 if reviews is None else reviews.values.shape[1],
+        )
+        positions = np.arange(len(seen) - len(rows) + 2, len(seen) + 1)
+        return dataclasses.replace(
+            explanation, history=explanation.history.insert_column(0, pl.Series("position", positions))
+        )
+
+    def _contents(self, rows: np.ndarray) -> Items:
+        """Canonical values and encoded fields of some items."""
+        cache, catalogue = self._run.cache, self._run.dataset.catalogue
+        ids = pl.DataFrame({"item_id": [self.item_ids[row] for row in rows]})
+        stored = pl.scan_parquet(catalogue.path).filter(pl.col("item_id").is_in(ids["item_id"].implode())).collect()
+        changed = [self._changed[row][1][self._changed[row][0]] for row in dict.fromkeys(rows) if row in self._changed]
+        changed = pl.concat([stored.head(0), *changed])
+        stored = stored.filter(~pl.col("item_id").is_in(changed["item_id"].implode()))
+        frame = ids.join(pl.concat([stored, changed.select(stored.columns)]), on="item_id", maintain_order="left")
+        values, present = {}, {}
+        for name in cache.names:
+            # Items beyond the catalogue are among the changed ones.
+            values[name], present[name] = cache.gather(name, np.minimum(rows, cache.items - 1))
+            for place, row in enumerate(rows):
+                if row in self._changed:
+                    at, _, encoded = self._changed[row]
+                    values[name][place], present[name][place] = encoded[name][0][at], encoded[name][1][at]
+        return Items(rows=rows, frame=frame, values=values, present=present)
+
     def encode_users(self, histories: Sequence[Sequence[str]]) -> np.ndarray:
         """User vectors of histories of item ids, oldest first: float32 [users, dim], rows of unit norm.
 
@@ -130,6 +195,14 @@ class Recommender:
             for start in range(0, len(rows), self._ranker.batch_size)
         ]
         return _unit(np.concatenate(parts))
+
+    def encode_all_users(self) -> tuple[list[str], np.ndarray]:
+        """The run's users and the vectors of their whole histories: ids and float32 [users, dim], rows of unit norm."""
+        users, size = self._run.dataset.interactions.user_ids, self._ranker.batch_size
+        parts = [
+            self._encode_known(range(start, min(start + size, len(users))))[0] for start in range(0, len(users), size)
+        ]
+        return list(users), np.concatenate(parts)
 
     def add_items(self, items: pl.DataFrame | Sequence[Mapping[str, Any]]) -> None:
         """Adds new items without retraining: encodes their fields, appends their tokens and vectors.
@@ -171,6 +244,7 @@ class Recommender:
         self._ranker = dataclasses.replace(self._ranker, tables=jax.tree.map(merged, self._ranker.tables, new))
         self.item_vectors = merged(self.item_vectors, np.concatenate(parts).astype(np.float32))
         self.available = merged(self.available, np.ones(len(rows), bool))
+        self._changed |= {row: (at, frame, encoded) for at, row in enumerate(rows.tolist())}
         for item_id, row, title in zip(frame["item_id"], rows.tolist(), titles, strict=True):
             if row == len(self.item_ids):
                 self.item_ids.append(item_id)
@@ -189,12 +263,12 @@ class Recommender:
             output = encode(params, values, present)
             tokens.append(np.asarray(output.tokens, old.tokens.dtype))
             vectors.append(np.asarray(output.vector, old.vectors.dtype))
-        nothing = np.zeros((len(titles), old.text.shape[1]), np.float32), np.zeros(len(titles), bool)
+        nothing = np.zeros((len(titles), self._run.text[0].shape[1]), np.float32), np.zeros(len(titles), bool)
         text, has_text = encoded.get("_candidate", nothing)
         return ItemTables(
             tokens=np.concatenate(tokens),
             vectors=np.concatenate(vectors),
-            text=np.where(has_text[:, None], text, 0).astype(old.text.dtype),
+            text=self._run.text_features(text, has_text),
             has_text=has_text,
             titles=title_tokens(titles, old.titles.shape[1], self._tokenizer),
         )
