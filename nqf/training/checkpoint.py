@@ -90,7 +90,7 @@ class Checkpointer:
         try:
             self._saving = self._checkpointer.save_checkpointables_async(
                 step,
-                {"state": state, "checksums": checksums(state)},
+                {"state": state, "checksum": {"leaves": checksums(state)}},
                 metrics={"best_step": best_step},
                 force=True,
             )
@@ -144,20 +144,25 @@ def restore_params(directory: Path, step: int, params: Any) -> Any:
 
 
 @jax.jit
-def checksums(tree: Any) -> Any:
-    """A uint32 checksum of every leaf: the sum of its bits times odd weights by position, modulo 2^32.
+def checksums(tree: Any) -> jax.Array:
+    """A checksum of every leaf, in the order of their names: uint32, the sum of its bits times odd weights by position.
 
-    Sums of integers do not depend on their order, so the devices that hold a leaf do not matter. Odd weights make
-    every change of a single element show.
+    Sums of integers modulo 2^32 do not depend on their order, so the devices that hold a leaf do not matter. Odd
+    weights make every change of a single element show. All sums are one array, as Orbax takes its time over each.
     """
 
-    def leaf(x: jax.Array) -> jax.Array:
+    def total(x: jax.Array) -> jax.Array:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         bits = x.astype(unsigned) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
         weights = jax.lax.broadcasted_iota(jnp.uint32, (x.size,), 0) * jnp.uint32(2_654_435_762) + jnp.uint32(1)
         return jnp.sum(bits.astype(jnp.uint32).reshape(-1) * weights, dtype=jnp.uint32)
 
-    return jax.tree.map(leaf, tree)
+    leaves = _named(tree)
+    return jnp.stack([total(leaves[name]) for name in sorted(leaves)])
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _read(path: Path, wanted: Any) -> Any:
@@ -170,7 +175,7 @@ def _read(path: Path, wanted: Any) -> Any:
     except Exception as error:
         # Damaged files may raise anything that readers of JSON, protobuf and tensorstore can.
         raise _damaged(path, _first_line(error)) from error
-    unread = {}
+    names, unread = sorted(_named(stored)), {}
     if isinstance(wanted, dict):
         unread = {
             name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in stored.items() if name not in wanted
@@ -179,22 +184,24 @@ def _read(path: Path, wanted: Any) -> Any:
     _check_leaves(path, stored, wanted)
     # Without shardings a checkpoint written on eight devices does not load on one.
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
-    sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.uint32, sharding=_scalar(x.sharding)), wanted)
+    whole = _replicated(jax.tree.leaves(state)[0].sharding)
+    sums = {"leaves": jax.ShapeDtypeStruct((len(names),), jnp.uint32, sharding=whole)}
     try:
-        parts = {"state": state, "checksums": sums}
-        if unread:
-            parts = {name: {**tree, **unread} for name, tree in parts.items()}
+        # Checkpoints of before checksums have none.
+        parts = {"state": {**state, **unread} if unread else state} | (
+            {"checksum": sums} if (path / "checksum").is_dir() else {}
+        )
         loaded = ocp.load_checkpointables(path, parts)
+        state = {name: loaded["state"][name] for name in wanted} if unread else loaded["state"]
     except Exception as error:
         raise _damaged(path, _first_line(error)) from error
-    if unread:
-        loaded = {name: {key: loaded[name][key] for key in wanted} for name in parts}
-    found, expected = jax.device_get((checksums(loaded["state"]), loaded["checksums"]))
-    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
-    differing = [leaf_name(where) for (where, one), other in pairs if one != other]
-    if differing:
-        raise _damaged(path, f"the checksum of {', '.join(differing[:5])} differs")
-    return loaded["state"]
+    if "checksum" in loaded:
+        expected = dict(zip(names, jax.device_get(loaded["checksum"]["leaves"]), strict=True))
+        found = zip(sorted(_named(state)), jax.device_get(checksums(state)), strict=True)
+        differing = [name for name, value in found if value != expected[name]]
+        if differing:
+            raise _damaged(path, f"the checksum of {', '.join(differing[:5])} differs")
+    return state
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
@@ -210,7 +217,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no reason given'}"
 
 
-def _scalar(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return sharding
@@ -220,7 +227,7 @@ def _check_leaves(path: Path, stored: Any, wanted: Any) -> None:
     """Compares names and shapes first: Orbax's own message for a mismatch hides the cause."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        return {leaf_name(where): tuple(leaf.shape) for where, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
 
     there, here = shapes(stored), shapes(wanted)
     lines = [f"  {name}: stored {there.get(name, 'nothing')}, expected {here.get(name, 'nothing')}"
