@@ -126,7 +126,7 @@ def explain(
     effects = log_probabilities[0] - log_probabilities
 
     of_items, of_fields = slice(1, size), slice(size, None)
-    slot_shares = None
+    slot_shares = [None] * (size - 1)
     if attention is not None:
         attention = attention[..., -(size - 1) * tables.tokens.shape[1] :]
         attention = attention.reshape(*attention.shape[:3], size - 1, -1)
@@ -144,7 +144,7 @@ def explain(
                 "title": items.frame["title"][:-1],
                 "effect": effects[of_items],
                 "rank_without": ranks[of_items],
-                "attention": pl.Series(slot_shares, dtype=pl.Float32) if attention is not None else pl.lit(None),
+                "attention": pl.Series(slot_shares, dtype=pl.Float32),
             }
         ),
         fields=pl.DataFrame(
