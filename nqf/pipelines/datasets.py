@@ -21,6 +21,7 @@ from nqf.pipelines.histories import (
     number_by_rows,
     slot_buckets,
     supervised_places,
+    usual_places,
     window_events,
 )
 from nqf.pipelines.pairs import PairBatch, PairSource, pair_batch
@@ -151,8 +152,8 @@ def history_dataset(
     buckets = slot_buckets(longest)
     groups = _merge_small(bucket_of(windows.slots(), buckets), len(buckets), batch_size)
 
-    def build(element: tuple[int, np.ndarray], rng: np.random.Generator) -> HistoryBatch:
-        slots, examples = element
+    def build(element: tuple[int, int, np.ndarray], rng: np.random.Generator) -> HistoryBatch:
+        slots, usual, examples = element
         history, targets = window_events(windows, examples, slots)
         targets = targets[:, -positions:]
         if item_dropout:
@@ -161,7 +162,7 @@ def history_dataset(
         if loss.positions == "last":
             targets[:, :-1] = -1
         targets = np.where(targets >= 0, features.items[np.maximum(targets, 0)], -1).astype(np.int32)
-        batch = HistoryBatch(history=gathered, targets=targets, supervised=supervised_places(targets))
+        batch = HistoryBatch(history=gathered, targets=targets, supervised=supervised_places(targets, usual))
         if loss.negatives == "full":
             return batch
         if loss.negatives == "sampled":
@@ -173,12 +174,15 @@ def history_dataset(
         if not len(members):
             continue
         slots = buckets[index]
+        places = min(slots, positions)
+        counts = np.minimum(windows.slots()[members], places) if loss.positions == "all" else np.ones(len(members))
+        usual = usual_places(counts, batch_size, batch_size * places)
         parts.append(
             grain.MapDataset.source(members)
             .seed(seed + index)
             .shuffle()
             .batch(batch_size, drop_remainder=True, batch_fn=_indices)
-            .map(lambda examples, slots=slots: (slots, examples))
+            .map(lambda examples, slots=slots, usual=usual: (slots, usual, examples))
         )
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [len(part) for part in parts])
     return _finish(mixed.repeat(epochs).seed(seed), build, windows.users, epochs, batch_size, workers)
@@ -210,7 +214,7 @@ def _finish(
 ) -> TrainingData:
     return TrainingData(
         batches=examples.random_map(build),
-        examples=examples.map(lambda element: element[1] if isinstance(element, tuple) else element),
+        examples=examples.map(lambda element: element[-1] if isinstance(element, tuple) else element),
         users=users,
         workers=workers,
         steps=len(examples),

@@ -149,12 +149,27 @@ def hide_features(history: History, hidden_B: np.ndarray) -> History:
     )
 
 
-def supervised_places(targets_BxP: np.ndarray) -> np.ndarray:
-    """Flat places that hold a target, int32 [M]; -1 fills up to an eighth of all places, so few programs compile."""
+def supervised_places(targets_BxP: np.ndarray, usual: int) -> np.ndarray:
+    """Flat places that hold a target, int32 [M], filled up with -1.
+
+    M is `usual` or, where there are more targets, the number of all places: two programs to compile, and the second
+    one rarely.
+    """
     places = np.flatnonzero(targets_BxP >= 0)
-    step = max(1, -(-targets_BxP.size // 8))
-    size = max(step, -(-len(places) // step) * step)
+    size = usual if len(places) <= usual else targets_BxP.size
     return np.concatenate([places, np.full(size - len(places), -1)]).astype(np.int32)
+
+
+def usual_places(counts: np.ndarray, batch_size: int, most: int) -> int:
+    """Targets that hardly any batch exceeds: four standard deviations above the mean, in steps of 64, at most `most`.
+
+    Args:
+      counts: Number of targets of every example that batches are drawn from.
+      batch_size: Examples per batch.
+      most: Places of a batch.
+    """
+    expected = batch_size * counts.mean() + 4 * np.sqrt(batch_size) * counts.std()
+    return int(min(most, 64 * np.ceil(expected / 64)))
 
 
 def newest(events: np.ndarray, slots: int) -> np.ndarray:
@@ -167,7 +182,8 @@ def slot_buckets(longest: int) -> tuple[int, ...]:
     """Numbers of slots that batches may have: powers of two from 8, then `longest`; few, so few compilations."""
     buckets = []
     size = 8
-    while size < longest:
+    # A bucket that would hold little but padding of the next shorter one is not worth its compilation.
+    while 1.25 * size < longest:
         buckets.append(size)
         size *= 2
     return (*buckets, longest)
