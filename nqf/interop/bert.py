@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from nqf.interop.tensors import assemble, layer_norm, linear, open_tensors, read_json, resolve_folder
 from nqf.models.bert import Bert, BertConfig
+from nqf.ops.products import DotGeneral
 
 # Heads that sentence vectors do not need, and constant positions that old files hold.
 _UNUSED = r"(pooler|cls)\..*|embeddings\.position_ids"
@@ -36,12 +37,15 @@ class SentenceSettings:
     prompt: str = ""
 
 
-def load_bert(name: str | Path, *, dtype: Any = jnp.float32) -> tuple[Bert, dict[str, Any], SentenceSettings]:
+def load_bert(
+    name: str | Path, *, dtype: Any = jnp.float32, dot_general: DotGeneral = None
+) -> tuple[Bert, dict[str, Any], SentenceSettings]:
     """Loads a BERT text encoder.
 
     Args:
       name: Local folder or hub name.
       dtype: Type of the parameters and of the computation.
+      dot_general: The projections' product; see `nqf.models.bert.Bert`.
 
     Returns:
       The module, its parameters and the folder's sentence settings.
@@ -58,7 +62,7 @@ def load_bert(name: str | Path, *, dtype: Any = jnp.float32) -> tuple[Bert, dict
     # Folders saved with a head have every tensor of the encoder under `bert.`.
     prefix = "bert." if any(key.startswith("bert.") for key in shapes) else ""
     full_names = {key.removeprefix(prefix): key for key in shapes}
-    module = Bert(config=config, dtype=dtype)
+    module = Bert(config=config, dtype=dtype, dot_general=dot_general)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = assemble(
         bert_table(config),

@@ -14,6 +14,7 @@ from PIL import Image
 from nqf.fields.image import MAX_PIXELS
 from nqf.interop.tensors import assemble, layer_norm, linear, open_tensors, read_json, resolve_folder
 from nqf.models.clip import ClipVision, ClipVisionConfig
+from nqf.ops.products import DotGeneral
 
 # The text tower and the contrastive scale.
 _UNUSED = r"text_model\..*|text_projection\.weight|logit_scale|vision_model\.embeddings\.position_ids"
@@ -58,8 +59,15 @@ class Preprocessing:
         return (pixels - np.float32(self.mean)) / np.float32(self.std)
 
 
-def load_clip(name: str | Path, *, dtype: Any = jnp.float32) -> tuple[ClipVision, dict[str, Any], Preprocessing]:
+def load_clip(
+    name: str | Path, *, dtype: Any = jnp.float32, dot_general: DotGeneral = None
+) -> tuple[ClipVision, dict[str, Any], Preprocessing]:
     """Loads the vision tower and projection of a CLIP folder or hub name.
+
+    Args:
+      name: Local folder or hub name.
+      dtype: Type of the parameters and of the computation.
+      dot_general: The projections' product; see `nqf.models.clip.ClipVision`.
 
     Raises:
       ValueError: Another model, unreadable files, or tensors that do not fit; all of them are named.
@@ -69,7 +77,7 @@ def load_clip(name: str | Path, *, dtype: Any = jnp.float32) -> tuple[ClipVision
         config = ClipVisionConfig.from_hf(read_json(folder / "config.json"))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    module = ClipVision(config=config, dtype=dtype)
+    module = ClipVision(config=config, dtype=dtype, dot_general=dot_general)
     pixels = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     abstract = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
     shapes, read = open_tensors(folder)

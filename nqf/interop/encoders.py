@@ -20,10 +20,11 @@ from nqf.interop.bert import SentenceSettings, load_bert
 from nqf.interop.clip import load_clip
 from nqf.interop.images import ImageReader
 from nqf.interop.tensors import folder_digest, read_json, resolve_folder
+from nqf.ops.products import bfloat16_dot_general
 
 _LOG = logging.getLogger(__name__)
-# Lengths that texts are padded to: at most a third more than needed, and one compilation each.
-_LENGTHS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
+# Lengths that texts are padded to: few, because each is compiled once, and densest where most texts are.
+_LENGTHS = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Tokens of a batch: enough to keep the matrix units busy, few enough to stay in a CPU's cache or a small GPU.
 _TOKENS = {"cpu": 1_024, "gpu": 65_536, "tpu": 65_536}
 _IMAGES = {"cpu": 16, "gpu": 256, "tpu": 256}
@@ -33,9 +34,15 @@ QWEN3_LENGTH = 8_192
 _NAMED = 5
 
 
-def compute_dtype() -> Any:
-    """bfloat16 on accelerators, float32 on CPU."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def precision(dtype: Any = None) -> dict[str, Any]:
+    """Options of a frozen encoder's module: `dtype` and, on a CPU, `dot_general`.
+
+    The default is bfloat16 on accelerators. On a CPU products are in bfloat16 and everything else in float32, which is
+    about twice as fast as float32 where there are bfloat16 units, and nearer to it than all in bfloat16.
+    """
+    if dtype is None and jax.default_backend() == "cpu":
+        return {"dtype": jnp.float32, "dot_general": bfloat16_dot_general}
+    return {"dtype": dtype or jnp.bfloat16}
 
 
 class TextEmbedder:
@@ -57,7 +64,6 @@ class TextEmbedder:
         width: int,
         pad_id: int,
         digest: str,
-        dtype: Any,
     ):
         """Makes an embedder of a model's parts.
 
@@ -69,9 +75,8 @@ class TextEmbedder:
           width: Components kept of each vector, counted from the first.
           pad_id: Token at padding.
           digest: SHA-256 of the model's files.
-          dtype: Compute dtype, for the identity.
         """
-        self.width, self.settings, self.digest, self.dtype = width, settings, digest, jnp.dtype(dtype).name
+        self.width, self.settings, self.digest = width, settings, digest
         self._params, self._tokenize, self._pad_id = params, tokenize, pad_id
 
         @jax.jit
@@ -140,7 +145,7 @@ def load_text_embedder(
 
     Args:
       name: Local folder or hub name.
-      dtype: Type of parameters and computation; bfloat16 on accelerators and float32 on CPU by default.
+      dtype: Type of parameters and computation; by default what `precision` says.
       max_length: Longest text in tokens; the folder's own limit by default, and never more than it.
       instruction: Qwen3-Embedding only: the task that the texts are queries of; documents have none.
       dimensions: Qwen3-Embedding only: components kept (it is trained for shorter, Matryoshka vectors).
@@ -149,7 +154,6 @@ def load_text_embedder(
       ValueError: A model that cannot be loaded, or an option that it does not have.
     """
     folder = resolve_folder(name)
-    dtype = dtype or compute_dtype()
     kind = read_json(folder / "config.json").get("model_type")
     if kind == "qwen3":
         return _load_qwen3_embedder(folder, dtype, max_length, instruction, dimensions)
@@ -159,7 +163,7 @@ def load_text_embedder(
         raise ValueError(f"{folder}: instructions and shorter vectors are Qwen3-Embedding's; this is a BERT")
     from nqf.interop.tokenizer import load_tokenizer
 
-    module, params, settings = load_bert(folder, dtype=dtype)
+    module, params, settings = load_bert(folder, **precision(dtype))
     settings = _shortened(settings, max_length)
     tokenizer = load_tokenizer(folder)
     return TextEmbedder(
@@ -170,18 +174,21 @@ def load_text_embedder(
         width=module.config.hidden_size,
         pad_id=tokenizer.pad_id,
         digest=folder_digest(folder),
-        dtype=dtype,
     )
 
 
 def _load_qwen3_embedder(
     folder: Path, dtype: Any, max_length: int | None, instruction: str, dimensions: int | None
 ) -> TextEmbedder:
-    from nqf.interop.huggingface import load_qwen3
+    from nqf.interop.huggingface import check_embedding, load_qwen3
     from nqf.interop.tokenizer import load_tokenizer
+    from nqf.models.qwen3 import Qwen3
 
-    model, params = load_qwen3(folder, dtype=dtype)
+    options = precision(dtype)
+    model, params = load_qwen3(folder, dtype=jnp.bfloat16 if "dot_general" in options else options["dtype"])
+    model = Qwen3(dataclasses.replace(model.config, **options))
     tokenizer = load_tokenizer(folder)
+    check_embedding(folder, model, params, tokenizer)
     # The form that the model card of Qwen3-Embedding gives.
     prompt = f"Instruct: {instruction}\nQuery:" if instruction else ""
     settings = SentenceSettings(pooling="last", normalize=True, max_length=QWEN3_LENGTH, prompt=prompt)
@@ -197,7 +204,6 @@ def _load_qwen3_embedder(
         width=dimensions or width,
         pad_id=tokenizer.pad_id,
         digest=folder_digest(folder),
-        dtype=dtype,
     )
 
 
@@ -223,10 +229,13 @@ class PretrainedTextEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Kind, version, settings, compute dtype and the SHA-256 of the model's files."""
+        """Kind, version, settings and the SHA-256 of the model's files.
+
+        Not the precision: a cache that an accelerator filled serves on a CPU, and the reverse.
+        """
         settings = dataclasses.asdict(self._embedder.settings)
-        options = {**settings, "max_words": self._max_words, "width": self.width, "dtype": self._embedder.dtype}
-        return {"kind": "pretrained-text", "version": 1, "options": options, "state": self._embedder.digest}
+        options = {**settings, "max_words": self._max_words, "width": self.width}
+        return {"kind": "pretrained-text", "version": 2, "options": options, "state": self._embedder.digest}
 
     def encode(self, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """float32 [n, width]; every text can be read."""
@@ -255,21 +264,20 @@ class ClipImageEncoder:
           ValueError: As `nqf.interop.clip.load_clip`.
         """
         folder = resolve_folder(name)
-        dtype = dtype or compute_dtype()
-        module, self._params, self._preprocessing = load_clip(folder, dtype=dtype)
+        module, self._params, self._preprocessing = load_clip(folder, **precision(dtype))
         self.width = module.config.projection_dim
         self.failures: dict[str, str] = {}
         self._reader = reader or ImageReader()
-        self._digest, self._dtype = folder_digest(folder), jnp.dtype(dtype).name
+        self._digest = folder_digest(folder)
         self._vectors = jax.jit(lambda params, pixels: module.apply({"params": params}, pixels).astype(jnp.float32))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Kind, version, preprocessing, compute dtype and the SHA-256 of the model's files."""
-        options = {**dataclasses.asdict(self._preprocessing), "width": self.width, "dtype": self._dtype}
+        """Kind, version, preprocessing and the SHA-256 of the model's files; not the precision, as for texts."""
+        options = {**dataclasses.asdict(self._preprocessing), "width": self.width}
         # As JSON gives it back, where tuples are lists.
         return json.loads(
-            json.dumps({"kind": "clip-image", "version": 1, "options": options, "state": self._digest}, sort_keys=True)
+            json.dumps({"kind": "clip-image", "version": 2, "options": options, "state": self._digest}, sort_keys=True)
         )
 
     def encode(self, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from nqf.config import QFormerConfig
 from nqf.models.qformer import LAYER_NORM_EPS, Attention, FeedForward
+from nqf.ops.products import DotGeneral
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,12 @@ class Bert(nn.Module):
     Attributes:
       config: Size.
       dtype: Compute dtype; normalisation and softmax are float32 inside, parameters keep their own type.
+      dot_general: The projections' product, for those that are not `jax.lax.dot_general`.
     """
 
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
+    dot_general: DotGeneral = None
 
     @nn.compact
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
@@ -108,8 +111,9 @@ class Bert(nn.Module):
             width=width, heads=config.num_attention_heads, mlp_width=config.intermediate_size, dropout=0.0
         )
         mask = attention_mask.astype(bool)[:, None, None, :]
+        options = {"config": block, "dtype": self.dtype, "dot_general": self.dot_general}
         for layer in range(config.num_hidden_layers):
-            attention = Attention(config=block, dtype=self.dtype, name=f"layer_{layer}_attention")
+            attention = Attention(name=f"layer_{layer}_attention", **options)
             x_BxTxD = attention(x_BxTxD, x_BxTxD, mask, None, deterministic=True)
-            x_BxTxD = FeedForward(config=block, dtype=self.dtype, name=f"layer_{layer}_output")(x_BxTxD, True)
+            x_BxTxD = FeedForward(name=f"layer_{layer}_output", **options)(x_BxTxD, True)
         return x_BxTxD

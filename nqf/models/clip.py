@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nqf.ops.products import DotGeneral
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipVisionConfig:
@@ -81,10 +83,12 @@ class ClipVision(nn.Module):
     Attributes:
       config: Size.
       dtype: Compute dtype; normalisation and softmax are float32 inside, parameters keep their own type.
+      dot_general: The projections' product, where it is not `jax.lax.dot_general`.
     """
 
     config: ClipVisionConfig
     dtype: jnp.dtype = jnp.float32
+    dot_general: DotGeneral = None
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -110,11 +114,14 @@ class ClipVision(nn.Module):
         for layer in range(config.num_hidden_layers):
             x_BxTxD = x_BxTxD + self._attention(f"layer_{layer}", self._norm(f"layer_{layer}_layer_norm1", x_BxTxD))
             hidden = self._norm(f"layer_{layer}_layer_norm2", x_BxTxD)
-            hidden = nn.Dense(config.intermediate_size, name=f"layer_{layer}_fc1", dtype=self.dtype)(hidden)
+            hidden = self._dense(f"layer_{layer}_fc1", config.intermediate_size)(hidden)
             hidden = _ACTIVATIONS[config.hidden_act](hidden)
-            x_BxTxD = x_BxTxD + nn.Dense(width, name=f"layer_{layer}_fc2", dtype=self.dtype)(hidden)
+            x_BxTxD = x_BxTxD + self._dense(f"layer_{layer}_fc2", width)(hidden)
         pooled_BxD = self._norm("post_layernorm", x_BxTxD[:, 0])
-        return nn.Dense(config.projection_dim, use_bias=False, name="visual_projection", dtype=self.dtype)(pooled_BxD)
+        return self._dense("visual_projection", config.projection_dim, use_bias=False)(pooled_BxD)
+
+    def _dense(self, name: str, width: int, *, use_bias: bool = True) -> nn.Dense:
+        return nn.Dense(width, use_bias=use_bias, name=name, dtype=self.dtype, dot_general=self.dot_general)
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return nn.LayerNorm(epsilon=self.config.layer_norm_eps, name=name, dtype=self.dtype)(x)
@@ -123,10 +130,10 @@ class ClipVision(nn.Module):
         width, heads = self.config.hidden_size, self.config.num_attention_heads
 
         def project(name: str) -> jax.Array:
-            y = nn.Dense(width, name=f"{layer}_{name}", dtype=self.dtype)(x_BxTxD)
+            y = self._dense(f"{layer}_{name}", width)(x_BxTxD)
             return y.reshape(*y.shape[:2], heads, -1)
 
         # Softmax is float32 inside.
         attended_BxTxHxK = jax.nn.dot_product_attention(project("q_proj"), project("k_proj"), project("v_proj"))
         attended_BxTxD = attended_BxTxHxK.reshape(x_BxTxD.shape)
-        return nn.Dense(width, name=f"{layer}_out_proj", dtype=self.dtype)(attended_BxTxD)
+        return self._dense(f"{layer}_out_proj", width)(attended_BxTxD)

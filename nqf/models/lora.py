@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from nqf.ops.products import DotGeneral
+
 
 class LoRADense(nn.Module):
     """A projection without bias: x W, plus (alpha / rank) dropout(x) A B where it carries an adapter.
@@ -30,6 +32,7 @@ class LoRADense(nn.Module):
       dtype: Compute dtype of both.
       param_dtype: Type of W. Adapters are always float32: their updates are lost in bfloat16.
       init_std: Standard deviation of W at the start.
+      dot_general: The product with W, where it is not `jax.lax.dot_general`.
     """
 
     features: int
@@ -39,6 +42,7 @@ class LoRADense(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     init_std: float = 0.02
+    dot_general: DotGeneral = None
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -47,7 +51,8 @@ class LoRADense(nn.Module):
             "kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), self.param_dtype
         )
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        product = self.dot_general or jax.lax.dot_general
+        y = product(x, kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ())))
         if not self.rank:
             return y
 

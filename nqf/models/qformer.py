@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nqf.config import QFormerConfig
+from nqf.ops.products import DotGeneral
 
 LAYER_NORM_EPS = 1e-12
 """`layer_norm_eps` of Blip2QFormerConfig and BertConfig."""
@@ -21,6 +22,7 @@ class Attention(nn.Module):
 
     config: QFormerConfig
     dtype: jnp.dtype
+    dot_general: DotGeneral = None
 
     @nn.compact
     def __call__(
@@ -34,7 +36,7 @@ class Attention(nn.Module):
         heads = self.config.heads
 
         def project(name: str, x: jax.Array) -> jax.Array:
-            y = nn.Dense(self.config.width, name=name, dtype=self.dtype)(x)
+            y = nn.Dense(self.config.width, name=name, dtype=self.dtype, dot_general=self.dot_general)(x)
             return y.reshape(*y.shape[:-1], heads, -1)
 
         q, k, v = project("query", x_BxQxD), project("key", states_BxSxE), project("value", states_BxSxE)
@@ -60,15 +62,18 @@ class FeedForward(nn.Module):
 
     config: QFormerConfig
     dtype: jnp.dtype
+    dot_general: DotGeneral = None
 
     @nn.compact
     def __call__(self, x_BxQxD: jax.Array, deterministic: bool) -> jax.Array:
-        hidden = nn.Dense(self.config.mlp_width, name="intermediate", dtype=self.dtype)(x_BxQxD)
+        hidden = nn.Dense(self.config.mlp_width, name="intermediate", dtype=self.dtype, dot_general=self.dot_general)(
+            x_BxQxD
+        )
         return _residual(self, nn.gelu(hidden, approximate=False), x_BxQxD, deterministic)
 
 
 def _residual(module: nn.Module, update: jax.Array, x: jax.Array, deterministic: bool) -> jax.Array:
-    update = nn.Dense(module.config.width, name="dense", dtype=module.dtype)(update)
+    update = nn.Dense(module.config.width, name="dense", dtype=module.dtype, dot_general=module.dot_general)(update)
     update = nn.Dropout(module.config.dropout)(update, deterministic=deterministic)
     return nn.LayerNorm(epsilon=LAYER_NORM_EPS, name="LayerNorm", dtype=module.dtype)(update + x)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from nqf.models.lora import LoRADense
 from nqf.ops.attention import Implementation, dot_product_attention
+from nqf.ops.products import DotGeneral
 from nqf.ops.rope import apply_rope, rope_tables
 
 # Projections that may carry an adapter, as peft names them.
@@ -47,6 +48,7 @@ class Qwen3Config:
       param_dtype: Type of the base's parameters at initialisation.
       remat: Recompute each layer's activations in the backward pass.
       attention: Attention kernel.
+      dot_general: The projections' product, where it is not `jax.lax.dot_general`.
     """
 
     vocab_size: int
@@ -68,6 +70,7 @@ class Qwen3Config:
     param_dtype: Any = jnp.float32
     remat: bool = False
     attention: Implementation = "auto"
+    dot_general: DotGeneral = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -215,6 +218,7 @@ def _projection(config: Qwen3Config, name: str, features: int) -> LoRADense:
         dropout=config.lora_dropout,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
+        dot_general=config.dot_general,
         name=name,
     )
 
@@ -376,7 +380,8 @@ class Qwen3(nn.Module):
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Rows of the embedding, float [..., D], of int ids [...]."""
-        return self.embed_tokens(input_ids)
+        # Not by `nn.Embed`'s call, which converts the whole table to the compute dtype before it picks rows.
+        return jnp.take(self.embed_tokens.embedding, input_ids, axis=0).astype(self.config.dtype)
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """Next-token logits, float32 [B, T, V], of hidden states after the final norm."""
