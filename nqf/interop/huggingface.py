@@ -53,16 +53,17 @@ class TensorFile:
     shape: tuple[int, ...]
     start: int
 
-    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields slices of the first axis and what they hold, a bounded number of bytes at a time."""
+    def blocks(self, rows: slice = slice(None)) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields what `rows` of the first axis hold, a bounded number of bytes at a time, each with its place in it."""
+        start, stop, _ = rows.indices(self.shape[0])
         row = math.prod(self.shape[1:])
-        rows = max(_BLOCK // (row * self.dtype.itemsize), 1)
+        size = max(_BLOCK // (row * self.dtype.itemsize), 1)
         with self.path.open("rb") as file:
-            file.seek(self.start)
-            for first in range(0, self.shape[0], rows):
-                part = slice(first, min(first + rows, self.shape[0]))
-                block = np.fromfile(file, self.dtype, (part.stop - first) * row)
-                yield part, block.reshape(-1, *self.shape[1:])
+            file.seek(self.start + start * row * self.dtype.itemsize)
+            for first in range(0, stop - start, size):
+                count = min(size, stop - start - first)
+                block = np.fromfile(file, self.dtype, count * row)
+                yield slice(first, first + count), block.reshape(count, *self.shape[1:])
 
 
 def list_tensors(paths: Sequence[Path]) -> dict[str, TensorFile]:
@@ -115,6 +116,25 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _read_part(
+    sources: Sequence[TensorFile], path: tuple[str, ...], shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any
+) -> np.ndarray:
+    """The part `index` of a parameter, read straight into its type and layout."""
+    ranges = [range(size)[part] for part, size in zip(index, shape, strict=True)]
+    host = _aligned_empty(tuple(map(len, ranges)), np.dtype(dtype))
+    stacked = path[0] == "layers"
+    rows, *others = index[1:] if stacked else index
+    if path[-1] == "kernel":
+        # `Linear` weights are [out, in], kernels [in, out].
+        rows, others = others[0], [rows]
+    layers = ranges[0] if stacked else [0]
+    for target, layer in zip(host if stacked else [host], layers, strict=True):
+        target = target.T if path[-1] == "kernel" else target
+        for place, block in sources[layer].blocks(rows):
+            target[place] = block[:, *others]
+    return host
+
+
 def _abstract(config: Qwen3Config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     model = Qwen3(dataclasses.replace(config, lora_rank=0))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -156,6 +176,7 @@ def load_qwen3(
     """Loads a dense Qwen3 or Qwen3-Embedding.
 
     Each parameter is read straight into its final type and place; no second copy of the model is made in host memory.
+    A process reads the parts that its own devices hold.
 
     Args:
       name: Local folder or hub name.
@@ -194,15 +215,14 @@ def load_qwen3(
     params = {}
     for path, names in sources.items():
         shape = abstract[path].shape
-        host = _aligned_empty(shape, np.dtype(dtype))
-        for part, key in zip(host if path[0] == "layers" else [host], names, strict=True):
-            # `Linear` weights are [out, in], kernels [in, out].
-            target = part.T if path[-1] == "kernel" else part
-            for rows, block in tensors[key].blocks():
-                target[rows] = block
+        read = functools.partial(_read_part, [tensors[name] for name in names], path, shape, dtype=dtype)
         place = sharding(path, shape) if callable(sharding) else sharding
+        if place is None:
+            array = jax.device_put(read((slice(None),) * len(shape)))
+        else:
+            array = jax.make_array_from_callback(shape, place, read)
         # Waited for, so that one parameter at a time is in host memory on its way to an accelerator.
-        params[path] = jax.block_until_ready(jax.device_put(host, place))
+        params[path] = jax.block_until_ready(array)
     return Qwen3(config), traverse_util.unflatten_dict(params)
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +263,30 @@ def test_sharding_is_the_callers_choice(folder: Path, loaded: Any) -> None:
     assert asked["layers", "mlp", "up_proj", "kernel"] == (3, 32, 48)
     assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(params))
     jax.tree.map(np.testing.assert_array_equal, params, loaded[1])
+
+
+def test_each_device_reads_its_part(folder: Path) -> None:
+    code = """
+import sys, jax, numpy as np, nqf
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+# Every axis of stacked kernels and of the embedding is split by turns.
+specs = {2: [("a", "b"), (None, "a")], 3: [(None, "a", "b"), (None, None, "b"), (None, ("a", "b"), None)]}
+whole = nqf.load_qwen3(sys.argv[1])[1]
+for turn in range(6):
+    def choose(path, shape):
+        spec = specs.get(len(shape), [()])[turn % len(specs.get(len(shape), [()]))]
+        fits = all(size % (4 if isinstance(axis, tuple) else 2) == 0 for size, axis in zip(shape, spec) if axis)
+        return NamedSharding(mesh, PartitionSpec(*spec) if fits else PartitionSpec())
+    parts = nqf.load_qwen3(sys.argv[1], sharding=choose)[1]
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    shards = parts["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards
+    assert len(shards) == 4 and shards[0].data.size < whole["layers"]["mlp"]["up_proj"]["kernel"].size
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
 
 
 class TestConfig:
