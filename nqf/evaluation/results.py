@@ -192,7 +192,7 @@ def print_results(results: Results, console: Console, *, k: int | None = None) -
       console: Terminal.
       k: Cut-off; default 10, or the largest evaluated one where 10 is not among them.
     """
-    k = _cut_off(results, k)
+    k = cut_off(results, k)
     masked = "seen items masked" if results.mask_seen else "seen items kept"
     title = f"{results.split}: {results.users:,} users, {results.items:,} items, {masked}"
     if results.protocol == "legacy":
@@ -211,7 +211,7 @@ def print_results(results: Results, console: Console, *, k: int | None = None) -
 
 def markdown_table(results: Results, *, k: int | None = None) -> str:
     """The table of `print_results` in Markdown, with the record of how it was made below it."""
-    k = _cut_off(results, k)
+    k = cut_off(results, k)
     header, rows = _cells(results, k)
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -228,7 +228,12 @@ def markdown_table(results: Results, *, k: int | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cut_off(results: Results, k: int | None) -> int:
+def cut_off(results: Results, k: int | None) -> int:
+    """A cut-off that was evaluated: `k`, or by default 10, or the largest one where 10 is not among them.
+
+    Raises:
+      ValueError: There are no metrics at `k`.
+    """
     summary = next(iter(results.models.values()))["all"]
     known = sorted(int(name.removeprefix("hr@")) for name in summary if name.startswith("hr@"))
     if k is None:
