@@ -75,6 +75,7 @@ def pair_dataset(
     seed: int,
     workers: int,
     gather: Callable[[np.ndarray], tuple[dict, dict]] | None,
+    shard: tuple[int, int] = (0, 1),
 ) -> TrainingData:
     """Batches of the item stage.
 
@@ -84,21 +85,24 @@ def pair_dataset(
       epochs: Passes over the pairs.
       seed: Seed of order and draws.
       workers: Worker processes; 0 reads in threads.
-      gather: Reads the fields of int32 [4 B] items on the host; None if the step does so on the device.
+      gather: Reads the fields of int32 [n] items on the host; None if the step does so on the device.
+      shard: Which of how many slices of every batch is built here; all processes draw the same batches.
 
     Raises:
-      ValueError: No pair is left to train on.
+      ValueError: No pair is left to train on, or the batch has no such slices.
     """
     if not len(source.users):
         raise ValueError("no pair of consecutive training interactions is left to train the item stage on")
     batch_size = min(batch_size, len(source.users))
 
     def build(examples: np.ndarray, rng: np.random.Generator) -> PairBatch:
-        batch = pair_batch(source, examples, rng)
+        batch = pair_batch(source, examples, rng, _slice(len(examples), shard))
         if gather is None:
             return batch
-        values, present = gather(batch.items())
-        return batch.replace(values=values, present=present)
+        values, present = gather(batch.items().ravel())
+        shape = batch.items().shape
+        values = {name: array.reshape(*shape, -1) for name, array in values.items()}
+        return batch.replace(values=values, present={name: array.reshape(shape) for name, array in present.items()})
 
     examples = (
         grain.MapDataset.range(len(source.users))
@@ -107,7 +111,7 @@ def pair_dataset(
         .batch(batch_size, drop_remainder=True, batch_fn=_indices)
         .repeat(epochs)
     )
-    return _finish(examples, build, source.users, epochs, batch_size, workers)
+    return _finish(examples, build, source.users, epochs, batch_size, workers, shard)
 
 
 def history_dataset(
@@ -124,6 +128,7 @@ def history_dataset(
     workers: int,
     items: int,
     tables: ItemTables | None,
+    shard: tuple[int, int] = (0, 1),
 ) -> TrainingData:
     """Batches of the user and joint stages, each from histories of about one length.
 
@@ -140,9 +145,10 @@ def history_dataset(
       workers: Worker processes; 0 reads in threads.
       items: Number of catalogue items, from which negatives are sampled evenly.
       tables: Host tables to gather from; None if they are on the device.
+      shard: Which of how many slices of every batch is built here; all processes draw the same batches.
 
     Raises:
-      ValueError: No window is left to train on.
+      ValueError: No window is left to train on, or the batch has no such slices.
     """
     count = len(windows.ends)
     if not count:
@@ -158,16 +164,19 @@ def history_dataset(
         targets = targets[:, -positions:]
         if item_dropout:
             history = np.where(rng.random(history.shape) < item_dropout, -1, history)
-        gathered = hide_features(gather_history(features, history), rng.random(len(examples)) < UNKNOWN_SHARE)
+        hidden = rng.random(len(examples)) < UNKNOWN_SHARE
+        mine = _slice(len(examples), shard)
+        gathered = hide_features(gather_history(features, history[mine]), hidden[mine])
         if loss.positions == "last":
             targets[:, :-1] = -1
         targets = np.where(targets >= 0, features.items[np.maximum(targets, 0)], -1).astype(np.int32)
-        batch = HistoryBatch(history=gathered, targets=targets, supervised=supervised_places(targets, usual))
+        batch = HistoryBatch(history=gathered, targets=targets[mine], supervised=supervised_places(targets, usual))
         if loss.negatives == "full":
             return batch
         if loss.negatives == "sampled":
             batch = batch.replace(negatives=rng.integers(0, items, loss.samples, dtype=np.int32))
-        return number_by_rows(batch, tables)
+        everyone = np.concatenate([np.where(history >= 0, features.items[np.maximum(history, 0)], -1), targets], axis=1)
+        return number_by_rows(batch, tables, everyone, shard)
 
     parts = []
     for index, members in enumerate(groups):
@@ -185,7 +194,12 @@ def history_dataset(
             .map(lambda examples, slots=slots, usual=usual: (slots, usual, examples))
         )
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [len(part) for part in parts])
-    return _finish(mixed.repeat(epochs).seed(seed), build, windows.users, epochs, batch_size, workers)
+    return _finish(mixed.repeat(epochs).seed(seed), build, windows.users, epochs, batch_size, workers, shard)
+
+
+def _slice(size: int, shard: tuple[int, int]) -> slice:
+    index, count = shard
+    return slice(index * size // count, (index + 1) * size // count)
 
 
 def _indices(elements: Sequence[Any]) -> np.ndarray:
@@ -210,8 +224,19 @@ def _merge_small(bucket: np.ndarray, buckets: int, batch_size: int) -> list[np.n
 
 
 def _finish(
-    examples: grain.MapDataset, build: Callable, users: np.ndarray, epochs: int, batch_size: int, workers: int
+    examples: grain.MapDataset,
+    build: Callable,
+    users: np.ndarray,
+    epochs: int,
+    batch_size: int,
+    workers: int,
+    shard: tuple[int, int],
 ) -> TrainingData:
+    if batch_size % shard[1]:
+        raise ValueError(
+            f"{shard[1]} processes cannot share batches of {batch_size} examples evenly; set the stage's "
+            "optim.batch_size to a multiple of their number, and not beyond the number of examples"
+        )
     return TrainingData(
         batches=examples.random_map(build),
         examples=examples.map(lambda element: element[-1] if isinstance(element, tuple) else element),

@@ -251,17 +251,24 @@ def case_events(interactions: Interactions, cases: Cases, which: np.ndarray, slo
     return np.where(at >= interactions.offsets[cases.users[which], None], at, -1)
 
 
-def number_by_rows(batch: HistoryBatch, tables: ItemTables | None) -> HistoryBatch:
+def number_by_rows(
+    batch: HistoryBatch,
+    tables: ItemTables | None,
+    everyone: np.ndarray | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> HistoryBatch:
     """Renumbers a batch by its distinct items, so that a step touches only their rows.
 
     Args:
       batch: Numbered by the catalogue.
       tables: Host tables to gather the rows from; None if the step gathers them on the device.
+      everyone: Items of the whole batch, -1 in padding, where `batch` is one process's slice of it.
+      shard: Which of how many slices of the rows of `tables` is gathered here.
 
     Returns:
       The batch with `rows` padded to a power of two (at most one compilation per doubling).
     """
-    parts = [batch.history.items.ravel(), batch.targets.ravel()]
+    parts = [batch.history.items.ravel(), batch.targets.ravel()] if everyone is None else [everyone.ravel()]
     if batch.negatives is not None:
         parts.append(batch.negatives)
     everything = np.concatenate(parts)
@@ -277,5 +284,5 @@ def number_by_rows(batch: HistoryBatch, tables: ItemTables | None) -> HistoryBat
         targets=local(batch.targets),
         rows=rows,
         negatives=None if batch.negatives is None else local(batch.negatives),
-        tables=None if tables is None else tables.take(np.maximum(rows, 0)),
+        tables=None if tables is None else tables.take(np.maximum(np.split(rows, shard[1])[shard[0]], 0)),
     )

@@ -21,8 +21,8 @@ class PairBatch:
       negatives: int32 [B], items that the user never met.
       catalogue: int32 [B], items drawn evenly from those that may be trained on.
       known: bool [B, B], True where `positives` of column j is among the items of row i's user.
-      values: Field name to float [4 B, W], gathered for the four lists in that order; None on-device.
-      present: Field name to bool [4 B]; None on-device.
+      values: Field name to float [B, 4, W], gathered for the four lists in that order; None on-device.
+      present: Field name to bool [B, 4]; None on-device.
     """
 
     anchors: np.ndarray
@@ -34,8 +34,8 @@ class PairBatch:
     present: dict[str, np.ndarray] | None = None
 
     def items(self) -> np.ndarray:
-        """The four lists one after the other, int32 [4 B]."""
-        return np.concatenate([self.anchors, self.positives, self.negatives, self.catalogue])
+        """The four lists side by side, int32 [B, 4]."""
+        return np.stack([self.anchors, self.positives, self.negatives, self.catalogue], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,10 @@ def pair_source(interactions: Interactions, split: Split, items: int, held_out: 
     )
 
 
-def pair_batch(source: PairSource, examples: np.ndarray, rng: np.random.Generator) -> PairBatch:
-    """Draws negatives and catalogue items for a batch of pairs."""
+def pair_batch(
+    source: PairSource, examples: np.ndarray, rng: np.random.Generator, mine: slice = slice(None)
+) -> PairBatch:
+    """Draws negatives and catalogue items for a batch of pairs; returns the rows `mine` of it."""
     users, positives = source.users[examples], source.positives[examples]
     negatives = rng.choice(source.trainable, len(examples))
     # Redrawn until clean; a user who owns nearly the whole catalogue keeps a random owned item after 100 rounds.
@@ -102,9 +104,9 @@ def pair_batch(source: PairSource, examples: np.ndarray, rng: np.random.Generato
             break
         negatives[wrong] = rng.choice(source.trainable, int(wrong.sum()))
     return PairBatch(
-        anchors=source.anchors[examples],
-        positives=positives,
-        negatives=negatives.astype(np.int32),
-        catalogue=rng.choice(source.trainable, len(examples)).astype(np.int32),
-        known=source.owns(users[:, None], positives[None, :]),
+        anchors=source.anchors[examples][mine],
+        positives=positives[mine],
+        negatives=negatives.astype(np.int32)[mine],
+        catalogue=rng.choice(source.trainable, len(examples)).astype(np.int32)[mine],
+        known=source.owns(users[mine, None], positives[None, :]),
     )

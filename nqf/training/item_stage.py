@@ -21,6 +21,7 @@ from nqf.pipelines.pairs import PairBatch, pair_source
 from nqf.training.artifacts import read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.loop import FitResult, fit
+from nqf.training.mesh import batch_shard
 from nqf.training.rankers import compute_dtype
 from nqf.training.run import WHITENING, Run
 
@@ -103,7 +104,10 @@ def make_item_loss(module: ItemQFormer, config: ItemConfig, field_weights: dict[
     def loss_fn(params: Any, frozen: Any, batch: PairBatch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         hide_key, dropout_key = jax.random.split(key)
         if batch.values is not None:
-            values, present = batch.values, batch.present
+            # [B, 4, ...] to the four lists one after the other.
+            values, present = jax.tree.map(
+                lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), (batch.values, batch.present)
+            )
         else:
             items = jnp.concatenate([batch.anchors, batch.positives, batch.negatives, batch.catalogue])
             values, present = take_fields(frozen, items)
@@ -225,6 +229,7 @@ def train_items(run: Run) -> dict[str, Any]:
         seed=config.seed,
         workers=config.training.workers,
         gather=None if frozen is not None else lambda items: gather_fields(cache, items),
+        shard=batch_shard(config.training.mesh),
     )
     params = module.init(jax.random.key(config.seed), *empty_fields(cache, 1))["params"]
 

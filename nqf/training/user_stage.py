@@ -19,6 +19,7 @@ from nqf.training.artifacts import read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.item_stage import tables_on_device
 from nqf.training.loop import fit
+from nqf.training.mesh import batch_shard
 from nqf.training.rankers import Ranker, batch_tables, compute_dtype, make_ranker, ranking_loss
 from nqf.training.run import Run
 
@@ -69,6 +70,7 @@ def history_data(run: Run, loss: LossConfig, optim: Any, tables: ItemTables | No
         workers=config.training.workers,
         items=len(dataset.catalogue.item_ids),
         tables=tables,
+        shard=batch_shard(config.training.mesh),
     )
 
 

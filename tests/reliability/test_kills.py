@@ -1,0 +1,66 @@
+"""SIGKILL at random moments of every stage: the resumed run ends as the uninterrupted one, bit for bit."""
+
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from run_folders import STAGES, checkpoint_steps, copy_run, finish, outcome, start
+
+# Kills per stage; with those below at least 20 in all.
+KILLS = {"fields": 4, "item": 5, "tokens": 3, "user": 5, "joint": 5}
+SEED = 5
+
+
+def killed(process: subprocess.Popen, folder: Path, stage: str, moment: random.Random, last: int) -> bool:
+    """Kills a command at a random moment; False if it was faster.
+
+    The moment of a stage that trains is a random step from a random one of its checkpoints on, or any time after its
+    start; that of the others any time after they have begun to write.
+    """
+    begun = folder / stage / "started.json"
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.005)
+    if stage in ("fields", "tokens") or moment.random() < 0.2:
+        delay = moment.uniform(0, 1.0)
+    else:
+        done = max(checkpoint_steps(folder, stage), default=0)
+        target = moment.randint(done + 1, max(done + 1, last - 1))
+        while max(checkpoint_steps(folder, stage), default=0) < target and process.poll() is None:
+            time.sleep(0.005)
+        delay = moment.uniform(0, 0.2)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    return process.returncode == -9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_stage_ends_as_if_nothing_had_happened(
+    stage: str, smallest_run: Path, tmp_path: Path, record: Callable[..., None]
+) -> None:
+    folder = copy_run(smallest_run, tmp_path / "run", until=stage)
+    moment = random.Random(f"{SEED} {stage}")
+    last = max(checkpoint_steps(smallest_run, stage), default=0)
+    kills = 0
+    for _ in range(3 * KILLS[stage]):
+        if kills == KILLS[stage]:
+            break
+        if killed(start(folder, "--stage", stage), folder, stage, moment, last):
+            kills += 1
+            assert not (folder / stage / "stage.json").exists(), "a killed stage looks finished"
+        else:
+            # It was faster than the kill: again from the start of the stage.
+            folder = copy_run(smallest_run, tmp_path / f"run-{kills}-{time.monotonic_ns()}", until=stage)
+    assert kills == KILLS[stage]
+    finish(start(folder, "--stage", stage))
+    assert outcome(folder, stage) == outcome(smallest_run, stage)
+    record(
+        f"SIGKILL in stage `{stage}`, at random moments",
+        tried=kills,
+        survived=kills,
+        seen="nothing: the same command goes on, and ends with the same bytes as the uninterrupted run",
+    )
