@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> None:
     texts = read_catalogue(options.input) if options.input.suffix == ".json" else read_lines(options.input)
 
     from nqf.interop.encoders import load_text_embedder
+    from nqf.interop.unirec_json import write_candidate_embeddings
 
     embedder = load_text_embedder(
         options.model,
@@ -66,11 +67,7 @@ def main(arguments: list[str]) -> None:
         with temporary.open("wb") as file:
             np.save(file, vectors)
     else:
-        # Row by row: as one tree of Python floats a catalogue would take thirty times the room.
-        with temporary.open("w", encoding="utf-8") as file:
-            for row, (item, vector) in enumerate(zip(texts, vectors, strict=True)):
-                file.write(f"{',' if row else '{'}\n{json.dumps(item)}: {json.dumps(vector.tolist())}")
-            file.write("\n}\n")
+        write_candidate_embeddings(temporary, texts, vectors)
     os.replace(temporary, options.output)
     print(f"wrote {len(vectors)} vectors of width {embedder.width} to {options.output}")
 

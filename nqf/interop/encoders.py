@@ -166,6 +166,10 @@ def load_text_embedder(
     module, params, settings = load_bert(folder, **precision(dtype))
     settings = _shortened(settings, max_length)
     tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > module.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {module.config.vocab_size} rows"
+        )
     return TextEmbedder(
         hidden=lambda params, ids, mask: module.apply({"params": params}, ids, mask),
         params=params,

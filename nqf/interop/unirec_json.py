@@ -5,6 +5,8 @@ Its item dictionaries and samples are tables, which `data.format: unirec` reads 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +44,12 @@ def read_candidate_embeddings(path: str | Path) -> tuple[list[str], np.ndarray]:
     if not vectors:
         raise DataError(f"{path}: there is no embedding in it")
     return list(tree), np.stack(vectors)
+
+
+def write_candidate_embeddings(path: str | Path, item_ids: Iterable[str], vectors: np.ndarray) -> None:
+    """Writes candidate embeddings, float [items, width], as the reference reads them."""
+    # Row by row: as one tree of Python floats a catalogue would take thirty times the room.
+    with Path(path).open("w", encoding="utf-8") as file:
+        for row, (item_id, vector) in enumerate(zip(item_ids, vectors, strict=True)):
+            file.write(f"{',' if row else '{'}\n{json.dumps(item_id)}: {json.dumps(vector.tolist())}")
+        file.write("\n}\n")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqf.config import BackboneConfig
-from nqf.interop.huggingface import load_qwen3
+from nqf.interop.huggingface import check_embedding, load_qwen3
+from nqf.interop.tensors import resolve_folder
 from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
 from nqf.models.item_qformer import ItemQFormer
 from nqf.models.qwen3 import Qwen3Config
@@ -115,6 +116,7 @@ def build_joint(run: Run, tokens_folder: Path) -> Joint:
     frozen: dict[str, Any] = {}
     if backbone.path:
         loaded, frozen["qwen3"] = load_qwen3(backbone.path, dtype=dtype)
+        check_embedding(resolve_folder(backbone.path), loaded, frozen["qwen3"], tokenizer)
         qwen3 = dataclasses.replace(
             loaded.config,
             lora_rank=backbone.lora_rank,

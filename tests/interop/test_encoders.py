@@ -1,6 +1,7 @@
 """Pretrained field encoders against plain transformers loops."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -143,6 +144,12 @@ def test_options_of_another_family_and_other_models_are_refused(bert_folder, tmp
         load_text_embedder(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         load_text_embedder(str(tmp_path / "none"))
+    shutil.copytree(bert_folder, tmp_path / "other")
+    tree = json.loads((bert_folder / "tokenizer.json").read_text())
+    tree["model"]["vocab"]["green"] = len(tree["model"]["vocab"])
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="has 18 tokens, the embedding 17 rows"):
+        load_text_embedder(tmp_path / "other")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from tiny_qwen3 import SIZES, random_model, save  # noqa: E402
 from transformers.models.qwen3 import modeling_qwen3  # noqa: E402
 
+from nqf import embed  # noqa: E402
 from nqf.interop.encoders import load_text_embedder  # noqa: E402
 from nqf.interop.huggingface import (  # noqa: E402
     check_embedding,
@@ -35,6 +36,7 @@ from nqf.interop.huggingface import (  # noqa: E402
     text_inputs,
 )
 from nqf.interop.tokenizer import load_tokenizer, train_byte_bpe  # noqa: E402
+from nqf.interop.unirec_json import read_candidate_embeddings  # noqa: E402
 from nqf.models.lora import LoRADense  # noqa: E402
 from nqf.models.qwen3 import MLP, Attention, DecoderLayer, Qwen3, RMSNorm  # noqa: E402
 from nqf.ops.rope import apply_rope, rope_tables  # noqa: E402
@@ -443,6 +445,17 @@ def test_text_embedder_equals_the_transformers_loop(embedder: Path, instruction:
     np.testing.assert_allclose(short, expected, atol=1e-5)
 
 
+def test_embed_writes_the_references_candidate_embeddings(embedder: Path, tmp_path: Path) -> None:
+    items = {"B1": {"title": "red lamp", "brand": "Sun"}, "A2": "cup"}
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    arguments = ["--model", embedder, "--input", tmp_path / "items.json", "--output", tmp_path / "vectors.json"]
+    embed.main([str(argument) for argument in arguments])
+    ids, vectors = read_candidate_embeddings(tmp_path / "vectors.json")
+    assert ids == ["B1", "A2"]
+    expected = load_text_embedder(embedder).embed(["red lamp\nbrand: Sun", "cup"])
+    np.testing.assert_array_equal(vectors, expected)
+
+
 def test_golden_vectors_notice_another_model(embedder: Path, tmp_path: Path) -> None:
     model, params = load_qwen3(embedder)
     tokenizer = load_tokenizer(embedder)
@@ -466,6 +479,15 @@ class TestSelfTest:
         (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
         with pytest.raises(ValueError, match="mean_tokens"):
             check_embedding(tmp_path, *self.parts(embedder))
+
+    def test_runs_when_a_text_encoder_is_loaded(self, embedder: Path, tmp_path: Path) -> None:
+        shutil.copytree(embedder, tmp_path / "mean")
+        (tmp_path / "mean" / "1_Pooling").mkdir()
+        (tmp_path / "mean" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+        with pytest.raises(ValueError, match="mean_tokens"):
+            load_text_embedder(tmp_path / "mean")
+        # In the default precision of a CPU, too.
+        assert load_text_embedder(embedder).width == 32
 
     def test_refuses_a_doubled_end_token(self, embedder: Path) -> None:
         model, params, tokenizer = self.parts(embedder)

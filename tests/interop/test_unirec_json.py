@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nqf.data.errors import DataError
-from nqf.interop.unirec_json import read_candidate_embeddings
+from nqf.interop.unirec_json import read_candidate_embeddings, write_candidate_embeddings
 
 
 def test_embeddings_are_read_in_order(tmp_path: Path) -> None:
@@ -15,6 +15,16 @@ def test_embeddings_are_read_in_order(tmp_path: Path) -> None:
     assert item_ids == ["B", "A"]
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, np.float32([[1, 2.5], [-1e-3, 0]]))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_is_written_is_read(count: int, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)
+    ids = ['a "quoted" one', "é", "B", "C", "D"][:count]
+    write_candidate_embeddings(tmp_path / "e.json", ids, vectors)
+    found, again = read_candidate_embeddings(tmp_path / "e.json")
+    assert found == ids
+    np.testing.assert_array_equal(again, vectors)
 
 
 @pytest.mark.parametrize(
