@@ -312,9 +312,9 @@ def inspect_interactions(path: Path, scratch: Path, items: pl.Series | None = No
         ("interactions", f"{len(frame):,}"),
         ("users", f"{len(lengths):,}"),
         ("items in them", f"{len(counts):,}"),
-        ("history length", _quantiles(lengths)),
+        ("history length", _spread(lengths)),
         ("users with fewer than 3", f"{(lengths < 3).sum():,}"),
-        ("interactions per item", _quantiles(counts)),
+        ("interactions per item", _spread(counts)),
         ("the same user and item again", f"{len(frame) - frame.select('user_id', 'item_id').n_unique():,}"),
     ]
     if items is not None:
@@ -355,16 +355,9 @@ def _times(frame: pl.DataFrame) -> list[tuple[str, str]]:
     ]
 
 
-def _quantiles(values: pl.Series) -> str:
-    numbers = {
-        "least": values.min(),
-        "5 %": values.quantile(0.05),
-        "half": values.median(),
-        "mean": values.mean(),
-        "95 %": values.quantile(0.95),
-        "most": values.max(),
-    }
-    return ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
+def _spread(values: pl.Series) -> str:
+    middle = f"median {values.median():,.4g}, mean {values.mean():,.4g}, 95 % at most {values.quantile(0.95):,.4g}"
+    return f"{values.min():,} to {values.max():,}, {middle}"
 
 
 def _share(values: pl.Series) -> str:

@@ -174,7 +174,7 @@ def test_interactions_are_counted(tmp_path: Path) -> None:
     assert lines["users"] == "2"
     assert lines["users with fewer than 3"] == "1"
     assert lines["the same user and item again"] == "1"
-    assert lines["history length"] == "least 2, 5 % 2, half 2.5, mean 2.5, 95 % 3, most 3"
+    assert lines["history length"] == "2 to 3, median 2.5, mean 2.5, 95 % at most 3"
     assert lines["timestamps"] == "100.0% filled, 1970-01-01 to 1970-01-03"
     assert lines["consecutive, at the same time"] == "33.3%"
     assert lines["ratings"] == "100.0% filled, 4 to 4, mean 4.00"
