@@ -289,8 +289,8 @@ def _map(item_map: Map) -> tuple[str, str]:
         "titles": list(item_map.titles),
         "popularity": item_map.popularity.tolist(),
     }
-    # "</script>" in a title would end the element.
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+    # "</script>" or "<!--" in a title would change where the element ends.
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     shares = ", ".join(f"{share:.0%} for {_text(name)}" for name, share in item_map.explained.items())
     points = len(item_map.titles)
     sample = "All items" if points == item_map.items else f"{points:,} of {item_map.items:,} items, drawn at random"

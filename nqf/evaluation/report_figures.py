@@ -26,6 +26,7 @@ _RC = {
     "svg.hashsalt": "nqf",
     "font.family": "sans-serif",
     "font.size": 9.5,
+    "text.parse_math": False,
     "text.color": _INK,
     "axes.labelcolor": _MUTED,
     "axes.edgecolor": _RULE,
