@@ -36,10 +36,11 @@ def failure(main: object, arguments: list[str], capsys: pytest.CaptureFixture[st
     return done.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ENTRY_POINTS)
-def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_of(name, [], capsys)
-    assert f"python -m nqf.{name}" in text
+@pytest.mark.parametrize("command", [*ENTRY_POINTS, "data fetch", "data inspect"])
+def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *subcommand = command.split()
+    text = help_of(f"{name}.__main__" if subcommand else name, subcommand, capsys)
+    assert f"python -m nqf.{command}" in text
     # Boxes are cut into options; each has a sentence and its default, or is marked as required.
     body = re.sub(r"[│╭╮╰╯─]", " ", text)
     options = re.split(r"\n\s+(?=--\w)", body.split("show this help message and exit")[1])[1:]
