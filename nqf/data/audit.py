@@ -150,8 +150,8 @@ def _ties(dataset: Dataset) -> Finding:
         return Finding(
             check="ties",
             verdict="leak",
-            text=f"{text}: part of the sequence is the order of the catalogue, which a model can learn; shuffle the "
-            "rows inside ties",
+            text=f"{text}: part of the sequence is the order of the catalogue, which a model can learn; compare with "
+            "data.shuffle_ties: true",
         )
     return Finding(check="ties", verdict="note", text=f"{text}; their order is that of the source")
 

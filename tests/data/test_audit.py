@@ -118,6 +118,7 @@ def test_ties(clean: Tables, tmp_path: Path, ordered: bool, verdict: str) -> Non
     assert verdicts(result)["ties"] == verdict
     assert f"{dataset.interactions.tied_share:.1%} of the pairs" in text_of(result, "ties")
     assert ("100% of the item ids ascend" in text_of(result, "ties")) == ordered
+    assert verdicts(audit(clean.prepare(tmp_path, shuffle_ties=True)))["ties"] == "note"
 
 
 @pytest.mark.parametrize(("copied", "verdict"), [(0, "leak"), (ITEMS - 1, "note")])
