@@ -123,4 +123,5 @@ def _value(field: Field, value: object) -> str:
         return ", ".join(value)
     if field.modality == "time":
         return f"{field.name} {datetime.datetime.fromtimestamp(value, datetime.UTC):%Y-%m-%d}"
-    return f"{field.name} {value:,.6g}"
+    # Without commas: 1994 may be a year.
+    return f"{field.name} {value:.6g}"
