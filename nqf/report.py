@@ -153,7 +153,7 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
         kind = " unseen in training" if cold[case] else ""
         users.append(
             User(
-                heading=f"{interactions.user_ids[cases.users[case]]} · {len(past):,} items so far · next item{kind} at "
+                heading=f"User {interactions.user_ids[cases.users[case]]} · {len(past):,} items so far · next item{kind} at "
                 f"rank {rank} of {results.items:,} ({model})",
                 history=history,
                 recommended=[
