@@ -122,7 +122,7 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
 
     ranks = model_ranks(results.frame)
     model = next((name for name in ("joint", "user") if name in ranks), None)
-    if model is None:
+    if model is None or count < 1:
         return [], {}
     reason = status(run.config, model, run.folder)
     if reason:
@@ -153,8 +153,8 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
         kind = " unseen in training" if cold[case] else ""
         users.append(
             User(
-                heading=f"User {interactions.user_ids[cases.users[case]]} · {len(past):,} items so far · next item{kind} at "
-                f"rank {rank} of {results.items:,} ({model})",
+                heading=f"User {interactions.user_ids[cases.users[case]]} · {len(past):,} items so far · "
+                f"next item{kind} at rank {rank} of {results.items:,} ({model})",
                 history=history,
                 recommended=[
                     dataclasses.replace(card, note=f"rank {place}", marked=int(row) == target)
