@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -120,6 +121,9 @@ def main(arguments: list[str]) -> None:
     if config.training.distributed:
         join_processes()
     console = terminal(quiet=not is_primary())
+    # The attention kernel and its reason, and images that could not be had, are told by loggers.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nqf").setLevel(logging.INFO if is_primary() else logging.ERROR)
     folder, stages = options.run or Path("runs") / config.name, STAGES if options.stage == "all" else (options.stage,)
     with lock_run(folder):
         run = open_for_training(config, folder, console, stages=stages, restart=options.restart)
