@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nqf.cli import guard, terminal
+from nqf.cli import guard, keep_freed_memory, terminal
 from nqf.config import Config, ConfigError, load_config
 from nqf.data.schema import nearest
 
@@ -106,6 +106,7 @@ def _value_of(arguments: list[str], option: str) -> str | None:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = parse(arguments)
+    keep_freed_memory()
     # jax and the stages take seconds to import, which --help and a wrong option should not.
     import jax
 
