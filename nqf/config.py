@@ -436,7 +436,7 @@ class TrainingConfig:
       mesh: Which devices share what.
       distributed: Join the other processes of one run. SLURM, Open MPI, GKE and TPU pods are detected; elsewhere
         set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-      compilation_cache: Folder of XLA's persistent compilation cache; empty for none.
+      compilation_cache: Folder of XLA's persistent compilation cache; empty for the user's cache folder.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
