@@ -64,6 +64,24 @@ class PairSource:
         at = np.minimum(np.searchsorted(self.owned, keys), len(self.owned) - 1)
         return self.owned[at] == keys
 
+    def owns_each(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether each user has an interaction with each item, bool [users, items].
+
+        It looks up what the users own among the items, which is far less than users times items.
+        """
+        bounds = users.astype(np.int64) * self.items
+        starts = np.searchsorted(self.owned, bounds)
+        counts = np.searchsorted(self.owned, bounds + self.items) - starts
+        rows = np.repeat(np.arange(len(users)), counts)
+        at = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        own = self.owned[at] - bounds[rows]
+        distinct, column = np.unique(items, return_inverse=True)
+        place = np.minimum(np.searchsorted(distinct, own), len(distinct) - 1)
+        met = distinct[place] == own
+        known = np.zeros((len(users), len(distinct)), bool)
+        known[rows[met], place[met]] = True
+        return known[:, column]
+
 
 def pair_source(interactions: Interactions, split: Split, items: int, held_out: np.ndarray) -> PairSource:
     """Consecutive training events of a user as (anchor, positive).
