@@ -126,5 +126,5 @@ def pair_batch(
         positives=positives[mine],
         negatives=negatives.astype(np.int32)[mine],
         catalogue=rng.choice(source.trainable, len(examples)).astype(np.int32)[mine],
-        known=source.owns(users[mine, None], positives[None, :]),
+        known=source.owns_each(users[mine], positives),
     )
