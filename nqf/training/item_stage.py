@@ -103,19 +103,17 @@ def make_item_loss(module: ItemQFormer, config: ItemConfig, field_weights: dict[
 
     def loss_fn(params: Any, frozen: Any, batch: PairBatch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         hide_key, dropout_key = jax.random.split(key)
+        # Only the triplet reads the drawn negatives; InfoNCE takes the other pairs of the batch.
+        lists = [0, 1, 2, 3] if config.contrastive == "triplet" else [0, 1, 3]
         if batch.values is not None:
-            # [B, 4, ...] to the four lists one after the other.
+            # [B, 4, ...] to the lists one after the other.
             values, present = jax.tree.map(
-                lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), (batch.values, batch.present)
+                lambda x: x[:, np.array(lists)].swapaxes(0, 1).reshape(-1, *x.shape[2:]), (batch.values, batch.present)
             )
         else:
-            items = jnp.concatenate([batch.anchors, batch.positives, batch.negatives, batch.catalogue])
-            values, present = take_fields(frozen, items)
+            items = [batch.anchors, batch.positives, batch.negatives, batch.catalogue]
+            values, present = take_fields(frozen, jnp.concatenate([items[which] for which in lists]))
         count = batch.anchors.shape[0]
-        if config.contrastive != "triplet":
-            # Only the triplet reads the drawn negatives; InfoNCE takes the other pairs of the batch.
-            keep = np.r_[0 : 2 * count, 3 * count : 4 * count]
-            values, present = jax.tree.map(lambda x: x[keep], (values, present))
         visible = hide_fields(present, config.field_dropout, hide_key)
         output = module.apply({"params": params}, values, visible, deterministic=False, rngs={"dropout": dropout_key})
 
