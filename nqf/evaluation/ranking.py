@@ -1,4 +1,4 @@
-"""Exact ranks and top-k lists over the whole catalogue, in bounded memory.
+"""Exact ranks and top-k lists over the whole catalogue, in bounded memory, the catalogue spread over the devices.
 
 Ranks are counted, not sorted: rank = 1 + #greater + 1/2 #equal over the other items that are not masked, which is
 the expected rank under random tie-breaking. Letters: N users, I items, D width, C items of a chunk, S seen items.
@@ -103,14 +103,14 @@ def rank_vectors(
         for span in spans:
             users_BxD = _rows(user_vectors_NxD[span], batch)
             for part in _spans(len(targets_N[span]), width):
-                of_targets_CxD = _rows(item_vectors_IxD[targets_N[span][part]], width)
+                of_targets_CxD = _spread(_rows(item_vectors_IxD[targets_N[span][part]], width))
                 columns_B = np.zeros(batch, np.int32)
                 rows = np.arange(part.start, part.stop)
                 columns_B[rows] = rows - part.start
                 found_B = np.asarray(_picked(users_BxD, of_targets_CxD, columns_B))
                 target_N[span][part] = found_B[rows]
     for start in range(0, items, width):
-        chunk_CxD = jnp.asarray(_rows(item_vectors_IxD[start : start + width], width))
+        chunk_CxD = _spread(_rows(item_vectors_IxD[start : start + width], width))
         count = min(width, items - start)
         for span, seen_BxS in zip(spans, padded, strict=True):
             users_BxD = _rows(user_vectors_NxD[span], batch)
@@ -163,7 +163,7 @@ def top_k(
     seen = [[]] * users if seen is None else seen
     padded = [_padded(seen[span]) for span in spans]
     for start in range(0, items, width):
-        chunk_CxD = jnp.asarray(_rows(item_vectors_IxD[start : start + width], width))
+        chunk_CxD = _spread(_rows(item_vectors_IxD[start : start + width], width))
         count = min(width, items - start)
         for span, seen_BxS in zip(spans, padded, strict=True):
             size = span.stop - span.start
@@ -266,8 +266,17 @@ def _batch_size(users: int, batch: int) -> int:
 def _chunk_width(items: int, batch: int, chunk: int | None) -> int:
     if chunk is None:
         chunk = max(1_024, (_TILE_CPU if jax.default_backend() == "cpu" else _TILE_ACCELERATOR) // batch)
+    devices = jax.local_device_count()
     # Whole vector registers, so that no item is scored by a remainder loop with another order of summation.
-    return min(chunk, -(-items // 128) * 128)
+    width = min(chunk, -(-items // (128 * devices)) * 128 * devices)
+    return -(-width // devices) * devices
+
+
+def _spread(chunk_CxD: np.ndarray) -> jax.Array:
+    """Puts a chunk of items on the devices of this process, an equal part on each."""
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("items",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.device_put(chunk_CxD, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("items")))
 
 
 def _rows(values: np.ndarray, count: int, fill: float = 0) -> np.ndarray:

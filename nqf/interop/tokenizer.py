@@ -6,6 +6,7 @@ The only module that imports tokenizers and transformers, and only where they ar
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,9 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-        # Last: its presence says that the folder is complete.
-        self._backend.save(str(folder / "tokenizer.json"))
+        # Last, and at once: its presence says that the folder is complete.
+        self._backend.save(str(folder / "tokenizer.tmp"))
+        os.replace(folder / "tokenizer.tmp", folder / "tokenizer.json")
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

@@ -310,14 +310,14 @@ def write_tokens(run: Run, module: ItemQFormer, params: Any, folder: Path) -> di
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {"tokens": (items, queries, width), "vectors": (items, width)}
     files = {
-        name: np.lib.format.open_memmap(folder / f"{name}.tmp", mode="w+", dtype=np.float16, shape=shape)
+        name: np.lib.format.open_memmap(folder / f"{name}-{jax.process_index()}.tmp", "w+", np.float16, shape)
         for name, shape in shapes.items()
     }
     for where, tokens, vectors in encode_chunks(module, params, run.cache, items):
         files["tokens"][where], files["vectors"][where] = tokens, vectors
     for name, file in files.items():
         file.flush()
-        os.replace(folder / f"{name}.tmp", folder / f"{name}.npy")
+        os.replace(folder / f"{name}-{jax.process_index()}.tmp", folder / f"{name}.npy")
     return {"items": items, "queries": queries, "width": width}
 
 

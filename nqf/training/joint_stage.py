@@ -23,6 +23,7 @@ from nqf.training.artifacts import StageError, read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.item_stage import device_fields, empty_fields, item_module, load_items, take_fields, write_tokens
 from nqf.training.loop import fit
+from nqf.training.mesh import barrier, is_primary
 from nqf.training.rankers import Ranker, batch_tables, compute_dtype, make_ranker, ranking_loss
 from nqf.training.run import Run
 from nqf.training.user_stage import (
@@ -88,7 +89,7 @@ def run_tokenizer(run: Run) -> Tokenizer:
     if backbone.path:
         return load_tokenizer(backbone.path)
     folder = run.folder / "joint" / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
+    if is_primary() and not (folder / "tokenizer.json").is_file():
         catalogue = run.dataset.catalogue
         text = [field.name for field in catalogue.schema.fields if field.modality == "text"]
         columns = list(dict.fromkeys(["title", *text]))
@@ -100,6 +101,7 @@ def run_tokenizer(run: Run) -> Tokenizer:
                     yield from (value for value in chunk[column] if value)
 
         train_byte_bpe(texts(), backbone.vocabulary).save(folder)
+    barrier("tokenizer")
     return load_tokenizer(folder)
 
 

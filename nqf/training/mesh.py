@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,22 +35,24 @@ MESH_AXIS = {"embed": "fsdp", "hidden": "tensor", "rows": "tensor"}
 WHOLE = ("rows", "negatives", "supervised")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of all devices of all processes, with the axes `data`, `fsdp` and `tensor`.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of some devices, by default all of all processes, with the axes `data`, `fsdp` and `tensor`.
 
     Auto axes: under jax's default, explicit ones, Linen's embeddings fail.
 
     Raises:
       ValueError: The sizes do not multiply to the number of devices.
     """
-    devices = len(jax.devices())
-    data = config.data or max(1, devices // (config.fsdp * config.tensor))
-    if data * config.fsdp * config.tensor != devices:
+    devices = jax.devices() if devices is None else devices
+    fixed = config.fsdp * config.tensor
+    data = config.data or (max(1, len(devices) // fixed) if fixed > 0 else 0)
+    if min(data, config.fsdp, config.tensor) < 1 or data * fixed != len(devices):
         raise ValueError(
             f"training.mesh: data {config.data or 'all that is left'} x fsdp {config.fsdp} x tensor {config.tensor} "
-            f"does not make the {devices} devices of this run; mend the sizes, or leave data at 0"
+            f"does not make the {len(devices)} devices of this run; mend the sizes, or leave data at 0"
         )
-    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_shard(config: MeshConfig) -> tuple[int, int]:

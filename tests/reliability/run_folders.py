@@ -26,12 +26,16 @@ def command(folder: Path, *options: str, module: str = "nqf.train") -> list[str]
     return [sys.executable, "-m", module, str(folder), *options]
 
 
-def start(folder: Path, *options: str, module: str = "nqf.train", **environment: str) -> subprocess.Popen:
-    """Starts a command; its output goes to the pipe of the returned process."""
+def start(
+    folder: Path, *options: str, module: str = "nqf.train", devices: int = 1, **environment: str
+) -> subprocess.Popen:
+    """Starts a command on simulated devices; its output goes to the pipe of the returned process."""
+    # These programs run for milliseconds; optimizing them takes most of a test's time.
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         command(folder, *options, module=module),
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "XLA_FLAGS": flags, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
