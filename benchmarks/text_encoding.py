@@ -73,7 +73,7 @@ def main() -> None:
     import numpy as np
     import polars as pl
 
-    from nqf.interop.encoders import load_text_embedder
+    from nqf.interop.encoders import load_text_embedder, precision
 
     folder = options.model or packaged_model()
     titles = pl.read_parquet(options.data / "items.parquet", columns=["title"])["title"].drop_nulls().to_list()
@@ -101,7 +101,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, jax on {jax.devices()[0].device_kind}",
         "versions": {name: version(name) for name in ("jax", "flax", "torch", "transformers", "tokenizers")},
         "model": "all-MiniLM-L6-v2" if options.model is None else options.model.name,
-        "dtype": embedder.dtype,
+        "precision": {name: getattr(value, "__name__", str(value)) for name, value in precision().items()},
         "texts": len(titles),
         "distinct": len(set(titles)),
         "texts_per_second": {name: round(len(titles) / value, 1) for name, value in median.items()},

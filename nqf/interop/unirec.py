@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from nqf.config import QFormerConfig
+from nqf.interop.peft import load_adapter
 from nqf.interop.tensors import Table, assemble, layer_norm, linear
 from nqf.interop.torch_file import CheckpointError, Config, Tensor, TorchFile
 from nqf.models.qformer import LAYER_NORM_EPS, QFormer
+from nqf.models.qwen3 import Qwen3Config
 
 # The text branch of the BERT, which the reference's forward pass never reaches, and its constant positions.
 _UNUSED = (
@@ -167,10 +169,30 @@ def load_user_qformer(path: str | Path) -> tuple[UniRecUserQFormer, dict[str, An
         return module, _params(file, module, table, state, width)
 
 
+def load_joint(
+    directory: str | Path, base: Qwen3Config, *, heads: int | None = None
+) -> tuple[UniRecItemQFormer, dict[str, Any], Qwen3Config, dict[str, Any]]:
+    """Loads a whole folder of the reference's joint training: the Q-Former, and the adapter of the language model.
+
+    Args:
+      directory: `.../best_model` or `.../latest_model`.
+      base: Configuration of the language model that the adapter belongs to, Qwen3-Embedding-0.6B as published.
+      heads: As `load_joint_qformer`.
+
+    Returns:
+      The Q-Former's module and parameters, then the base's configuration with the adapter's options and its `lora`
+      collection. The embedding table that the folder holds for its placeholders, whose rows are always overwritten,
+      is left out.
+
+    Raises:
+      CheckpointError, ValueError: As `load_joint_qformer` and `nqf.interop.peft.load_adapter`.
+    """
+    module, params = load_joint_qformer(directory, heads=heads)
+    return module, params, *load_adapter(directory, base, ignore_embeddings=True)
+
+
 def load_joint_qformer(directory: str | Path, *, heads: int | None = None) -> tuple[UniRecItemQFormer, dict[str, Any]]:
     """Loads the Q-Former of a folder that the reference's joint training saved (`qformer_model.bin`).
-
-    The folder itself is also the PEFT adapter folder of the language model; `nqf.interop.peft` reads it.
 
     Args:
       directory: `.../best_model` or `.../latest_model`.

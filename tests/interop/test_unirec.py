@@ -11,10 +11,12 @@ import pytest
 import nqf
 
 torch = pytest.importorskip("torch")
+from tiny_qwen3 import SIZES, random_model  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import BertConfig  # noqa: E402
 
 from nqf.interop.torch_file import CheckpointError  # noqa: E402
+from nqf.models.qwen3 import Qwen3Config  # noqa: E402
 
 pytestmark = pytest.mark.slow
 FIELDS = ["average_rating", "main_image", "price", "title"]
@@ -237,6 +239,25 @@ def test_joint_folder_equals_the_reference(item, tmp_path) -> None:
     out = module.apply({"params": params}, states, mask)
     np.testing.assert_allclose(out.query_outputs, queries, atol=1e-4)
     np.testing.assert_allclose(out.reconstructed_fields, reconstructed, atol=1e-4)
+
+
+def test_whole_joint_folder(item, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    base = random_model(causal_lm=False)
+    # As the reference does for its placeholders; peft then saves the whole table beside the adapter.
+    base.resize_token_embeddings(SIZES["vocab_size"] + 4)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**options))
+    randomized(adapted)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    torch.save(item.state_dict(), tmp_path / "qformer_model.bin")
+    config = Qwen3Config.from_hf(base.config.to_dict() | {"vocab_size": SIZES["vocab_size"]})
+    module, params, with_adapter, lora = nqf.interop.unirec.load_joint(tmp_path, config, heads=HEADS)
+    np.testing.assert_array_equal(params["query_embeddings"], item.query_embeddings.detach())
+    assert module.config.heads == HEADS
+    assert (with_adapter.lora_rank, with_adapter.lora_targets) == (4, ("q_proj", "down_proj"))
+    theirs = adapted.base_model.model.layers[1].mlp.down_proj.lora_B["default"].weight.detach().numpy()
+    np.testing.assert_array_equal(lora["layers"]["mlp"]["down_proj"]["lora_b"][1], theirs.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

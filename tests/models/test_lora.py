@@ -36,7 +36,7 @@ def bits(tree: Any) -> list[bytes]:
 
 
 # Heads as wide as the quick start's, and as every published model's.
-@pytest.mark.parametrize(("dtype", "head_dim"), [(jnp.float32, 16), (jnp.float32, 128), (jnp.bfloat16, 128)])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(jnp.float32, 16), (jnp.bfloat16, 128)])
 def test_bit_equal_to_the_base_at_the_start(dtype: Any, head_dim: int) -> None:
     base = dataclasses.replace(BASE, head_dim=head_dim, dtype=dtype, param_dtype=dtype)
     adapted = dataclasses.replace(base, lora_rank=4, lora_dropout=0.5)
@@ -73,10 +73,9 @@ def test_targets() -> None:
     assert {name for tree in layers.values() for name in tree} == set(LORA_TARGETS)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_only_adapters_learn(remat: bool) -> None:
+def test_only_adapters_learn() -> None:
     config = dataclasses.replace(
-        BASE, lora_rank=4, lora_dropout=0.1, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=remat
+        BASE, lora_rank=4, lora_dropout=0.1, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=True
     )
     model = Qwen3(config)
     variables = init(config)
