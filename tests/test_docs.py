@@ -94,7 +94,7 @@ def clone(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the repository with a finished quick start."""
     folder = tmp_path_factory.mktemp("clone")
     shutil.copytree(tiny_run, folder / "runs" / "quickstart")
-    for name in ("configs", "tests"):
+    for name in ("configs", "launch_scripts"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
