@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqf.config import BackboneConfig
+from nqf.config import BackboneConfig, Config
 from nqf.interop.huggingface import check_embedding, load_qwen3
 from nqf.interop.tensors import resolve_folder
 from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
@@ -22,7 +22,7 @@ from nqf.pipelines.histories import HistoryBatch
 from nqf.training.artifacts import StageError, read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.item_stage import device_fields, empty_fields, item_module, load_items, take_fields, write_tokens
-from nqf.training.loop import fit
+from nqf.training.loop import LossFn, fit
 from nqf.training.mesh import barrier, is_primary
 from nqf.training.rankers import Ranker, batch_tables, compute_dtype, make_ranker, ranking_loss
 from nqf.training.run import Run
@@ -207,23 +207,9 @@ def _start_from_user_stage(run: Run, params: Any) -> Any:
     return {**params, "params": {**params["params"], **taken}}
 
 
-def train_joint(run: Run) -> dict[str, Any]:
-    """Runs the joint stage."""
-    config = run.config
+def make_joint_loss(config: Config, module: JointModel, items: ItemQFormer | None) -> LossFn:
+    """Ranking loss of the joint stage; `items` is the Item Q-Former where it goes on learning."""
     stage = config.joint
-    if stage.train_item_qformer and stage.loss.negatives == "full":
-        raise StageError(
-            "joint.train_item_qformer re-encodes the items of each batch, so joint.loss.negatives cannot be 'full'; "
-            "set it to 'sampled' or 'in-batch'"
-        )
-    joint = build_joint(run, run.folder / "tokens")
-    params = _start_from_user_stage(run, init_joint(run, joint))
-    on_device = frozen_tables(run, joint.tables, stage.loss)
-    frozen = {"tables": on_device, "params": joint.frozen, "prompt": joint.prompt, **negatives_of(run)}
-    items: ItemQFormer | None = None
-    if stage.train_item_qformer:
-        items, params["item_qformer"] = load_items(run)
-        frozen["fields"] = device_fields(run.cache)
 
     def loss_fn(params: Any, frozen: Any, batch: HistoryBatch, key: jax.Array) -> tuple[jax.Array, dict]:
         step_tables, rows = batch_tables(frozen["tables"], batch)
@@ -238,7 +224,7 @@ def train_joint(run: Run) -> dict[str, Any]:
                 rngs={"dropout": item_key},
             )
             step_tables = step_tables.replace(tokens=output.tokens, vectors=output.vector)
-        users, vectors = joint.module.apply(
+        users, vectors = module.apply(
             variables_of(params, frozen["params"]),
             step_tables,
             rows,
@@ -259,6 +245,27 @@ def train_joint(run: Run) -> dict[str, Any]:
         )
         return ranking, {}
 
+    return loss_fn
+
+
+def train_joint(run: Run) -> dict[str, Any]:
+    """Runs the joint stage."""
+    config = run.config
+    stage = config.joint
+    if stage.train_item_qformer and stage.loss.negatives == "full":
+        raise StageError(
+            "joint.train_item_qformer re-encodes the items of each batch, so joint.loss.negatives cannot be 'full'; "
+            "set it to 'sampled' or 'in-batch'"
+        )
+    joint = build_joint(run, run.folder / "tokens")
+    params = _start_from_user_stage(run, init_joint(run, joint))
+    on_device = frozen_tables(run, joint.tables, stage.loss)
+    frozen = {"tables": on_device, "params": joint.frozen, "prompt": joint.prompt, **negatives_of(run)}
+    items: ItemQFormer | None = None
+    if stage.train_item_qformer:
+        items, params["item_qformer"] = load_items(run)
+        frozen["fields"] = device_fields(run.cache)
+
     ranker = joint_ranker(run, joint)
     check = make_validation(run, ranker)
 
@@ -278,7 +285,7 @@ def train_joint(run: Run) -> dict[str, Any]:
         optim=stage.optim,
         params=params,
         frozen=frozen,
-        loss_fn=loss_fn,
+        loss_fn=make_joint_loss(config, joint.module, items),
         validate=validate,
         score="ndcg@10",
         seed=config.seed + 2,

@@ -18,7 +18,7 @@ from nqf.pipelines.histories import HistoryBatch, history_of_items, training_win
 from nqf.training.artifacts import read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.item_stage import tables_on_device
-from nqf.training.loop import fit
+from nqf.training.loop import LossFn, fit
 from nqf.training.mesh import batch_shard
 from nqf.training.rankers import Ranker, batch_tables, compute_dtype, make_ranker, ranking_loss
 from nqf.training.run import Run
@@ -130,14 +130,8 @@ def user_ranker(run: Run, module: UserModel, tables: ItemTables) -> Ranker:
     )
 
 
-def train_users(run: Run) -> dict[str, Any]:
-    """Runs the user stage."""
-    config = run.config
-    tables = run.tables(run.folder / "tokens")
-    module = user_module(config, tables)
-    on_device = frozen_tables(run, tables, config.user.loss)
-    params = init_user(run, module, tables)
-    width = config.candidates.width
+def make_user_loss(config: Config, module: UserModel) -> LossFn:
+    """Ranking loss plus the weighted regression of the next item's query tokens."""
 
     def loss_fn(params: Any, frozen: Any, batch: HistoryBatch, key: jax.Array) -> tuple[jax.Array, dict]:
         step_tables, rows = batch_tables(frozen["tables"], batch)
@@ -155,7 +149,7 @@ def train_users(run: Run) -> dict[str, Any]:
             users,
             items,
             batch,
-            learned_width=width,
+            learned_width=config.candidates.width,
             trained=frozen["trained"],
             log_popularity=frozen["log_popularity"],
         )
@@ -166,6 +160,16 @@ def train_users(run: Run) -> dict[str, Any]:
         loss = ranking + config.user.regression_weight * regression
         return loss, {"ranking": ranking, "regression": regression}
 
+    return loss_fn
+
+
+def train_users(run: Run) -> dict[str, Any]:
+    """Runs the user stage."""
+    config = run.config
+    tables = run.tables(run.folder / "tokens")
+    module = user_module(config, tables)
+    on_device = frozen_tables(run, tables, config.user.loss)
+    params = init_user(run, module, tables)
     check = make_validation(run, user_ranker(run, module, tables))
     result = fit(
         folder=run.folder,
@@ -174,7 +178,7 @@ def train_users(run: Run) -> dict[str, Any]:
         optim=config.user.optim,
         params=params,
         frozen={"tables": on_device, **negatives_of(run)},
-        loss_fn=loss_fn,
+        loss_fn=make_user_loss(config, module),
         validate=lambda params: check({"params": params}),
         score="ndcg@10",
         seed=config.seed + 1,
