@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqf.config import ItemConfig
+from nqf.config import ItemConfig, OptimConfig
 from nqf.fields.cache import FieldCache
 from nqf.fields.whitening import fit_whitening
 from nqf.models.item_qformer import ItemQFormer
 from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
-from nqf.pipelines.datasets import pair_dataset
-from nqf.pipelines.pairs import PairBatch, pair_source
+from nqf.pipelines.datasets import TrainingData, pair_dataset
+from nqf.pipelines.pairs import PairBatch, PairSource, pair_source
 from nqf.training.artifacts import read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.loop import FitResult, fit
@@ -202,6 +202,24 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+def item_data(run: Run, source: PairSource, optim: OptimConfig) -> tuple[Any, TrainingData]:
+    """The field tables if training keeps them on the device, else None, and the batches of all epochs."""
+    config, cache = run.config, run.cache
+    frozen = None
+    if tables_on_device(run, sum(cache.table(name).values.nbytes for name in cache.names)):
+        frozen = device_fields(cache)
+    data = pair_dataset(
+        source,
+        batch_size=optim.batch_size,
+        epochs=optim.epochs,
+        seed=config.seed,
+        workers=config.training.workers,
+        gather=None if frozen is not None else lambda items: gather_fields(cache, items),
+        shard=batch_shard(config.training.mesh),
+    )
+    return frozen, data
+
+
 def train_items(run: Run) -> dict[str, Any]:
     """Runs the item stage.
 
@@ -217,18 +235,7 @@ def train_items(run: Run) -> dict[str, Any]:
     # A field with one value only has no variance and nothing to learn.
     field_weights = {name: weights[name] / variance for name, (_, variance) in means.items() if variance > 1e-12}
 
-    frozen = None
-    if tables_on_device(run, sum(cache.table(name).values.nbytes for name in cache.names)):
-        frozen = device_fields(cache)
-    data = pair_dataset(
-        source,
-        batch_size=config.item.optim.batch_size,
-        epochs=config.item.optim.epochs,
-        seed=config.seed,
-        workers=config.training.workers,
-        gather=None if frozen is not None else lambda items: gather_fields(cache, items),
-        shard=batch_shard(config.training.mesh),
-    )
+    frozen, data = item_data(run, source, config.item.optim)
     params = module.init(jax.random.key(config.seed), *empty_fields(cache, 1))["params"]
 
     # Without held-out items the report is on training items and says so.

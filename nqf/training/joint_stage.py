@@ -83,6 +83,20 @@ def small_qwen3(backbone: BackboneConfig, vocabulary: int, dtype: jnp.dtype) -> 
     )
 
 
+def with_adapters(pretrained: Qwen3Config, backbone: BackboneConfig, dtype: jnp.dtype) -> Qwen3Config:
+    """Configuration of a pretrained Qwen3 that carries adapters."""
+    return dataclasses.replace(
+        pretrained,
+        lora_rank=backbone.lora_rank,
+        lora_alpha=backbone.lora_alpha,
+        lora_dropout=backbone.lora_dropout,
+        lora_targets=backbone.lora_targets,
+        dtype=dtype,
+        remat=backbone.remat,
+        attention=backbone.attention,
+    )
+
+
 def run_tokenizer(run: Run) -> Tokenizer:
     """The backbone's tokenizer: the pretrained folder's, or one trained on the catalogue's text, kept with the run."""
     backbone = run.config.joint.backbone
@@ -90,19 +104,24 @@ def run_tokenizer(run: Run) -> Tokenizer:
         return load_tokenizer(backbone.path)
     folder = run.folder / "joint" / "tokenizer"
     if is_primary() and not (folder / "tokenizer.json").is_file():
-        catalogue = run.dataset.catalogue
-        text = [field.name for field in catalogue.schema.fields if field.modality == "text"]
-        columns = list(dict.fromkeys(["title", *text]))
-
-        def texts() -> Any:
-            yield run.config.joint.prompt.instruction
-            for chunk in catalogue.chunks(columns, 16_384):
-                for column in columns:
-                    yield from (value for value in chunk[column] if value)
-
-        train_byte_bpe(texts(), backbone.vocabulary).save(folder)
+        catalogue_tokenizer(run).save(folder)
     barrier("tokenizer")
     return load_tokenizer(folder)
+
+
+def catalogue_tokenizer(run: Run) -> Tokenizer:
+    """A byte-level BPE trained on the catalogue's text."""
+    catalogue = run.dataset.catalogue
+    text = [field.name for field in catalogue.schema.fields if field.modality == "text"]
+    columns = list(dict.fromkeys(["title", *text]))
+
+    def texts() -> Any:
+        yield run.config.joint.prompt.instruction
+        for chunk in catalogue.chunks(columns, 16_384):
+            for column in columns:
+                yield from (value for value in chunk[column] if value)
+
+    return train_byte_bpe(texts(), run.config.joint.backbone.vocabulary)
 
 
 def build_joint(run: Run, tokens_folder: Path) -> Joint:
@@ -119,16 +138,7 @@ def build_joint(run: Run, tokens_folder: Path) -> Joint:
     if backbone.path:
         loaded, frozen["qwen3"] = load_qwen3(backbone.path, dtype=dtype)
         check_embedding(resolve_folder(backbone.path), loaded, frozen["qwen3"], tokenizer)
-        qwen3 = dataclasses.replace(
-            loaded.config,
-            lora_rank=backbone.lora_rank,
-            lora_alpha=backbone.lora_alpha,
-            lora_dropout=backbone.lora_dropout,
-            lora_targets=backbone.lora_targets,
-            dtype=dtype,
-            remat=backbone.remat,
-            attention=backbone.attention,
-        )
+        qwen3 = with_adapters(loaded.config, backbone, dtype)
     else:
         qwen3 = small_qwen3(backbone, tokenizer.rows, dtype)
     if config.joint.prompt.user_tokens and not config.joint.train_user_qformer:
@@ -141,12 +151,17 @@ def build_joint(run: Run, tokens_folder: Path) -> Joint:
         item_tokens=tables.tokens.shape[1:],
         dtype=dtype,
     )
-    prompt = PromptIds(
+    prompt = prompt_ids(config, tokenizer)
+    return Joint(module=module, frozen=frozen, prompt=prompt, tables=tables, tokenizer=tokenizer)
+
+
+def prompt_ids(config: Config, tokenizer: Tokenizer) -> PromptIds:
+    """Token ids that frame the injected tokens."""
+    return PromptIds(
         instruction=np.asarray(tokenizer.encode([config.joint.prompt.instruction])[0], np.int32),
         placeholder=np.asarray(tokenizer.spare_ids(1)[0], np.int32),
         end=np.asarray(tokenizer.eos_id, np.int32),
     )
-    return Joint(module=module, frozen=frozen, prompt=prompt, tables=tables, tokenizer=tokenizer)
 
 
 def title_tokens(titles: Sequence[str], words: int, tokenizer: Tokenizer) -> np.ndarray:
