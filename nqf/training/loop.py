@@ -17,7 +17,7 @@ from rich.console import Console
 
 from nqf.config import OptimConfig, TrainingConfig
 from nqf.pipelines.datasets import TrainingData
-from nqf.training.checkpoint import Checkpointer, restore_params
+from nqf.training.checkpoint import Checkpointer, CheckpointError, restore_params
 from nqf.training.guard import refuse_batch
 from nqf.training.mesh import agree, is_primary, layout, local, make_mesh, place, place_batch
 from nqf.training.optimizer import make_optimizer
@@ -188,6 +188,8 @@ def fit(
         if latest is not None:
             state = checkpointer.restore(latest, state)
         start_step = step = int(state.step)
+        if latest not in (None, step):
+            raise CheckpointError(f"{checkpoints / str(latest)}: holds step {step}; it was renamed or exchanged")
         done = step == data.steps or _patience_spent(optim, state)
         with (
             Writer(folder, stage, resumed_step=step, enabled=is_primary()) as writer,

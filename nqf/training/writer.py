@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -39,21 +40,35 @@ class Writer:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept))
             os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered, so that nothing is left to fail when it is closed.
+        self._path, self._file = path, path.open("ab", buffering=0)
         self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=resumed_step + 1)
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._enabled:
             self._file.close()
-            self._board.close()
+            # An earlier error says more than what follows from it.
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                self._board.close()
 
     def sync(self) -> None:
         """Returns when the lines are on disk, so that no checkpoint is ahead of them."""
         if self._enabled:
-            os.fsync(self._file.fileno())
+            with self._naming_file():
+                os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _naming_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self._path}: could not be written ({error}). The checkpoints are whole; make room, then run the "
+                "same command again"
+            ) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line and the same scalars to TensorBoard; JSON has no infinity, so that becomes null."""
@@ -61,8 +76,11 @@ class Writer:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        rest = f"{json.dumps(line)}\n".encode()
+        with self._naming_file():
+            # A disk that is nearly full takes a part before it refuses.
+            while rest:
+                rest = rest[self._file.write(rest) :]
         for name, value in metrics.items():
             self._board.add_scalar(f"{self._stage}/{name}", value, step)
 

@@ -44,7 +44,10 @@ def start(
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
     """Waits for a command; its output."""
-    output = process.communicate(timeout=600)[0]
+    try:
+        output = process.communicate(timeout=900)[0]
+    finally:
+        process.kill()
     assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{output}"
     return output
 

@@ -28,9 +28,13 @@ def test_two_processes_end_as_one_process_with_two_devices(tmp_path: Path, recor
         )
         for index in range(2)
     ]
-    alone = start(tmp_path / "one", devices=2)
-    first, second = (finish(process) for process in together)
-    finish(alone)
+    try:
+        first, second = (finish(process) for process in together)
+    finally:
+        # The other one waits for a process that failed.
+        for process in together:
+            process.kill()
+    finish(start(tmp_path / "one", devices=2))
     for stage in STAGES:
         assert outcome(tmp_path / "two", stage) == outcome(tmp_path / "one", stage), stage
     # One process writes: every line of the metrics is there once, and the second one is silent.
