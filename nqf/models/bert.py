@@ -114,6 +114,6 @@ class Bert(nn.Module):
         options = {"config": block, "dtype": self.dtype, "dot_general": self.dot_general}
         for layer in range(config.num_hidden_layers):
             attention = Attention(name=f"layer_{layer}_attention", **options)
-            x_BxTxD = attention(x_BxTxD, x_BxTxD, mask, None, deterministic=True)
-            x_BxTxD = FeedForward(name=f"layer_{layer}_output", **options)(x_BxTxD, True)
+            x_BxTxD = attention(x_BxTxD, x_BxTxD, mask, None, None, 0)
+            x_BxTxD = FeedForward(name=f"layer_{layer}_output", **options)(x_BxTxD, None, 0)
         return x_BxTxD
