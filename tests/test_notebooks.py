@@ -35,8 +35,10 @@ def test_runs(path: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}})
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    said = "".join(output.text for output in outputs if output.get("name") == "stderr")
-    assert not said, f"an unexplained warning:\n{said}"
+    said = "".join(output.text for output in outputs if output.get("name") == "stderr").splitlines()
+    # Orbax complains of a machine that is busy with other tests.
+    said = [line for line in said if line and not line.startswith("INFO:") and "Waiting for previous save" not in line]
+    assert not said, "an unexplained warning:\n" + "\n".join(said)
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     if path.stem[0] in "134":
         assert "image/png" in kinds
