@@ -24,6 +24,9 @@ class TrainArguments(Config):
       stage: What to run: one stage, or `all` that are missing or stale, followed by the evaluation.
       run: Run folder; `runs/<name>` by default.
       restart: Begin anew the stages that were cut off, instead of going on from their checkpoints.
+      plan: Train nothing; print parameters, memory and the largest batch of each training stage.
+      memory_gib: Memory per device that the plan's largest batch may use; 0 for what the device offers.
+      profile: Steps of each training stage to trace, for xprof.
       debug: Show the traceback of an error.
     """
 
@@ -31,6 +34,9 @@ class TrainArguments(Config):
     stage: Literal["fields", "item", "tokens", "user", "joint", "all"] = "all"
     run: Path | None = None
     restart: bool = False
+    plan: bool = False
+    memory_gib: float = 0.0
+    profile: int = 0
     debug: bool = False
 
 
@@ -126,8 +132,16 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nqf").setLevel(logging.INFO if is_primary() else logging.ERROR)
     folder, stages = options.run or Path("runs") / config.name, STAGES if options.stage == "all" else (options.stage,)
+    if options.plan:
+        from nqf.training.plan import device_memory, print_plans
+        from nqf.training.run import Run
+
+        memory = int(options.memory_gib * 2**30) or device_memory()
+        print_plans(Run(folder=folder, config=config, console=console), stages, memory, console)
+        return
     with lock_run(folder):
         run = open_for_training(config, folder, console, stages=stages, restart=options.restart)
+        run = dataclasses.replace(run, profile=options.profile)
         for stage in stages:
             run_stage(run, stage, restart=options.restart)
         if options.stage == "all" and is_primary():

@@ -272,6 +272,7 @@ def train_items(run: Run) -> dict[str, Any]:
         seed=config.seed,
         training=config.training,
         console=run.console,
+        profile=run.profile,
     )
     return {
         "best_step": result.best_step,

@@ -306,6 +306,7 @@ def train_joint(run: Run) -> dict[str, Any]:
         seed=config.seed + 2,
         training=config.training,
         console=run.console,
+        profile=run.profile,
     )
     # `fit` validates the best parameters last, so the tokens on disk are theirs.
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nqf.training.checkpoint import Checkpointer, CheckpointError, restore_param
 from nqf.training.guard import refuse_batch
 from nqf.training.mesh import agree, is_primary, layout, local, make_mesh, place, place_batch
 from nqf.training.optimizer import make_optimizer
+from nqf.training.profile import Profile
 from nqf.training.stop import Stopped, StopRequest
 from nqf.training.writer import Terminal, Writer
 
@@ -151,6 +153,7 @@ def fit(
     score: str,
     seed: int,
     console: Console,
+    profile: int = 0,
 ) -> FitResult:
     """Trains to the end, from the newest checkpoint in the stage's folder if there is one.
 
@@ -167,6 +170,7 @@ def fit(
       score: The metric that selects; larger is better.
       seed: Seed of the steps' random keys.
       console: Terminal.
+      profile: Steps to trace, after the first few.
 
     Raises:
       NonFiniteError: More batches than `training.skip_non_finite` had a non-finite loss or gradient.
@@ -194,6 +198,7 @@ def fit(
         with (
             Writer(folder, stage, resumed_step=step, enabled=is_primary()) as writer,
             Terminal(stage, data.steps, console) as terminal,
+            closing(Profile(folder / stage / "profile", profile)) as trace,
         ):
             if latest is not None and not done:
                 terminal.line(f"resuming at step {step:,} of {data.steps:,}")
@@ -223,8 +228,12 @@ def fit(
                 terminal.step(at, loss=shown["loss"], items_per_second=rate)
 
             while not (done or stopping):
-                state, metrics = train_step(state, frozen, place_batch(next(batches), mesh))
+                trace.before(step - start_step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = train_step(state, frozen, place_batch(next(batches), mesh))
                 step += 1
+                if trace.after(step - start_step, metrics):
+                    terminal.line(f"trace of {profile} steps in {folder / stage / 'profile'}; open it with xprof")
                 log()
                 at_validation = step % validate_at == 0 or step == data.steps
                 at_log = step % LOG_EVERY == 0 or at_validation

@@ -30,11 +30,13 @@ class Run:
       folder: `runs/<name>`.
       config: The resolved configuration.
       console: Terminal.
+      profile: Steps of each training stage to trace.
     """
 
     folder: Path
     config: Config
     console: Console
+    profile: int = 0
 
     @functools.cached_property
     def dataset(self) -> Dataset:

@@ -184,6 +184,7 @@ def train_users(run: Run) -> dict[str, Any]:
         seed=config.seed + 1,
         training=config.training,
         console=run.console,
+        profile=run.profile,
     )
     return {
         "best_step": result.best_step,
