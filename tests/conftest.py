@@ -6,9 +6,11 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import fcntl
+import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # Programs of the tests' subprocesses are compiled once; the folder is this user's and this checkout's.
@@ -21,6 +23,7 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "float32")
 
 TESTS = Path(__file__).parent
+RECORDS = TESTS.parent / "runs" / "reliability"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,3 +42,17 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
             assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Notes a fault that was tried for docs/reliability.md, which tests/reliability/table.py makes."""
+    rows: list[dict] = []
+
+    def note(fault: str, *, tried: int, survived: int, seen: str) -> None:
+        rows.append({"fault": fault, "tried": tried, "survived": survived, "seen": seen})
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        name = f"{request.node.path.stem}--{request.node.name}".replace("/", "-")
+        (RECORDS / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+    return note

@@ -6,6 +6,7 @@ data is the step itself (`nqf.pipelines.datasets.TrainingData.iterate`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,21 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged, not written or does not fit; the message names folder and leaves."""
 
 
+@dataclasses.dataclass
 class _NewestAndBest:
-    """Keeps the newest checkpoints, and the best one by what the newest says."""
+    """Which checkpoints stay.
 
-    def __init__(self, keep: int) -> None:
-        self._keep = max(keep, 1)
+    Attributes:
+      keep: How many of the newest.
+      best: Step of the one that stays whatever its age.
+    """
+
+    keep: int
+    best: int = -1
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = checkpoints[-1].metrics["best_step"] if checkpoints else None
-        newest = len(checkpoints) - self._keep
-        return [index >= newest or checkpoint.step == best for index, checkpoint in enumerate(checkpoints)]
+        newest = len(checkpoints) - max(self.keep, 1)
+        return [index >= newest or checkpoint.step == self.best for index, checkpoint in enumerate(checkpoints)]
 
 
 class Checkpointer:
@@ -43,8 +49,9 @@ class Checkpointer:
 
     def __init__(self, directory: Path, *, keep: int = 1) -> None:
         self._directory = directory.resolve()
+        self._policy = _NewestAndBest(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            self._directory, preservation_policy=_NewestAndBest(keep), cleanup_tmp_directories=True
+            self._directory, preservation_policy=self._policy, cleanup_tmp_directories=True
         )
         self._saving: Any = None
 
@@ -87,12 +94,10 @@ class Checkpointer:
         Raises:
           CheckpointError: This or the previous save failed.
         """
+        self._policy.best = best_step
         try:
             self._saving = self._checkpointer.save_checkpointables_async(
-                step,
-                {"state": state, "checksum": {"leaves": checksums(state)}},
-                metrics={"best_step": best_step},
-                force=True,
+                step, {"state": state, "checksum": {"leaves": checksums(state)}}, force=True
             )
         except Exception as error:
             raise self._not_saved(error) from error
@@ -171,10 +176,12 @@ def _read(path: Path, wanted: Any) -> Any:
     If that is a dictionary, what else the checkpoint holds is left unread.
     """
     try:
-        stored = ocp.metadata(path).metadata
+        stored = ocp.metadata(path, "state").metadata
     except Exception as error:
         # Damaged files may raise anything that readers of JSON, protobuf and tensorstore can.
         raise _damaged(path, _first_line(error)) from error
+    if not isinstance(stored, dict):
+        raise _damaged(path, "the description of its arrays cannot be read")
     names, unread = sorted(_named(stored)), {}
     if isinstance(wanted, dict):
         unread = {
@@ -227,7 +234,7 @@ def _check_leaves(path: Path, stored: Any, wanted: Any) -> None:
     """Compares names and shapes first: Orbax's own message for a mismatch hides the cause."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
+        return {name: tuple(getattr(leaf, "shape", ("no array",))) for name, leaf in _named(tree).items()}
 
     there, here = shapes(stored), shapes(wanted)
     lines = [f"  {name}: stored {there.get(name, 'nothing')}, expected {here.get(name, 'nothing')}"

@@ -31,7 +31,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = file.read(1_000).strip() or "another process"
+            owner = " ".join(file.read(1_000).split()) or "another process"
             raise StageError(
                 f"{folder}: in use by {owner}; wait until it has finished, or end it. Its lock goes with it"
             ) from None
