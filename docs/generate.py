@@ -1,6 +1,7 @@
 """Writes docs/configuration.md from the dataclasses in nqf/config.py: `python docs/generate.py`."""
 
 import dataclasses
+import inspect
 import re
 import types
 import typing
@@ -23,8 +24,8 @@ type is an error that names the key and suggests the nearest one.
 
 def described(cls: type) -> tuple[str, dict[str, str]]:
     """The first paragraph of a docstring, and its attributes' descriptions."""
-    head, _, attributes = cls.__doc__.partition("Attributes:")
-    found = re.findall(r"^      (\w+): (.*(?:\n        .*)*)", attributes, re.MULTILINE)
+    head, _, attributes = inspect.cleandoc(cls.__doc__).partition("Attributes:")
+    found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, re.MULTILINE)
     return " ".join(head.split("\n\n")[0].split()), {name: " ".join(text.split()) for name, text in found}
 
 
