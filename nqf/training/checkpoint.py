@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from orbax.checkpoint import v1 as ocp
 
 from nqf.training.mesh import leaf_name
@@ -48,6 +49,12 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, *, keep: int = 1) -> None:
+        if jax.process_count() > 1:
+            # By default Orbax's barriers are collectives. Those of its background threads come between the training's
+            # in another order in each process, and then the processes wait for each other for ever.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            flags.FLAGS.experimental_orbax_use_distributed_barrier = True
         self._directory = directory.resolve()
         self._policy = _NewestAndBest(keep)
         self._checkpointer = ocp.training.Checkpointer(
