@@ -80,9 +80,7 @@ def train_on(base: Path, tiny_run: Path, run: Path, **options: Any) -> dict[str,
         return result
 
     options = OPTIONS | {"joint.backbone.path": base} | options
-    arguments = [
-        part for name, value in options.items() for part in (f"--{name}", *([] if value is True else [str(value)]))
-    ]
+    arguments = [part for name, value in options.items() for part in (f"--{name}", *str(value).split())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(joint_stage, "fit", watched)
         train.main(["--run", str(run), "--stage", "joint", *arguments])
@@ -204,7 +202,8 @@ def test_exports_read_back(adapter: Path, trained: tuple[Path, dict, str], base:
 
 def test_item_qformer_learns_on_beside_a_pretrained_backbone(base: Path, tiny_run: Path, tmp_path: Path) -> None:
     options = {
-        "joint.train-item-qformer": True,
+        "joint.train-item-qformer": "",
+        "joint.backbone.lora-targets": "q_proj v_proj",
         "joint.loss.negatives": "sampled",
         "joint.loss.samples": 64,
         "joint.optim.epochs": 1,
