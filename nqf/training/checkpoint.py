@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from orbax.checkpoint import v1 as ocp
 
 from nqf.training.mesh import leaf_name
+
+CHECKSUM = "checksum"
 
 
 class CheckpointError(RuntimeError):
@@ -49,12 +50,6 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, *, keep: int = 1) -> None:
-        if jax.process_count() > 1:
-            # By default Orbax's barriers are collectives. Those of its background threads come between the training's
-            # in another order in each process, and then the processes wait for each other for ever.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            flags.FLAGS.experimental_orbax_use_distributed_barrier = True
         self._directory = directory.resolve()
         self._policy = _NewestAndBest(keep)
         self._checkpointer = ocp.training.Checkpointer(
@@ -103,9 +98,10 @@ class Checkpointer:
         """
         self._policy.best = best_step
         try:
-            self._saving = self._checkpointer.save_checkpointables_async(
-                step, {"state": state, "checksum": {"leaves": checksums(state)}}, force=True
-            )
+            # One tree: where a save has two, the processes of a run may meet at the barrier of different ones and
+            # wait for ever, as orbax 0.12.8 gives those barriers the same name (PyTreeHandler._finalize).
+            tree = {**_parts(state), CHECKSUM: checksums(state)}
+            self._saving = self._checkpointer.save_checkpointables_async(step, {"state": tree}, force=True)
         except Exception as error:
             raise self._not_saved(error) from error
 
@@ -169,12 +165,19 @@ def checksums(tree: Any) -> jax.Array:
         weights = jax.lax.broadcasted_iota(jnp.uint32, (x.size,), 0) * jnp.uint32(2_654_435_762) + jnp.uint32(1)
         return jnp.sum(bits.astype(jnp.uint32).reshape(-1) * weights, dtype=jnp.uint32)
 
-    leaves = _named(tree)
+    leaves = _named(_parts(tree))
     return jnp.stack([total(leaves[name]) for name in sorted(leaves)])
 
 
 def _named(tree: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    """The top level of a tree, which is a dictionary or a dataclass."""
+    if isinstance(state, dict):
+        return state
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _read(path: Path, wanted: Any) -> Any:
@@ -189,33 +192,32 @@ def _read(path: Path, wanted: Any) -> Any:
         raise _damaged(path, _first_line(error)) from error
     if not isinstance(stored, dict):
         raise _damaged(path, "the description of its arrays cannot be read")
-    names, unread = sorted(_named(stored)), {}
+    # Checkpoints of before checksums have none.
+    summed = stored.pop(CHECKSUM, None) is not None
+    names, parts, unread = sorted(_named(stored)), _parts(wanted), {}
     if isinstance(wanted, dict):
         unread = {
-            name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in stored.items() if name not in wanted
+            name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in stored.items() if name not in parts
         }
-        stored = {name: tree for name, tree in stored.items() if name in wanted}
-    _check_leaves(path, stored, wanted)
+    _check_leaves(path, {name: tree for name, tree in stored.items() if name not in unread}, parts)
     # Without shardings a checkpoint written on eight devices does not load on one.
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
-    whole = _replicated(jax.tree.leaves(state)[0].sharding)
-    sums = {"leaves": jax.ShapeDtypeStruct((len(names),), jnp.uint32, sharding=whole)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
+    sums = {}
+    if summed:
+        whole = _replicated(jax.tree.leaves(abstract)[0].sharding)
+        sums[CHECKSUM] = jax.ShapeDtypeStruct((len(names),), jnp.uint32, sharding=whole)
     try:
-        # Checkpoints of before checksums have none.
-        parts = {"state": {**state, **unread} if unread else state} | (
-            {"checksum": sums} if (path / "checksum").is_dir() else {}
-        )
-        loaded = ocp.load_checkpointables(path, parts)
-        state = {name: loaded["state"][name] for name in wanted} if unread else loaded["state"]
+        loaded = ocp.load_checkpointables(path, {"state": {**abstract, **unread, **sums}})["state"]
+        read = {name: loaded[name] for name in parts}
     except Exception as error:
         raise _damaged(path, _first_line(error)) from error
-    if "checksum" in loaded:
-        expected = dict(zip(names, jax.device_get(loaded["checksum"]["leaves"]), strict=True))
-        found = zip(sorted(_named(state)), jax.device_get(checksums(state)), strict=True)
+    if summed:
+        expected = dict(zip(names, jax.device_get(loaded[CHECKSUM]), strict=True))
+        found = zip(sorted(_named(read)), jax.device_get(checksums(read)), strict=True)
         differing = [name for name, value in found if value != expected[name]]
         if differing:
             raise _damaged(path, f"the checksum of {', '.join(differing[:5])} differs")
-    return state
+    return read if isinstance(wanted, dict) else dataclasses.replace(wanted, **read)
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
