@@ -358,6 +358,8 @@ class JointModel(nn.Module):
             ],
             axis=1,
         )
+        if positions == 1:
+            return self._read_one(embeds, valid_BxL, deterministic)
         mask_BxLxL = layout.sees[None] & valid_BxL[:, None, :]
         # A token's position is the number of tokens it sees before itself, so padding and other branches do not
         # shift it.
@@ -374,6 +376,18 @@ class JointModel(nn.Module):
         weights = mask_BxLxL[:, layout.end_at].astype(jnp.float32)
         total = jnp.einsum("bpl,bld->bpd", weights, hidden.astype(jnp.float32))
         return total / jnp.sum(weights, axis=-1, keepdims=True)
+
+    def _read_one(self, embeds_BxLxD: jax.Array, valid_BxL: jax.Array, deterministic: bool) -> jax.Array:
+        """Prompts of one branch, which are plain sequences: with their padding moved to the end, causal order is all
+        that attention needs, and no mask stands in memory."""
+        order_BxL = jnp.argsort(~valid_BxL, axis=1, stable=True)
+        embeds = jnp.take_along_axis(embeds_BxLxD, order_BxL[..., None], axis=1)
+        hidden = self.qwen3(inputs_embeds=embeds, deterministic=deterministic)
+        count_Bx1 = jnp.sum(valid_BxL, axis=1, keepdims=True)
+        if self.config.joint.prompt.pooling == "last":
+            return jnp.take_along_axis(hidden, count_Bx1[..., None] - 1, axis=1)
+        weights_BxL = (jnp.arange(hidden.shape[1])[None] < count_Bx1).astype(jnp.float32)
+        return jnp.einsum("bl,bld->bd", weights_BxL / count_Bx1, hidden.astype(jnp.float32))[:, None]
 
 
 @struct.dataclass

@@ -154,6 +154,8 @@ def history_dataset(
     if not count:
         raise ValueError("no training history with at least two interactions is left to train on")
     batch_size = min(batch_size, count)
+    # A position without a target is not computed.
+    positions = positions if loss.positions == "all" else 1
     longest = int(min(max_history, windows.slots().max()))
     buckets = slot_buckets(longest)
     groups = _merge_small(bucket_of(windows.slots(), buckets), len(buckets), batch_size)
@@ -167,8 +169,6 @@ def history_dataset(
         hidden = rng.random(len(examples)) < UNKNOWN_SHARE
         mine = _slice(len(examples), shard)
         gathered = hide_features(gather_history(features, history[mine]), hidden[mine])
-        if loss.positions == "last":
-            targets[:, :-1] = -1
         targets = np.where(targets >= 0, features.items[np.maximum(targets, 0)], -1).astype(np.int32)
         batch = HistoryBatch(history=gathered, targets=targets[mine], supervised=supervised_places(targets, usual))
         if loss.negatives == "full":
@@ -184,7 +184,7 @@ def history_dataset(
             continue
         slots = buckets[index]
         places = min(slots, positions)
-        counts = np.minimum(windows.slots()[members], places) if loss.positions == "all" else np.ones(len(members))
+        counts = np.minimum(windows.slots()[members], places)
         usual = usual_places(counts, batch_size, batch_size * places)
         parts.append(
             grain.MapDataset.source(members)

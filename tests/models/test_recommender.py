@@ -1,0 +1,81 @@
+"""The joint model: each branch of a training prompt is the prompt that ends there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nqf.config import Config, JointConfig, PromptConfig, QFormerConfig, UserConfig
+from nqf.models.qwen3 import Qwen3Config
+from nqf.models.recommender import ItemTables, JointModel, PromptIds
+from nqf.models.user_qformer import History
+from nqf.pipelines.histories import history_of_items
+
+ITEMS, QUERIES, WIDTH, SLOTS, WORDS = 9, 2, 16, 6, 3
+QWEN3 = Qwen3Config(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+PROMPT = PromptIds(instruction=jnp.array([4, 5, 6]), placeholder=jnp.array(49), end=jnp.array(48))
+QFORMER = QFormerConfig(width=WIDTH, layers=1, heads=2, mlp_width=32, queries=2)
+
+
+def model_of(prompt: PromptConfig) -> JointModel:
+    config = Config(user=UserConfig(qformer=QFORMER), joint=JointConfig(prompt=prompt))
+    return JointModel(config=config, backbone=QWEN3, items=ITEMS, item_tokens=(QUERIES, WIDTH))
+
+
+def tables() -> ItemTables:
+    rng = np.random.default_rng(0)
+    titles = rng.integers(10, 40, (ITEMS, WORDS)).astype(np.int32)
+    titles[np.arange(WORDS)[None] >= rng.integers(1, WORDS + 1, ITEMS)[:, None]] = -1
+    return ItemTables(
+        tokens=rng.normal(size=(ITEMS, QUERIES, WIDTH)).astype(np.float32),
+        vectors=rng.normal(size=(ITEMS, WIDTH)).astype(np.float32),
+        text=rng.normal(size=(ITEMS, 8)).astype(np.float32),
+        has_text=np.arange(ITEMS) != 3,
+        titles=titles,
+    )
+
+
+def history() -> History:
+    items = np.array([[-1, -1, 0, 3, 5, 2], [1, 2, 3, 4, 5, 6], [-1, -1, -1, -1, -1, 7]], np.int32)
+    age = np.where(items >= 0, np.arange(SLOTS)[::-1][None] * 90_000, -1).astype(np.int32)
+    return history_of_items(items, 0).replace(age=age)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "user_tokens", "words"), [("last", True, WORDS), ("mean", True, 0), ("last", False, WORDS)]
+)
+def test_a_branch_is_the_prompt_that_ends_there(pooling, user_tokens, words):
+    prompt = PromptConfig(history_items=SLOTS, title_tokens=words, user_tokens=user_tokens, pooling=pooling)
+    model, rows, batch = model_of(prompt), np.arange(ITEMS, dtype=np.int32), history()
+    items = dataclasses.replace(tables(), titles=tables().titles[:, :words])
+    params = model.init(jax.random.key(0), items, rows, batch, PROMPT, positions=1)["params"]
+    apply = jax.jit(model.apply, static_argnames="positions")
+    together, _ = apply({"params": params}, items, rows, batch, PROMPT, positions=SLOTS)
+    for slot in (3, SLOTS - 1):
+        # The history up to the slot, its padding before it, and ages that count from its newest slot.
+        part = jax.tree.map(lambda x, n=slot + 1: x[:, :n], batch)
+        part = part.replace(age=np.where(part.age >= 0, part.age - part.age[:, -1:], -1))
+        alone, _ = apply({"params": params}, items, rows, part, PROMPT, positions=1)
+        there = batch.items[:, slot] >= 0
+        np.testing.assert_allclose(alone[there, 0], together[there, slot], atol=2e-5)
+
+
+def test_padding_before_a_history_changes_nothing():
+    model, rows, batch = model_of(PromptConfig(history_items=SLOTS)), np.arange(ITEMS, dtype=np.int32), history()
+    items = dataclasses.replace(tables(), titles=tables().titles[:, :0])
+    params = model.init(jax.random.key(0), items, rows, batch, PROMPT, positions=1)["params"]
+    padded, _ = model.apply({"params": params}, items, rows, batch, PROMPT, positions=1)
+    short = jax.tree.map(lambda x: x[:1, 2:], batch)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, items, rows, short, PROMPT, positions=1)[0], padded[:1], atol=1e-5
+    )
