@@ -89,7 +89,10 @@ def main() -> None:
     digests, fit = [], joint_stage.fit
 
     def digest(tree: object) -> str:
-        return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).hexdigest()
+        found = hashlib.sha256()
+        for leaf in jax.tree.leaves(tree):
+            found.update(np.ascontiguousarray(leaf))
+        return found.hexdigest()
 
     def watched(**arguments: object) -> object:
         digests.append(digest(arguments["frozen"]["params"]["qwen3"]))

@@ -170,9 +170,12 @@ def injected_prompts(run: Run, joint: Joint, variables: Any) -> dict[str, np.nda
             return call(*args, **kwargs)
 
         with nn.intercept_methods(keep_inputs):
-            joint.module.apply(variables, batch.tables, batch.rows, batch.history, joint.prompt, positions=1)
-        return inputs["inputs_embeds"].astype(jnp.float32), inputs["attention_mask"] != 0
+            joint.module.apply(variables, batch.tables, batch.rows, batch.history, joint.prompt, positions=2)
+        # What the end token of the newest branch, which stands last, reads is the whole prompt of inference.
+        return inputs["inputs_embeds"].astype(jnp.float32), inputs["mask"][:, 0, -1]
 
+    if run.config.joint.prompt.history_items < 2:
+        raise ValueError(f"{run.folder}: prompts of one item (joint.prompt.history_items) are not exported")
     embeds, valid = (np.asarray(array) for array in read(variables, batch))
     lengths = valid.sum(axis=1)
     packed = np.zeros((len(embeds), lengths.max(), embeds.shape[2]), np.float32)

@@ -156,8 +156,8 @@ def test_peft_makes_the_user_vectors(adapter: Path, trained: tuple[Path, dict, s
 
     def states_of_peft(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
         if isinstance(context.module, Qwen3) and context.method_name == "__call__":
-            # With one branch the end token stands last.
-            return jnp.zeros_like(kwargs["inputs_embeds"]).at[: len(states), -1].set(states)
+            # At every token, so wherever the state is picked.
+            return jnp.zeros_like(kwargs["inputs_embeds"]).at[: len(states)].set(states[:, None])
         return call(*args, **kwargs)
 
     recommender = Recommender.load(run)
