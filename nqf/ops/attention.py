@@ -43,7 +43,11 @@ def dot_product_attention(
       ValueError: cuDNN was asked for and cannot compute this; says why.
     """
     chosen = choose_implementation(
-        implementation, dtype=q_BxTxHxK.dtype, head_dim=q_BxTxHxK.shape[-1], with_bias=bias is not None
+        implementation,
+        dtype=q_BxTxHxK.dtype,
+        head_dim=q_BxTxHxK.shape[-1],
+        with_bias=bias is not None,
+        with_mask=mask is not None,
     )
     if mask is not None and chosen == "cudnn":
         # cuDNN refuses masks that broadcast over queries (jax issue 28974).
@@ -55,7 +59,7 @@ def dot_product_attention(
 
 
 def choose_implementation(
-    implementation: Implementation, *, dtype: jnp.dtype, head_dim: int, with_bias: bool
+    implementation: Implementation, *, dtype: jnp.dtype, head_dim: int, with_bias: bool, with_mask: bool = False
 ) -> Literal["xla", "cudnn"]:
     """Chooses the kernel and logs each choice once.
 
@@ -64,16 +68,18 @@ def choose_implementation(
       dtype: Type of the queries.
       head_dim: K.
       with_bias: Whether there is an additive bias; cuDNN has its gradient for batches of one only (jax issue 30593).
+      with_mask: Whether there is a boolean mask. jax makes a bias of it, whose gradient cuDNN then computes too (jax
+        issue 34685) and which it refuses for odd lengths, so that `auto` leaves masks to XLA.
 
     Raises:
       ValueError: cuDNN was asked for and cannot compute this; says why.
     """
-    return _choose(implementation, jax.default_backend(), jnp.dtype(dtype).name, head_dim, with_bias)
+    return _choose(implementation, jax.default_backend(), jnp.dtype(dtype).name, head_dim, with_bias, with_mask)
 
 
 @functools.cache
 def _choose(
-    implementation: Implementation, backend: str, dtype: str, head_dim: int, with_bias: bool
+    implementation: Implementation, backend: str, dtype: str, head_dim: int, with_bias: bool, with_mask: bool
 ) -> Literal["xla", "cudnn"]:
     obstacle = ""
     if backend not in ("gpu", "cuda"):
@@ -84,6 +90,8 @@ def _choose(
         obstacle = f"the head width {head_dim} is above 128 or not a multiple of 8"
     elif with_bias:
         obstacle = "there is an additive bias"
+    elif with_mask and implementation == "auto":
+        obstacle = "there is a mask"
     if implementation == "cudnn" and obstacle:
         raise ValueError(f"cuDNN attention cannot be used: {obstacle}; choose 'xla' or 'auto'")
     chosen = "xla" if implementation == "xla" or obstacle else "cudnn"

@@ -73,6 +73,12 @@ class TestChoice:
         assert self.choose("xla") == "xla"
 
     @pytest.mark.usefixtures("on_gpu")
+    def test_gpu_with_a_mask_only_if_asked_for(self) -> None:
+        choice = {"dtype": jnp.bfloat16, "head_dim": 128, "with_bias": False, "with_mask": True}
+        assert choose_implementation("auto", **choice) == "xla"
+        assert choose_implementation("cudnn", **choice) == "cudnn"
+
+    @pytest.mark.usefixtures("on_gpu")
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
