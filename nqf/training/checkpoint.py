@@ -98,8 +98,8 @@ class Checkpointer:
         """
         self._policy.best = best_step
         try:
-            # One tree: where a save has two, the processes of a run may meet at the barrier of different ones and
-            # wait for ever, as orbax 0.12.8 gives those barriers the same name (PyTreeHandler._finalize).
+            # One tree: where a save has two, the barriers of both have one name in orbax 0.12.8
+            # (PyTreeHandler._finalize), and one process can meet another at the wrong one.
             tree = {**_parts(state), CHECKSUM: checksums(state)}
             self._saving = self._checkpointer.save_checkpointables_async(step, {"state": tree}, force=True)
         except Exception as error:
@@ -123,7 +123,10 @@ class Checkpointer:
 
 
 def restore_params(directory: Path, step: int, params: Any) -> Any:
-    """Restores the parameters of one step and nothing else; every process may do so by itself.
+    """Restores the parameters of one step and nothing else, for this process alone.
+
+    Of several processes, all have to call it: Orbax names the barriers of later saves by the number of operations
+    before, and processes that count differently wait for each other for ever.
 
     Args:
       directory: Folder of a stage's checkpoints.

@@ -21,7 +21,7 @@ from nqf.pipelines.pairs import PairBatch, PairSource, pair_source
 from nqf.training.artifacts import read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.loop import FitResult, fit
-from nqf.training.mesh import batch_shard
+from nqf.training.mesh import batch_shard, is_primary
 from nqf.training.rankers import compute_dtype
 from nqf.training.run import WHITENING, Run
 
@@ -332,6 +332,8 @@ def write_tokens(run: Run, module: ItemQFormer, params: Any, folder: Path) -> di
 def make_tokens(run: Run) -> dict[str, Any]:
     """Runs the tokens stage: item tokens and vectors, and the whitening of the candidates' text embeddings."""
     module, params = load_items(run)
+    if not is_primary():
+        return {}
     report = write_tokens(run, module, params, run.folder / "tokens")
     if run.config.candidates.text_width and run.cache.candidates is not None:
         whitening = fit_whitening(run.cache.candidates, run.config.candidates.text_width)

@@ -139,8 +139,8 @@ def run_stage(run: Run, stage: str, *, restart: bool = False) -> bool:
         write_json(run.folder / stage / STARTED, started(parts))
     barrier(f"{stage} begins")
     begun = time.perf_counter()
-    # What is not trained, one process makes for all.
-    result = _RUN[stage](run) if stage in _TRAINED or is_primary() else {}
+    # The fields are made by one process for all.
+    result = _RUN[stage](run) if stage != "fields" or is_primary() else {}
     result["wall_seconds"] = round(time.perf_counter() - begun, 1)
     result["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if is_primary():
