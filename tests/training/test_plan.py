@@ -1,10 +1,8 @@
-"""The planner: its prediction beside a measurement, and what it refuses."""
+"""The planner: the largest batch, and what it refuses. Its prediction is measured by benchmarks/planned_peak.py."""
 
 import dataclasses
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -40,17 +38,6 @@ def test_without_a_fields_stage_the_plan_says_what_to_run(tiny_run, tmp_path):
     run = dataclasses.replace(open_run(tiny_run), folder=tmp_path)
     with pytest.raises(StageError, match="--stage fields"):
         program_of(run, "item")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's proc")
-def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(tiny_run):
-    script = Path(__file__).with_name("measured_peak.py")
-    done = subprocess.run([sys.executable, script, tiny_run], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["planned"] > 100e6, "too small to be told from the interpreter's own memory"
-    assert abs(found["planned"] / found["measured"] - 1) < 0.15, found
 
 
 @pytest.mark.slow
