@@ -491,7 +491,7 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"{path}: no such configuration file")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     config = from_tree(Config, tree, where=str(path))
     data = config.data
@@ -502,9 +502,14 @@ def load_config(path: str | Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(data, **updates))
 
 
+def config_text(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved configuration as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_tree(config), sort_keys=False), encoding="utf-8")
+    Path(path).write_text(config_text(config), encoding="utf-8")
 
 
 def to_tree(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import shutil
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,11 @@ Columns = Mapping[str, Field | None]
 _BATCH = 20_000
 # What reading a damaged or truncated .gz raises.
 _GZIP_ERRORS = (OSError, EOFError, zlib.error)
+# Tables shrink by gzip to a twentieth at the least; what grows more than this was made to fill the disk.
+_LARGEST_RATIO = 200
+_PIECE = 2**20
+# Characters; a line is an item or an interaction.
+_LONGEST_LINE = 16 * 2**20
 
 
 def read_table(path: Path, scratch: Path, columns: Columns, optional: Collection[str] = ()) -> pl.LazyFrame:
@@ -116,9 +120,17 @@ def unzipped(path: Path, scratch: Path) -> Path:
       DataError: Damaged or truncated.
     """
     target = scratch / path.name.removesuffix(".gz")
+    room = 64 * _PIECE + _LARGEST_RATIO * path.stat().st_size
     try:
         with gzip.open(path) as packed, target.open("wb") as plain:
-            shutil.copyfileobj(packed, plain)
+            while piece := packed.read(_PIECE):
+                room -= len(piece)
+                if room < 0:
+                    raise DataError(
+                        f"{path}: unpacks to more than {_LARGEST_RATIO} times its size, as files do that are made to "
+                        "fill the disk; if it is meant, unpack it first"
+                    )
+                plain.write(piece)
     except _GZIP_ERRORS as error:
         raise DataError(f"{path}: not readable as gzip: {error}; fetch or pack the file again") from error
     return target
@@ -136,17 +148,23 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            # Not `for line in file`: a line without an end would be read into memory whole.
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
+                if len(line) == _LONGEST_LINE:
+                    raise DataError(f"{path}: line {number}: longer than {_LONGEST_LINE:,} characters")
                 if not line.strip():
                     continue
                 value = json.loads(line)
                 if not isinstance(value, dict):
                     raise DataError(f"{path}: line {number}: expected a JSON object, found {type(value).__name__}")
                 yield value
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {number}: not JSON: {error}") from error
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: after line {number}: not UTF-8 text: {error}") from error
+    except (ValueError, RecursionError) as error:
+        # Not only JSONDecodeError: numbers of thousands of digits and deep nesting have errors of their own.
+        raise DataError(f"{path}: line {number}: not JSON that can be read: {error}") from error
     except _GZIP_ERRORS as error:
         raise DataError(f"{path}: after line {number}: not readable: {error}; fetch or pack the file again") from error
 

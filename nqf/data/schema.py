@@ -79,7 +79,7 @@ def load_schema(path: str | Path) -> Schema:
         raise DataError(f"{path}: no such schema file; set data.schema to a YAML file that maps fields to modalities")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as YAML: {error}") from error
     return schema_from_tree(tree, where=str(path))
 

@@ -50,7 +50,7 @@ def read_json(path: Path, kind: type) -> Any:
         raise DataError(f"{path}: no such file; mend the path in the data section of the configuration")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(value, kind):
         names = {dict: "an object", list: "a list"}

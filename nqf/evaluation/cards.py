@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import html
 import io
+import os
 from collections.abc import Sequence
 
 import polars as pl
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 
 from nqf.data.catalogue import Catalogue
 from nqf.data.schema import Field
-from nqf.fields.image import MAX_PIXELS
+from nqf.fields.image import FORMATS, MAX_PIXELS
 
 _SIDE = 112
 _STYLE = """
@@ -90,10 +91,11 @@ def cards_html(rows: Sequence[tuple[str, Sequence[Card]]]) -> str:
 
 def thumbnail(path: str | None) -> str:
     """A local picture as a small PNG data URI; empty if it is missing, a link, too large or damaged."""
-    if path is None:
+    # A pipe would never end.
+    if path is None or not os.path.isfile(path):
         return ""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 return ""
             # Small drawings are enlarged without blur, photographs reduced with care.

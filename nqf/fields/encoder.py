@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ import polars as pl
 
 from nqf.config import FieldsConfig
 from nqf.data.schema import Field
+
+# What reading a damaged .npy or .npz raises; numpy parses headers with Python's tokenizer, which has errors of its own.
+NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 class CacheError(ValueError):
@@ -104,7 +108,7 @@ class LightEncoder:
         try:
             with np.load(directory / "state.npz", allow_pickle=False) as arrays:
                 encoder = cls(identity["options"], {name: arrays[name] for name in arrays.files})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (*NPY_ERRORS, KeyError) as error:
             raise CacheError(f"{directory / 'state.npz'}: not readable ({error}); build the cache again") from error
         if encoder.identity != identity:
             raise CacheError(f"{directory}: fitted state or version differs from encoder.json; build the cache again")

@@ -19,6 +19,10 @@ from nqf.fields.encoder import LightEncoder, Values, rms_scale
 SIDE = 24
 # Larger pictures are refused before they are decoded: 64 megapixels are 192 MB of RGB.
 MAX_PIXELS = 64_000_000
+# Pictures of catalogues. Pillow knows more, and hands some of them (EPS) to other programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Else Pillow loads a decoder when the first picture needs it, which two threads must not do at once.
+Image.init()
 # Thumbnails have 1,728 numbers; more samples do not change their first components.
 FIT_IMAGES = 10_000
 # Thumbnails decoded at a time.
@@ -84,7 +88,10 @@ def thumbnails(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _thumbnail(path: str) -> np.ndarray | None:
     try:
-        with Image.open(path) as image:
+        # A pipe would never end.
+        if not os.path.isfile(path):
+            return None
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 return None
             # JPEG decodes straight to a smaller size.

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from nqf.fields.encoder import CacheError
+from nqf.fields.encoder import NPY_ERRORS, CacheError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,10 @@ def check_file(root: Path, record: dict[str, Any], shape: tuple[int, ...] | None
     Raises:
       CacheError: With the reason.
     """
-    path = root / record["file"]
+    name = Path(record["file"])
+    path = root / name
+    if name.is_absolute() or ".." in name.parts:
+        raise CacheError(f"{root}: altered, it names the file {name} outside of itself; delete the cache")
     if not path.is_file():
         raise CacheError(f"{path}: missing from the cache; run the fields stage again")
     size = path.stat().st_size
@@ -126,7 +129,7 @@ def check_file(root: Path, record: dict[str, Any], shape: tuple[int, ...] | None
     if shape is not None:
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False).shape
-        except (OSError, ValueError, EOFError) as error:
+        except NPY_ERRORS as error:
             raise CacheError(f"{path}: altered, no readable .npy header ({error}); delete the cache") from error
         if found != shape:
             raise CacheError(f"{path}: altered, shape {found}, expected {shape}; delete the cache")

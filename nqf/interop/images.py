@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from nqf.fields.image import MAX_PIXELS
+from nqf.fields.image import FORMATS, MAX_PIXELS
 
 T = TypeVar("T")
 _CHUNK = 1 << 16
@@ -64,9 +64,11 @@ class ImageReader:
         def one(value: str) -> T | Exception:
             try:
                 path = self.fetch(value) if value.startswith(("http://", "https://")) else Path(value)
+                if not path.is_file():
+                    raise FileNotFoundError(f"{value}: not a file")
                 if path.stat().st_size > self.max_bytes:
                     raise ValueError(f"larger than {self.max_bytes} bytes")
-                with Image.open(path) as image:
+                with Image.open(path, formats=FORMATS) as image:
                     if image.width * image.height > MAX_PIXELS:
                         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
                     return prepare(image)

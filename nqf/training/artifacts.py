@@ -53,15 +53,20 @@ def source_digest(config: Config) -> str:
     for name in (config.data.items, config.data.interactions, config.data.schema):
         # A missing file is reported by the reader, with advice.
         if name is not None and Path(name).is_file():
-            status = os.stat(name)
-            digest.update(_file_digest(name, status.st_size, status.st_mtime_ns))
+            digest.update(_file_digest(Path(name)))
     return digest.hexdigest()
 
 
+def _file_digest(path: Path) -> bytes:
+    # Every stage asks for those of the stages before.
+    status = path.stat()
+    return _read_digest(path, status.st_size, status.st_mtime_ns)
+
+
 @functools.lru_cache
-def _file_digest(name: str, size: int, changed: int) -> bytes:
+def _read_digest(path: Path, size: int, changed: int) -> bytes:
     # Size and time are there to make the cached digest of a changed file another one.
-    with open(name, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
@@ -126,19 +131,39 @@ def _read_stage(run: Path, stage: str) -> dict[str, Any] | None:
     if not isinstance(tree, dict) or any(not isinstance(tree.get(key), kind) for key, kind in kinds.items()):
         raise StageError(f"{path}: not the record of a finished stage; {advice}")
     # Records of before checksums have none; their fingerprint covers the parts alone.
-    if tree["fingerprint"] != fingerprint(tree["parts"]) or tree.get("sha256", fingerprint(tree["result"])) != (
-        fingerprint(tree["result"])
-    ):
+    rest = {key: value for key, value in tree.items() if key != "sha256"}
+    if tree["fingerprint"] != fingerprint(tree["parts"]) or tree.get("sha256", fingerprint(rest)) != fingerprint(rest):
         raise StageError(f"{path}: altered, its own checksum differs; {advice}")
     return tree
 
 
 def write_artifact(run: Path, stage: str, parts: dict[str, Any], result: dict[str, Any]) -> None:
     """Marks a stage as finished. The file is the last thing that a stage writes, and appears whole or not at all."""
+    tree = {"fingerprint": fingerprint(parts), "parts": parts, "result": result, "files": _digests(run, stage)}
     # As it reads in the file, where all keys are strings.
-    result = json.loads(json.dumps(result))
-    tree = {"fingerprint": fingerprint(parts), "parts": parts, "result": result, "sha256": fingerprint(result)}
-    write_json(run / stage / "stage.json", tree)
+    tree = json.loads(json.dumps(tree))
+    write_json(run / stage / "stage.json", tree | {"sha256": fingerprint(tree)})
+
+
+def _digests(run: Path, stage: str) -> dict[str, str]:
+    """SHA-256 of the files that later commands read of a stage and that have no checksums of their own."""
+    patterns = {"fields": "data/*.*", "tokens": "tokens/*.np?", "joint": "joint/t*/*.*"}
+    paths = sorted(run.glob(patterns[stage])) if stage in patterns else []
+    return {str(path.relative_to(run)): _file_digest(path).hex() for path in paths if path.is_file()}
+
+
+def check_files(run: Path, stage: str) -> None:
+    """Compares what a finished stage wrote with what its record says.
+
+    Raises:
+      StageError: A file is missing or was altered.
+    """
+    for name, digest in ((_read_stage(run, stage) or {}).get("files") or {}).items():
+        if not (run / name).is_file() or _file_digest(run / name).hex() != digest:
+            raise StageError(
+                f"{run / name}: missing or altered since stage '{stage}' finished; delete {run / stage / 'stage.json'} "
+                f"and run python -m nqf.train --run {run} --stage all"
+            )
 
 
 def started(parts: dict[str, Any]) -> dict[str, Any]:
@@ -161,9 +186,15 @@ def cut_off(run: Path, stage: str) -> dict[str, Any] | None:
 def write_json(path: Path, tree: Any) -> None:
     """Writes JSON atomically, also if the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(tree, indent=2))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file atomically, also if the power fails; a link in its place is replaced, not followed."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(tree, file, indent=2)
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

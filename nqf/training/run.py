@@ -31,12 +31,14 @@ class Run:
       config: The resolved configuration.
       console: Terminal.
       profile: Steps of each training stage to trace.
+      verify: Whether the field cache is read whole and its checksums compared; else only sizes and headers.
     """
 
     folder: Path
     config: Config
     console: Console
     profile: int = 0
+    verify: bool = False
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -49,6 +51,7 @@ class Run:
         return open_cache(
             self.folder / "fields",
             item_ids=self.dataset.catalogue.item_ids,
+            verify=self.verify,
             factories=encoder_factories(self.config.fields),
         )
 

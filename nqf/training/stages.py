@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nqf.config import Config, load_config, save_config
+from nqf.config import Config, config_text, load_config
 from nqf.data.load import prepare
 from nqf.fields.build import build
 from nqf.interop.encoders import encoder_factories
@@ -21,6 +20,7 @@ from nqf.training.artifacts import (
     STAGES,
     STARTED,
     StageError,
+    check_files,
     cut_off,
     differences,
     parts_of,
@@ -29,6 +29,7 @@ from nqf.training.artifacts import (
     status,
     write_artifact,
     write_json,
+    write_whole,
 )
 from nqf.training.item_stage import make_tokens, train_items
 from nqf.training.joint_stage import train_joint
@@ -94,12 +95,10 @@ def open_for_training(
             _refuse_other_settings(config, folder, stage)
     if is_primary():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "config.tmp"
-        save_config(config, temporary)
-        os.replace(temporary, folder / "config.yaml")
+        write_whole(folder / "config.yaml", config_text(config))
     barrier("config")
     # Read back, so that training sees exactly what later commands will see.
-    return Run(folder=folder, config=load_config(folder / "config.yaml"), console=console)
+    return Run(folder=folder, config=load_config(folder / "config.yaml"), console=console, verify=True)
 
 
 def run_stage(run: Run, stage: str, *, restart: bool = False) -> bool:
@@ -126,6 +125,7 @@ def run_stage(run: Run, stage: str, *, restart: bool = False) -> bool:
                 f"stage '{stage}' needs stage '{earlier}', but {_because(reason)}. "
                 f"Run --stage {earlier} first, or --stage all to run everything that is missing or stale."
             )
+        check_files(run.folder, earlier)
     reason = status(run.config, stage, run.folder)
     if not reason:
         run.console.print(f"[bold]{stage}[/bold]  up to date", highlight=False)
@@ -199,6 +199,7 @@ def require(run: Run, stage: str) -> dict[str, Any]:
                 f"{run.folder}: stage '{earlier}' cannot be used: {_because(reason)}. "
                 f"Run python -m nqf.train --run {run.folder} --stage all."
             )
+        check_files(run.folder, earlier)
     return read_artifact(run.folder, stage).result
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nqf.training.artifacts import write_whole
+
 
 class Writer:
     """Writes one stage's metrics. Use as a context manager.
@@ -36,12 +38,11 @@ class Writer:
             return
         path = folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _keeps(line, stage, resumed_step)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, path)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _keeps(line, stage, resumed_step)]
+            write_whole(path, "".join(f"{line}\n" for line in kept))
         # Unbuffered, so that nothing is left to fail when it is closed.
-        self._path, self._file = path, path.open("ab", buffering=0)
+        self._path, self._file = path, open(path, "ab", buffering=0, opener=_not_through_links)
         self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=resumed_step + 1)
 
     def __enter__(self) -> Writer:
@@ -85,13 +86,17 @@ class Writer:
             self._board.add_scalar(f"{self._stage}/{name}", value, step)
 
 
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
+
+
 def _keeps(line: str, stage: str, resumed_step: int) -> bool:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
-        # A line cut off by a crash.
+        return record["stage"] != stage or record["step"] <= resumed_step
+    except (ValueError, TypeError, KeyError, RecursionError):
+        # A line cut off by a crash, or one that no stage wrote.
         return False
-    return record["stage"] != stage or record["step"] <= resumed_step
 
 
 class Terminal:
