@@ -98,15 +98,8 @@ def with_adapters(pretrained: Qwen3Config, backbone: BackboneConfig, dtype: jnp.
 
 
 def run_tokenizer(run: Run) -> Tokenizer:
-    """The backbone's tokenizer: the pretrained folder's, or one trained on the catalogue's text, kept with the run."""
-    backbone = run.config.joint.backbone
-    if backbone.path:
-        return load_tokenizer(backbone.path)
-    folder = run.folder / "joint" / "tokenizer"
-    if is_primary() and not (folder / "tokenizer.json").is_file():
-        catalogue_tokenizer(run).save(folder)
-    barrier("tokenizer")
-    return load_tokenizer(folder)
+    """The backbone's tokenizer: the pretrained folder's, or the one that `train_joint` keeps with the run."""
+    return load_tokenizer(run.config.joint.backbone.path or run.folder / "joint" / "tokenizer")
 
 
 def catalogue_tokenizer(run: Run) -> Tokenizer:
@@ -272,6 +265,12 @@ def train_joint(run: Run) -> dict[str, Any]:
             "joint.train_item_qformer re-encodes the items of each batch, so joint.loss.negatives cannot be 'full'; "
             "set it to 'sampled' or 'in-batch'"
         )
+    if not stage.backbone.path:
+        folder = run.folder / "joint" / "tokenizer"
+        if is_primary() and not (folder / "tokenizer.json").is_file():
+            catalogue_tokenizer(run).save(folder)
+        # Here and not where it is loaded: the evaluation loads it too, in the first process alone.
+        barrier("tokenizer")
     joint = build_joint(run, run.folder / "tokens")
     params = _start_from_user_stage(run, init_joint(run, joint))
     on_device = frozen_tables(run, joint.tables, stage.loss)
