@@ -299,25 +299,25 @@ def print_plans(run: Run, stages: tuple[str, ...], memory: int, console: Console
       console: Terminal.
     """
     files = [file for file in (run.folder / "fields").rglob("*") if file.is_file()]
-    table = Table(title=f"Plan of {run.folder}, per device of {_size(memory)}", title_justify="left")
-    for name in ("stage", "trained", "frozen", "steps", "batch", "GFLOP/step", "state", "tables", "activations"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
-    table.add_column("peak", justify="right", style="bold")
-    table.add_column("largest batch", justify="right")
-    for stage in stages:
-        if stage not in ("item", "user", "joint"):
-            continue
-        found = plan(program_of(run, stage), run, stage)
-        table.add_row(
-            stage,
-            f"{found.trainable:,}",
-            f"{found.frozen:,}",
-            f"{found.steps:,}",
-            f"{found.batch_size:,}",
-            f"{found.flops / 1e9:,.1f}",
-            *map(_size, (found.state, found.tables, found.activations, found.peak)),
-            f"{found.largest_batch(memory):,}",
-        )
+    plans = [plan(program_of(run, stage), run, stage) for stage in stages if stage in ("item", "user", "joint")]
+    # A column per stage and not a row: eleven columns are cut off on a terminal of 80.
+    table = Table("")
+    for found in plans:
+        table.add_column(found.stage, justify="right")
+    for name, shown in (
+        ("trained parameters", lambda found: f"{found.trainable:,}"),
+        ("frozen parameters", lambda found: f"{found.frozen:,}"),
+        ("steps", lambda found: f"{found.steps:,}"),
+        ("batch", lambda found: f"{found.batch_size:,}"),
+        ("GFLOP per step", lambda found: f"{found.flops / 1e9:,.1f}"),
+        ("state", lambda found: _size(found.state)),
+        ("tables", lambda found: _size(found.tables)),
+        ("activations", lambda found: _size(found.activations)),
+        ("peak", lambda found: _size(found.peak)),
+        ("largest batch", lambda found: f"{found.largest_batch(memory):,}"),
+    ):
+        table.add_row(name, *map(shown, plans), style="bold" if name == "peak" else None)
+    console.print(f"Plan of {run.folder}, per device of {_size(memory)}")
     console.print(table)
     items, qformer = len(run.dataset.catalogue.item_ids), run.config.item.qformer
     tokens = 2 * items * (qformer.queries + 1) * qformer.width
