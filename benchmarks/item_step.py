@@ -219,7 +219,7 @@ def nqf_own(bench: Bench, sizes: dict[str, int], dtype: str) -> tuple[Any, float
     empty = {name: np.zeros((1, width), np.float32) for name in names}, dict.fromkeys(names, np.zeros(1, bool))
     params = jax.jit(module.init)(jax.random.key(0), *empty)["params"]
     optimizer = make_optimizer(OptimConfig(), 1_000)
-    step = make_train_step(make_item_loss(module, config, dict.fromkeys(names, 1.0)), optimizer, seed=0, skip=0)
+    step = make_train_step(make_item_loss(module, config, *2 * [dict.fromkeys(names, 1.0)]), optimizer, seed=0, skip=0)
     state, frozen = make_state(params, optimizer), jax.device_put(tables)
     flops = product_flops(jax.make_jaxpr(step)(state, frozen, pair_batch(source, np.arange(batch), rng)))
 

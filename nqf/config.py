@@ -182,7 +182,9 @@ class ItemConfig:
       optim: Optimiser and schedule.
     """
 
-    qformer: QFormerConfig = QFormerConfig()
+    # Hidden fields regularise already: dropout of 0.1 beside them took the variance explained on the quick start's
+    # held-out items from .55 to .43.
+    qformer: QFormerConfig = QFormerConfig(dropout=0.0)
     fusion: Literal["add", "concat", "none"] = "add"
     field_dropout: float = 0.3
     reconstruction_weight: float = 1.0
@@ -191,7 +193,7 @@ class ItemConfig:
     margin: float = 0.5
     temperature: float = 0.07
     held_out_share: float = 0.1
-    optim: OptimConfig = OptimConfig(batch_size=512, epochs=10, learning_rate=2e-3)
+    optim: OptimConfig = OptimConfig(batch_size=128, epochs=5, learning_rate=4e-3, warmup_share=0.1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -521,8 +523,14 @@ def to_tree(value: Any) -> Any:
     return value
 
 
-def from_tree(cls: type, tree: Any, *, where: str = "config") -> Any:
+def from_tree(cls: type, tree: Any, *, where: str = "config", base: Any = None) -> Any:
     """Builds a configuration dataclass from a plain dictionary, checking names and types.
+
+    Args:
+      cls: The dataclass.
+      tree: Some of its keys with their values.
+      where: What error messages begin with.
+      base: Has the values of the other keys; those of `cls` itself if it is None.
 
     Raises:
       ConfigError: Names the key by its dotted path, and the nearest known key for an unknown one.
@@ -537,13 +545,14 @@ def from_tree(cls: type, tree: Any, *, where: str = "config") -> Any:
             near = difflib.get_close_matches(str(key), list(defaults), n=1)
             advice = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(defaults)}"
             raise ConfigError(f"{where}: unknown key '{key}'{advice}")
-        values[key] = _convert(hints[key], value, f"{where}: {key}")
-    return cls(**values)
+        # A section's own defaults hold for the keys of it that are not given, not those of its type.
+        values[key] = _convert(hints[key], value, f"{where}: {key}", getattr(base or cls, key, None))
+    return dataclasses.replace(base, **values) if base is not None else cls(**values)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if dataclasses.is_dataclass(hint):
-        return from_tree(hint, value, where=where)
+        return from_tree(hint, value, where=where, base=default)
     origin = typing.get_origin(hint)
     if origin is Literal:
         if value not in typing.get_args(hint):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nqf.config import Config, ConfigError, from_tree, load_config, save_config, to_tree
+from nqf.config import Config, ConfigError, OptimConfig, QFormerConfig, from_tree, load_config, save_config, to_tree
 from nqf.train import parse
 
 
@@ -52,6 +52,16 @@ def test_paths_start_at_the_file(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_text("data: {format: table, items: ../items.csv}")
     assert load_config(path).data.items == str((tmp_path / "items.csv").resolve())
+
+
+def test_a_section_keeps_its_own_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("item: {qformer: {queries: 3}, optim: {epochs: 1}}")
+    item, default = load_config(path).item, Config().item
+    # Not those of the type, which other sections share.
+    assert default.qformer != QFormerConfig() and default.optim != OptimConfig()
+    assert item.qformer == dataclasses.replace(default.qformer, queries=3)
+    assert item.optim == dataclasses.replace(default.optim, epochs=1)
 
 
 def test_command_line_overrides_the_file(tmp_path: Path) -> None:

@@ -90,14 +90,17 @@ def hide_fields(present: dict[str, jax.Array], rate: float, key: jax.Array) -> d
     return {name: shown[:, index] for index, name in enumerate(names)}
 
 
-def make_item_loss(module: ItemQFormer, config: ItemConfig, field_weights: dict[str, float]) -> Any:
+def make_item_loss(
+    module: ItemQFormer, config: ItemConfig, field_weights: dict[str, float], variances: dict[str, float]
+) -> Any:
     """Masked reconstruction plus the contrastive loss.
 
     Args:
       module: The Item Q-Former.
       config: Weights and kinds of the losses.
-      field_weights: Weight of each field's squared error: the schema's weight over the field's own variance, so
-        that 1 is the loss of predicting the mean.
+      field_weights: Weight of each field in the reconstruction.
+      variances: Mean squared error of each field's mean vector: every error is in units of it, so that 1 is the
+        reconstruction loss of predicting the means, whatever the fields' widths and scales.
     """
     total = sum(field_weights.values())
 
@@ -121,7 +124,7 @@ def make_item_loss(module: ItemQFormer, config: ItemConfig, field_weights: dict[
         errors = {}
         for name, weight in field_weights.items():
             error_B = jnp.mean(jnp.square(output.reconstructions[name].astype(jnp.float32) - values[name]), axis=-1)
-            errors[name] = weight * weighted_mean(error_B, present[name])
+            errors[name] = weight * weighted_mean(error_B, present[name]) / variances[name]
         reconstruction = sum(errors.values()) / total
         metrics = {"reconstruction": reconstruction}
         loss = config.reconstruction_weight * reconstruction
@@ -231,9 +234,10 @@ def train_items(run: Run) -> dict[str, Any]:
     module = item_module(run)
     source = pair_source(dataset.interactions, dataset.split, len(held), held)
     means = field_means(cache, source.trainable)
-    weights = {field.name: field.weight for field in dataset.catalogue.schema.fields}
     # A field with one value only has no variance and nothing to learn.
-    field_weights = {name: weights[name] / variance for name, (_, variance) in means.items() if variance > 1e-12}
+    variances = {name: variance for name, (_, variance) in means.items() if variance > 1e-12}
+    schema = dataset.catalogue.schema.fields
+    field_weights = {field.name: field.weight for field in schema if field.name in variances}
 
     frozen, data = item_data(run, source, config.item.optim)
     params = module.init(jax.random.key(config.seed), *empty_fields(cache, 1))["params"]
@@ -266,7 +270,7 @@ def train_items(run: Run) -> dict[str, Any]:
         optim=config.item.optim,
         params=params,
         frozen=frozen,
-        loss_fn=make_item_loss(module, config.item, field_weights),
+        loss_fn=make_item_loss(module, config.item, field_weights, variances),
         validate=validate,
         score="explained",
         seed=config.seed,

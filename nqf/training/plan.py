@@ -198,7 +198,7 @@ def _item_program(run: Run) -> Program:
     source = pair_source(run.dataset.interactions, run.dataset.split, len(held), held)
     frozen, _ = item_data(run, source, run.config.item.optim)
     return Program(
-        loss_fn=make_item_loss(module, run.config.item, dict.fromkeys(run.cache.names, 1.0)),
+        loss_fn=make_item_loss(module, run.config.item, *2 * [dict.fromkeys(run.cache.names, 1.0)]),
         params=jax.eval_shape(module.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"],
         frozen=_shapes(frozen),
         data=lambda optim: item_data(run, source, optim)[1],
