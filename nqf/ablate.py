@@ -98,16 +98,15 @@ def load_study(path: Path, runs: Path, seeds: tuple[int, ...], only: tuple[str, 
 
 def take_over(variant: Variant, others: list[Path]) -> None:
     """Copies finished stages of other runs that this variant would make again."""
-    from nqf.training.artifacts import STAGES, fingerprint, parts_of, read_artifact
+    from nqf.training.artifacts import STAGES, made_from, parts_of, read_artifact
 
     variant.folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         if read_artifact(variant.folder, stage) is not None:
             continue
-        wanted = fingerprint(parts_of(variant.config, stage, variant.folder))
+        wanted = parts_of(variant.config, stage, variant.folder)
         for other in others:
-            found = read_artifact(other, stage)
-            if found is not None and found.fingerprint == wanted:
+            if made_from(other, stage, wanted):
                 for name in (stage, "data") if stage == "fields" else (stage,):
                     shutil.copytree(other / name, variant.folder / name)
                 if stage == "fields" and (other / "sasrec").is_dir():

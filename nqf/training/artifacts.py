@@ -180,7 +180,7 @@ def cut_off(run: Path, stage: str) -> dict[str, Any] | None:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return tree if isinstance(tree, dict) else None
+    return _comparable(tree, stage) if isinstance(tree, dict) else None
 
 
 def write_json(path: Path, tree: Any) -> None:
@@ -205,10 +205,30 @@ def status(config: Config, stage: str, run: Path) -> str:
     stored = _read_stage(run, stage)
     if stored is None:
         return "it has not been run"
-    # The number of workers was once a part; it changes nothing.
-    stored["parts"].pop("workers", None)
-    reasons = differences(stored["parts"], parts_of(config, stage, run))
+    reasons = differences(_comparable(stored["parts"], stage), parts_of(config, stage, run))
     return "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
+
+
+def made_from(run: Path, stage: str, parts: dict[str, Any]) -> bool:
+    """Whether a stage is finished and was made from these parts."""
+    stored = _read_stage(run, stage)
+    return stored is not None and not differences(_comparable(stored["parts"], stage), parts)
+
+
+def _comparable(stored: dict[str, Any], stage: str) -> dict[str, Any]:
+    # The number of workers was once a part; it changes nothing.
+    stored = {key: value for key, value in stored.items() if key != "workers"}
+    return _with_defaults(stored, {key: to_tree(_value(Config(), key)) for key in _CONFIG_OF[stage]})
+
+
+def _with_defaults(stored: Any, defaults: Any) -> Any:
+    """Stored settings with the keys that the configuration has got since then, at their defaults.
+
+    A default is what the code did before there was the key; where it is not, `CODE_FORMAT` has to be raised.
+    """
+    if not isinstance(stored, dict) or not isinstance(defaults, dict):
+        return stored
+    return defaults | {key: _with_defaults(value, defaults.get(key)) for key, value in stored.items()}
 
 
 def differences(stored: Any, wanted: Any, path: str = "") -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from nqf.config import Config, load_config
-from nqf.training import stages
+from nqf.training import artifacts, stages
 from nqf.training.artifacts import STAGES, StageError, parts_of, read_artifact, started, status, write_json
 from nqf.training.run import Run
 from nqf.training.stages import open_for_training, require, run_stage
@@ -100,6 +100,33 @@ def test_everything_is_run_once(graph: Graph) -> None:
 def test_what_follows_from_a_change_is_stale(graph: Graph, key: str, value: Any, again: tuple[str, ...]) -> None:
     graph.train(CONFIG)
     assert graph.train(changed(CONFIG, key, value)) == list(again)
+
+
+def test_key_that_is_newer_than_the_run_had_its_default(graph: Graph) -> None:
+    whole = artifacts.to_tree
+
+    def older(value: Any) -> Any:
+        """What the configuration was before it had `item.margin` and the dropout of Q-Formers."""
+        if isinstance(value, dict):
+            return {key: older(inner) for key, inner in value.items() if key not in ("margin", "dropout")}
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifacts, "to_tree", lambda value: older(whole(value)))
+        graph.train(CONFIG, "fields", "item", "tokens")
+        graph.crash = "user"
+        with pytest.raises(Crash):
+            graph.train(CONFIG, "user")
+    graph.crash = ""
+    record = json.loads((graph.folder / "item" / "stage.json").read_text())["parts"]["item"]
+    assert "margin" not in record and "dropout" not in record["qformer"] and record["fusion"] == "add"
+    # Neither stale nor begun under other settings; another value than the default is both.
+    for key, value, stage in (("item.margin", 0.7, "item"), ("item.qformer.dropout", 0.2, "item")):
+        assert f"{key} was" in status(changed(CONFIG, key, value), stage, graph.folder)
+    with pytest.raises(StageError, match=r"user.qformer.dropout was 0.1 and is 0.3"):
+        graph.train(changed(CONFIG, "user.qformer.dropout", 0.3), "user")
+    assert graph.train(CONFIG) == ["user", "joint"]
+    assert read_artifact(graph.folder, "user").result["went on"]
 
 
 def test_stale_is_named_and_not_rebuilt_unasked(graph: Graph) -> None:
