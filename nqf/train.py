@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> None:
         join_processes()
     console = terminal(quiet=not is_primary())
     # The attention kernel and its reason, and images that could not be had, are told by loggers.
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("nqf").setLevel(logging.INFO if is_primary() else logging.ERROR)
     folder, stages = options.run or Path("runs") / config.name, STAGES if options.stage == "all" else (options.stage,)
     if options.plan:

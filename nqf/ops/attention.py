@@ -95,5 +95,11 @@ def _choose(
     if implementation == "cudnn" and obstacle:
         raise ValueError(f"cuDNN attention cannot be used: {obstacle}; choose 'xla' or 'auto'")
     chosen = "xla" if implementation == "xla" or obstacle else "cudnn"
-    _LOG.info("attention kernel: %s (asked for %s)%s", chosen, implementation, f": {obstacle}" if obstacle else "")
+    _announce(f"attention kernel: {chosen} (asked for {implementation})" + (f": {obstacle}" if obstacle else ""))
     return chosen
+
+
+@functools.cache
+def _announce(message: str) -> None:
+    # Once, not with each program that is compiled.
+    _LOG.info(message)

@@ -95,9 +95,10 @@ class TestChoice:
 
     def test_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
         attention._choose.cache_clear()
+        attention._announce.cache_clear()
         with caplog.at_level(logging.INFO, logger="nqf.ops.attention"):
-            for _ in range(3):
-                self.choose("auto")
+            for head_dim in (64, 64, 128):
+                self.choose("auto", head_dim=head_dim)
         assert [record.message for record in caplog.records] == [
             "attention kernel: xla (asked for auto): the backend is cpu, not a GPU"
         ]
