@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import yaml
 
@@ -312,8 +313,16 @@ def _read_interactions(tables: _Tables, item_ids: pl.Series, config: DataConfig)
             f"{report['short_user_interactions']} of users with fewer than data.min_interactions"
         )
     if config.shuffle_ties:
-        if frame["timestamp"].null_count():
-            raise DataError(f"{path}: data.shuffle_ties needs a timestamp in every row; null ones keep their place")
-        frame = frame.sample(fraction=1, shuffle=True, seed=config.seed)
+        frame = _shuffle_ties(frame, config.seed)
     interactions = from_frame(frame)
     return interactions, report | {"count": len(frame), "users": len(interactions.user_ids)}
+
+
+def _shuffle_ties(frame: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """Rows of one user and time change places at random; those without a time keep theirs."""
+    draws = pl.Series(np.random.default_rng(seed).random(len(frame)))
+    frame = frame.with_row_index("place").with_columns(
+        draw=pl.when(pl.col("timestamp").is_null()).then(pl.col("place")).otherwise(draws)
+    )
+    places = frame.sort("user_id", "timestamp", "place")["place"]
+    return frame.sort("user_id", "timestamp", "draw").with_columns(place=places).sort("place").drop("place", "draw")

@@ -296,3 +296,28 @@ def test_real_data(name: str, users: int, items: int, events: int, tied: float, 
         images = next(dataset.catalogue.chunks(["image"], 2_000))["image"].drop_nulls()
         assert len(images) == 1_663
         assert all(Path(path).is_file() for path in images)
+
+
+def test_shuffled_ties_move_within_their_user_and_time_alone(tmp_path):
+    rng = np.random.default_rng(3)
+    # Runs of equal times in random file order, some times unknown.
+    rows = [
+        (f"u{user}", item, int(rng.integers(3)) if rng.random() > 0.1 else "") for user in range(30) for item in "abcd"
+    ]
+    events = "user_id,item_id,timestamp,rating\n" + "".join(f"{user},{item},{time},\n" for user, item, time in rows)
+    prepare(config_of(tmp_path, events=events), tmp_path / "plain")
+    found = {}
+    for seed in (0, 1):
+        prepare(config_of(tmp_path, events=events, shuffle_ties=True, seed=seed), tmp_path / f"s{seed}")
+        found[seed] = open_dataset(tmp_path / f"s{seed}").interactions
+    plain = open_dataset(tmp_path / "plain").interactions
+    assert not np.array_equal(found[0].items, plain.items) and not np.array_equal(found[0].items, found[1].items)
+    for shuffled in found.values():
+        np.testing.assert_array_equal(shuffled.times, plain.times)
+        unknown = plain.times == MISSING_TIME
+        assert unknown.any()
+        np.testing.assert_array_equal(shuffled.items[unknown], plain.items[unknown])
+        for user in range(len(plain.offsets) - 1):
+            where = slice(plain.offsets[user], plain.offsets[user + 1])
+            pairs = [sorted(zip(part.times[where], part.items[where], strict=True)) for part in (shuffled, plain)]
+            assert pairs[0] == pairs[1]
