@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -475,6 +476,11 @@ class Config:
     training: TrainingConfig = TrainingConfig()
 
 
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
+_LARGEST_YAML = 4 * 2**20
+_MOST_KEYS = 10_000
+
 _PATH_KEYS = ("items", "interactions", "schema")
 
 
@@ -491,17 +497,50 @@ def load_config(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    config = from_tree(Config, tree, where=str(path))
+    config = from_tree(Config, read_yaml(path) or {}, where=str(path))
     data = config.data
-    updates = {
-        key: str((path.parent / getattr(data, key)).resolve()) for key in _PATH_KEYS if getattr(data, key) is not None
-    }
+    try:
+        updates = {
+            key: str((path.parent / getattr(data, key)).resolve())
+            for key in _PATH_KEYS
+            if getattr(data, key) is not None
+        }
+    except (OSError, ValueError) as error:
+        # Names with a NUL, longer than the system has them, or of links that go round.
+        raise ConfigError(f"{path}: data: a path that cannot be one: {shown(str(error))}") from error
     # A folder beside the file wins over a hub name of the same spelling; hub names are left alone.
     return dataclasses.replace(config, data=dataclasses.replace(data, **updates))
+
+
+class _Loader(yaml.SafeLoader):
+    """Makes plain values only, and refuses merged mappings that multiply at every level."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {_MOST_KEYS:,} keys", node.start_mark)
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain values of a YAML file; its tags execute nothing.
+
+    Raises:
+      ConfigError: Too large, not UTF-8, not YAML, or with a tag that is not a plain value's.
+    """
+    if path.stat().st_size > _LARGEST_YAML:
+        raise ConfigError(f"{path}: larger than {_LARGEST_YAML:,} bytes; this is no file that a person wrote")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+
+
+def shown(value: Any) -> str:
+    """The value for an error message, cut where it is long.
+
+    A YAML file of some lines can hold lists that name each other, which would be 10^9 words when written out.
+    """
+    return _SHOWN.repr(value)
 
 
 def config_text(config: Config) -> str:
@@ -544,7 +583,7 @@ def from_tree(cls: type, tree: Any, *, where: str = "config", base: Any = None) 
         if key not in defaults:
             near = difflib.get_close_matches(str(key), list(defaults), n=1)
             advice = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(defaults)}"
-            raise ConfigError(f"{where}: unknown key '{key}'{advice}")
+            raise ConfigError(f"{where}: unknown key {shown(str(key))}{advice}")
         # A section's own defaults hold for the keys of it that are not given, not those of its type.
         values[key] = _convert(hints[key], value, f"{where}: {key}", getattr(base or cls, key, None))
     return dataclasses.replace(base, **values) if base is not None else cls(**values)
@@ -556,11 +595,11 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     origin = typing.get_origin(hint)
     if origin is Literal:
         if value not in typing.get_args(hint):
-            raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}")
+            raise ConfigError(f"{where}: {shown(value)} is none of {', '.join(map(repr, typing.get_args(hint)))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, found {value!r}")
+            raise ConfigError(f"{where}: expected a list, found {shown(value)}")
         return tuple(_convert(typing.get_args(hint)[0], element, where) for element in value)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -572,10 +611,13 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
             try:
                 return float(value)
             except ValueError:
-                raise ConfigError(f"{where}: expected a number, found {value!r}") from None
+                raise ConfigError(f"{where}: expected a number, found {shown(value)}") from None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        raise ConfigError(f"{where}: expected a number, found {value!r}")
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f"{where}: {shown(value)} is too large") from None
+        raise ConfigError(f"{where}: expected a number, found {shown(value)}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {hint.__name__}, found {value!r}")
+        raise ConfigError(f"{where}: expected {hint.__name__}, found {shown(value)}")
     return value

@@ -17,9 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
-from nqf.config import ConfigError, from_tree, to_tree
+from nqf.config import ConfigError, from_tree, read_yaml, shown, to_tree
 from nqf.data.errors import DataError
 
 Modality = Literal["text", "category", "number", "time", "geo", "image", "vector"]
@@ -78,9 +76,9 @@ def load_schema(path: str | Path) -> Schema:
     if not path.is_file():
         raise DataError(f"{path}: no such schema file; set data.schema to a YAML file that maps fields to modalities")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as YAML: {error}") from error
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
     return schema_from_tree(tree, where=str(path))
 
 
@@ -103,7 +101,7 @@ def schema_from_tree(tree: Any, *, where: str = "schema") -> Schema:
     title = tree.get("title")
     texts = [field.name for field in fields if field.modality == "text"]
     if title is not None and title not in texts:
-        raise DataError(f"{where}: title: '{title}' is not a text field{nearest(str(title), texts)}")
+        raise DataError(f"{where}: title: {shown(title)} is not a text field{nearest(shown(title), texts)}")
     if title != "title" and any(field.name == "title" for field in fields):
         raise DataError(f"{where}: the field 'title' must be named by the key 'title', or be called something else")
     return Schema(fields=fields, title=title)
@@ -132,11 +130,11 @@ def _field(name: str, options: Any, where: str) -> Field:
         raise DataError(f"{where}: a field must not be called 'item_id' or start with an underscore")
     options = {"modality": options} if isinstance(options, str) else options
     if not isinstance(options, dict):
-        raise DataError(f"{where}: expected a modality or options, found {options!r}")
+        raise DataError(f"{where}: expected a modality or options, found {shown(options)}")
     options = {str(key): value for key, value in options.items()}
     if options.get("modality") not in MODALITIES:
         modality = options.get("modality")
-        raise DataError(f"{where}: unknown modality {modality!r}{nearest(str(modality), MODALITIES)}")
+        raise DataError(f"{where}: unknown modality {shown(modality)}{nearest(shown(modality), MODALITIES)}")
     if "column" in options and "columns" in options:
         raise DataError(f"{where}: give either column or columns")
     column = options.pop("column", name)
