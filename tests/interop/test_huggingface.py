@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 
 import transformers  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
+from sentence_transformers import SentenceTransformer  # noqa: E402
 from tiny_qwen3 import SIZES, random_model, save  # noqa: E402
 from transformers.models.qwen3 import modeling_qwen3  # noqa: E402
 
@@ -427,6 +428,9 @@ def test_merged_export_loads_with_transformers(embedder: Path, tmp_path: Path) -
     pooling = json.loads((tmp_path / modules[1]["path"] / "config.json").read_text())
     assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_lasttoken", "include_prompt"]
     assert theirs.config.eos_token_id == tokenizer.eos_id == their_tokenizer.eos_token_id
+    # And the library that those files are for.
+    sentences = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(sentences, load_file(tmp_path / "golden.safetensors")["vectors"], atol=1e-4)
 
 
 @pytest.mark.parametrize("instruction", ["", "Find what fits"])
