@@ -1,5 +1,19 @@
-"""The error of unusable tables."""
+"""The error of unusable tables, and what reading damaged arrays raises."""
+
+import tokenize
+import zipfile
+
+from nqf.config import clipped
+
+NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
+"""What reading a damaged .npy or .npz raises; numpy parses headers with Python's tokenizer, which has errors too."""
+
+STRUCTURE_ERRORS = (KeyError, IndexError, TypeError, AttributeError, RecursionError)
+"""What reading a file raises that is JSON, or an archive, but holds something else than it should."""
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the row or key, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(clipped(message))

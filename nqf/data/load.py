@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -16,10 +17,12 @@ import yaml
 from nqf.config import DataConfig
 from nqf.data import amazon, recbole, splits, synthetic, unirec
 from nqf.data.catalogue import BAD, Catalogue, canonical, check_item_ids, vector_lengths
-from nqf.data.errors import DataError
+from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS, DataError
 from nqf.data.interactions import Interactions, from_frame, load_interactions
 from nqf.data.readers import Columns, read_table
 from nqf.data.schema import Field, Schema, load_schema, schema_to_tree
+
+T = TypeVar("T")
 
 _INTERACTION_COLUMNS = {"user_id": None, "item_id": None, "timestamp": None, "rating": None, "review": None}
 _OPTIONAL = ("timestamp", "rating", "review")
@@ -101,16 +104,26 @@ def open_dataset(directory: Path) -> Dataset:
     for name in ("items.parquet", "interactions.parquet", "split.npz", "schema.yaml", "report.json"):
         if not (directory / name).is_file():
             raise DataError(f"{directory / name}: no such file; run python -m nqf.train --stage fields first")
+    schema = load_schema(directory / "schema.yaml")
     dataset = Dataset(
-        catalogue=Catalogue(directory / "items.parquet", load_schema(directory / "schema.yaml")),
-        interactions=load_interactions(directory / "interactions.parquet"),
-        split=splits.load_split(directory / "split.npz"),
-        report=json.loads((directory / "report.json").read_text(encoding="utf-8")),
+        catalogue=_read(directory / "items.parquet", lambda path: Catalogue(path, schema)),
+        interactions=_read(directory / "interactions.parquet", load_interactions),
+        split=_read(directory / "split.npz", splits.load_split),
+        report=_read(directory / "report.json", lambda path: json.loads(path.read_text(encoding="utf-8"))),
     )
     sizes = (len(dataset.split.cold), len(dataset.split.train))
     if sizes != (len(dataset.catalogue), len(dataset.interactions.items)):
         raise DataError(f"{directory}: split.npz is of other tables; run python -m nqf.train --stage fields again")
     return dataset
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except (pl.exceptions.PolarsError, *NPY_ERRORS, *STRUCTURE_ERRORS) as error:
+        raise DataError(
+            f"{path}: not readable ({type(error).__name__}: {error}); run python -m nqf.train --stage fields again"
+        ) from error
 
 
 def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None:
@@ -309,7 +322,8 @@ def _read_interactions(tables: _Tables, item_ids: pl.Series, config: DataConfig)
         frame = frame.filter(lengths >= config.min_interactions)
     if not len(frame):
         raise DataError(
-            f"{path}: no interaction is left of {report['read']}: {report['unknown_items']} are with unknown items, "
+            f"{path}: no interaction is left of {report['read']}: {report['unknown_items']} are with items that "
+            f"{tables.items_path} lacks, "
             f"{report['short_user_interactions']} of users with fewer than data.min_interactions"
         )
     if config.shuffle_ties:

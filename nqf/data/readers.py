@@ -120,20 +120,28 @@ def unzipped(path: Path, scratch: Path) -> Path:
       DataError: Damaged or truncated.
     """
     target = scratch / path.name.removesuffix(".gz")
-    room = 64 * _PIECE + _LARGEST_RATIO * path.stat().st_size
+    room = _room(path)
     try:
         with gzip.open(path) as packed, target.open("wb") as plain:
             while piece := packed.read(_PIECE):
                 room -= len(piece)
                 if room < 0:
-                    raise DataError(
-                        f"{path}: unpacks to more than {_LARGEST_RATIO} times its size, as files do that are made to "
-                        "fill the disk; if it is meant, unpack it first"
-                    )
+                    raise _bomb(path)
                 plain.write(piece)
     except _GZIP_ERRORS as error:
         raise DataError(f"{path}: not readable as gzip: {error}; fetch or pack the file again") from error
     return target
+
+
+def _room(path: Path) -> int:
+    return 64 * _PIECE + _LARGEST_RATIO * path.stat().st_size
+
+
+def _bomb(path: Path) -> DataError:
+    return DataError(
+        f"{path}: unpacks to more than {_LARGEST_RATIO} times its size, as files do that are made to fill the disk; if "
+        "it is meant, unpack it first"
+    )
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -146,12 +154,15 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: no such file; mend the path in the data section of the configuration")
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     number = 0
+    room = _room(path) if opener is gzip.open else None
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             # Not `for line in file`: a line without an end would be read into memory whole.
             for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
                 if len(line) == _LONGEST_LINE:
                     raise DataError(f"{path}: line {number}: longer than {_LONGEST_LINE:,} characters")
+                if room is not None and (room := room - len(line)) < 0:
+                    raise _bomb(path)
                 if not line.strip():
                     continue
                 value = json.loads(line)

@@ -22,10 +22,11 @@ import numpy as np
 import polars as pl
 
 from nqf.config import FieldsConfig, from_tree
+from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS
 from nqf.data.schema import Field
 from nqf.fields.encoder import CacheError, EncoderFactory, FieldEncoder, LightEncoder, load_encoder
 from nqf.fields.hashing import present_values
-from nqf.fields.tables import FieldTable, check_file, open_table
+from nqf.fields.tables import FieldTable, check_file, inside, open_table
 
 FORMAT = "nqf-fields"
 FORMAT_VERSION = 1
@@ -102,8 +103,9 @@ class FieldCache:
         if name not in self._encoders:
             self.table(name)
             record = self._records[name]
-            field = from_tree(Field, record["field"])
-            config = from_tree(FieldsConfig, self.manifest["config"])
+            where = f"{self.directory / 'manifest.json'}: altered: "
+            field = from_tree(Field, record["field"], where=where)
+            config = from_tree(FieldsConfig, self.manifest["config"], where=where)
             folder = self.directory / record["encoder"]["folder"]
             self._encoders[name] = load_encoder(folder, field, config, self._factories)
         return self._encoders[name]
@@ -143,6 +145,20 @@ def open_cache(
                 f"{directory}: of another catalogue: as many items, but other ids or another order; "
                 "run the fields stage again"
             )
+    try:
+        _check_files(directory, manifest, verify)
+        return FieldCache(directory, manifest, factories)
+    except (*STRUCTURE_ERRORS, *NPY_ERRORS) as error:
+        if isinstance(error, CacheError):
+            raise
+        # Its own checksum is right, so it was made by something else than this program.
+        reason = f"{type(error).__name__}: {error}"
+        raise CacheError(
+            f"{directory / 'manifest.json'}: altered, not a manifest that can be used ({reason}); delete the cache"
+        ) from error
+
+
+def _check_files(directory: Path, manifest: dict[str, Any], verify: bool) -> None:
     for record in manifest["tables"]:
         if not record["unique"]:
             continue
@@ -155,7 +171,13 @@ def open_cache(
             check_file(directory, file, shapes[part], verify=verify)
         for file in record["encoder"]["files"]:
             check_file(directory, file, None, verify=verify)
-    return FieldCache(directory, manifest, factories)
+        inside(directory, record["encoder"]["folder"])
+        if verify:
+            rows = np.load(directory / record["files"]["rows"]["file"], mmap_mode="r")
+            if rows.dtype.kind != "i" or (rows.size and not -1 <= rows.min() <= rows.max() < record["unique"]):
+                raise CacheError(
+                    f"{directory}: altered, rows of '{record['field']['name']}' are outside; delete the cache"
+                )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -163,7 +185,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CacheError(f"{path}: no field cache here; run the fields stage")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CacheError(f"{path}: truncated or altered, not readable as JSON ({error}); delete the cache") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CacheError(f"{path}: not the manifest of a field cache")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tokenize
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -13,15 +11,16 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import polars as pl
 
-from nqf.config import FieldsConfig
+from nqf.config import FieldsConfig, clipped
+from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS
 from nqf.data.schema import Field
-
-# What reading a damaged .npy or .npz raises; numpy parses headers with Python's tokenizer, which has errors of its own.
-NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 class CacheError(ValueError):
     """A cache, or an encoder in it, that cannot be used; the message names the file and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(clipped(message))
 
 
 class FieldEncoder(Protocol):
@@ -108,7 +107,7 @@ class LightEncoder:
         try:
             with np.load(directory / "state.npz", allow_pickle=False) as arrays:
                 encoder = cls(identity["options"], {name: arrays[name] for name in arrays.files})
-        except (*NPY_ERRORS, KeyError) as error:
+        except (*NPY_ERRORS, *STRUCTURE_ERRORS) as error:
             raise CacheError(f"{directory / 'state.npz'}: not readable ({error}); build the cache again") from error
         if encoder.identity != identity:
             raise CacheError(f"{directory}: fitted state or version differs from encoder.json; build the cache again")
@@ -123,9 +122,12 @@ def read_identity(directory: Path) -> dict[str, Any]:
     """
     path = directory / "encoder.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        identity = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CacheError(f"{path}: not readable ({error}); build the cache again") from error
+    if not isinstance(identity, dict):
+        raise CacheError(f"{path}: not the identity of an encoder; build the cache again")
+    return identity
 
 
 def light_encoder(modality: str) -> type[LightEncoder]:

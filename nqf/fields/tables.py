@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from nqf.fields.encoder import NPY_ERRORS, CacheError
+from nqf.data.errors import NPY_ERRORS
+from nqf.fields.encoder import CacheError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,17 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def inside(root: Path, name: str) -> Path:
+    """The path of a file or folder that a manifest names.
+
+    Raises:
+      CacheError: It is not in the manifest's own folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CacheError(f"{root}: altered, it names {name} outside of itself; delete the cache")
+    return root / name
+
+
 def check_file(root: Path, record: dict[str, Any], shape: tuple[int, ...] | None, *, verify: bool) -> None:
     """Checks that a file is what the manifest says.
 
@@ -117,10 +129,7 @@ def check_file(root: Path, record: dict[str, Any], shape: tuple[int, ...] | None
     Raises:
       CacheError: With the reason.
     """
-    name = Path(record["file"])
-    path = root / name
-    if name.is_absolute() or ".." in name.parts:
-        raise CacheError(f"{root}: altered, it names the file {name} outside of itself; delete the cache")
+    path = inside(root, record["file"])
     if not path.is_file():
         raise CacheError(f"{path}: missing from the cache; run the fields stage again")
     size = path.stat().st_size

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS
+from nqf.fields.encoder import CacheError
 from nqf.fields.tables import FieldTable
 
 _CHUNK = 16_384
@@ -46,9 +48,16 @@ class Whitening:
 
 
 def load_whitening(path: Path) -> Whitening:
-    """Reads what `Whitening.save` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return Whitening(mean=arrays["mean"], matrix=arrays["matrix"])
+    """Reads what `Whitening.save` wrote.
+
+    Raises:
+      CacheError: The file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Whitening(mean=arrays["mean"], matrix=arrays["matrix"])
+    except (*NPY_ERRORS, *STRUCTURE_ERRORS) as error:
+        raise CacheError(f"{path}: not readable ({error}); run the tokens stage again") from error
 
 
 def fit_whitening(table: FieldTable, width: int) -> Whitening:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from nqf.config import Config, load_config
+from nqf.data.errors import NPY_ERRORS
 from nqf.data.load import Dataset, open_dataset
 from nqf.fields.cache import FieldCache, open_cache
 from nqf.fields.whitening import Whitening, load_whitening
@@ -93,12 +94,19 @@ class Run:
         text, has_text = self.text
         items = len(has_text)
         return ItemTables(
-            tokens=np.load(tokens_folder / "tokens.npy", mmap_mode="r"),
-            vectors=np.load(tokens_folder / "vectors.npy", mmap_mode="r"),
+            tokens=_mapped(tokens_folder / "tokens.npy"),
+            vectors=_mapped(tokens_folder / "vectors.npy"),
             text=self.text_features(text, has_text),
             has_text=has_text,
             titles=np.zeros((items, 0), np.int32) if titles is None else titles,
         )
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except NPY_ERRORS as error:
+        raise StageError(f"{path}: not readable ({error}); delete its stage.json and run --stage all") from error
 
 
 def open_run(folder: str | Path, console: Console | None = None) -> Run:
