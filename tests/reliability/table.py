@@ -22,15 +22,20 @@ the run went on to the same result, or where the user got a clear error and lost
 
 def main() -> None:
     """Writes the page."""
-    rows = [
-        row for path in sorted((ROOT / "runs" / "reliability").glob("*.json")) for row in json.loads(path.read_text())
-    ]
-    lines = [f"| {row['fault']} | {row['tried']} | {row['survived']} | {row['seen']} |" for row in rows]
+    rows: dict[tuple[str, str], dict] = {}
+    for path in sorted((ROOT / "runs" / "reliability").glob("*.json")):
+        for row in json.loads(path.read_text()):
+            # A test with parameters tries one fault in several ways.
+            same = rows.setdefault((row["fault"], row["seen"]), row | {"tried": 0, "survived": 0})
+            same["tried"] += row["tried"]
+            same["survived"] += row["survived"]
+    lines = [f"| {row['fault']} | {row['tried']} | {row['survived']} | {row['seen']} |" for row in rows.values()]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     made = (
-        f"{sum(row['tried'] for row in rows)} faults tried, {sum(row['survived'] for row in rows)} survived; commit "
+        f"{sum(row['tried'] for row in rows.values())} faults tried, "
+        f"{sum(row['survived'] for row in rows.values())} survived; commit "
         f"{commit}, Python {platform.python_version()}, jax {version('jax')}, orbax-checkpoint "
         f"{version('orbax-checkpoint')}, {os.cpu_count()} CPU cores, {datetime.date.today()}."
     )

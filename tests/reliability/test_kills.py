@@ -61,7 +61,7 @@ def test_killed_stage_ends_as_if_nothing_had_happened(
     finish(start(folder, "--stage", stage))
     assert outcome(folder, stage) == outcome(smallest_run, stage)
     record(
-        f"SIGKILL in stage `{stage}`, at random moments",
+        f"SIGKILL in stage `{stage}` at random moments, again and again on one run",
         tried=kills,
         survived=kills,
         seen="nothing: the same command goes on, and ends with the same bytes as the uninterrupted run",

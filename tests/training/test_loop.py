@@ -1,5 +1,6 @@
 """The loop on a model of one matrix: guard, saves, stops and what a resumed loop writes."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -90,6 +91,7 @@ def run_fit(
     loss_fn: Callable = toy_loss,
     at_validation: Callable[[int], None] = lambda count: None,
     score: Callable[[int], float] | None = None,
+    data: TrainingData = DATA,
     **training: Any,
 ) -> FitResult:
     """Trains the toy; `at_validation` is called with the number of the validation."""
@@ -104,7 +106,7 @@ def run_fit(
     return fit(
         folder=folder,
         stage="toy",
-        data=DATA,
+        data=data,
         optim=OptimConfig(batch_size=BATCH, epochs=EPOCHS, learning_rate=0.05),
         training=TrainingConfig(**training),
         params=PARAMS,
@@ -154,6 +156,14 @@ def cut(at: int) -> Callable[[int], None]:
     return check
 
 
+def test_without_an_epoch_the_initial_parameters_stay(tmp_path: Path) -> None:
+    for _ in range(2):
+        result = run_fit(tmp_path, data=dataclasses.replace(DATA, steps=0))
+        assert result.steps == result.best_step == 0 and result.metrics == {"score": -3.0}
+        assert_equal(result.params, PARAMS)
+        assert_equal(restore_params(tmp_path / "toy" / "checkpoints", 0, PARAMS), PARAMS)
+
+
 def test_metrics_are_logged_at_fixed_steps(whole: tuple[Path, FitResult]) -> None:
     steps = [line["step"] for line in lines(whole[0]) if "loss" in line]
     # Every twentieth step, and each end of an epoch.
@@ -162,7 +172,9 @@ def test_metrics_are_logged_at_fixed_steps(whole: tuple[Path, FitResult]) -> Non
 
 
 @pytest.mark.parametrize("seconds", [0.05, 1e9])
-def test_crash_loses_no_line_and_doubles_none(whole: tuple[Path, FitResult], tmp_path: Path, seconds: float) -> None:
+def test_crash_loses_no_line_and_doubles_none(
+    whole: tuple[Path, FitResult], tmp_path: Path, seconds: float, record: Callable[..., None]
+) -> None:
     for at in (1, 2, 3):
         with pytest.raises(Cut):
             run_fit(tmp_path, at_validation=cut(at), save_every_seconds=seconds)
@@ -170,6 +182,12 @@ def test_crash_loses_no_line_and_doubles_none(whole: tuple[Path, FitResult], tmp
     assert lines(tmp_path) == lines(whole[0])
     assert (result.best_step, result.metrics, result.steps) == (whole[1].best_step, whole[1].metrics, 90)
     assert_equal(result.params, whole[1].params)
+    record(
+        f"crashes in three validations of one stage, one after the other, with a save every {seconds:g} s",
+        tried=3,
+        survived=3,
+        seen="nothing: no line of the metrics is lost or double, parameters and best step are the same",
+    )
 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -182,7 +200,9 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_stops(whole: tuple[Path, FitResult], tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_saves_and_stops(
+    whole: tuple[Path, FitResult], tmp_path: Path, number: signal.Signals, record: Callable[..., None]
+) -> None:
     before = signal.getsignal(number)
     with pytest.raises(
         Stopped, match=rf"{number.name} came; stage toy is saved at step 30 of 90.*same command"
@@ -194,9 +214,17 @@ def test_signal_saves_and_stops(whole: tuple[Path, FitResult], tmp_path: Path, n
     result = run_fit(tmp_path)
     assert lines(tmp_path) == lines(whole[0])
     assert_equal(result.params, whole[1].params)
+    record(
+        f"{number.name} in the middle of a stage",
+        tried=1,
+        survived=1,
+        seen=f"“{str(raised.value).split('. ')[0]}” and exit status 75; the same command goes on to the same bytes",
+    )
 
 
-def test_full_disk_leaves_the_previous_checkpoint(whole: tuple[Path, FitResult], tmp_path: Path) -> None:
+def test_full_disk_leaves_the_previous_checkpoint(
+    whole: tuple[Path, FitResult], tmp_path: Path, record: Callable[..., None]
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(count: int) -> None:
@@ -214,9 +242,18 @@ def test_full_disk_leaves_the_previous_checkpoint(whole: tuple[Path, FitResult],
     result = run_fit(tmp_path)
     assert lines(tmp_path) == lines(whole[0])
     assert_equal(result.params, whole[1].params)
+    record(
+        "a disk that is full when a checkpoint is written",
+        tried=1,
+        survived=1,
+        seen="an error that names the folder and the step whose checkpoint is whole; with room again, the same command "
+        "goes on to the same bytes",
+    )
 
 
-def test_full_disk_is_named_where_the_metrics_hit_it(whole: tuple[Path, FitResult], tmp_path: Path) -> None:
+def test_full_disk_is_named_where_the_metrics_hit_it(
+    whole: tuple[Path, FitResult], tmp_path: Path, record: Callable[..., None]
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(count: int) -> None:
@@ -233,10 +270,16 @@ def test_full_disk_is_named_where_the_metrics_hit_it(whole: tuple[Path, FitResul
     # The line that was cut off is dropped and written again.
     run_fit(tmp_path)
     assert lines(tmp_path) == lines(whole[0])
+    record(
+        "a disk that is full when metrics are written",
+        tried=1,
+        survived=1,
+        seen="an error that names metrics.jsonl; the half line is dropped and written again by the same command",
+    )
 
 
 def test_non_finite_loss_stops_and_names_the_batch(
-    whole: tuple[Path, FitResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, FitResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
 ) -> None:
     class Dataset:
         class interactions:
@@ -262,14 +305,26 @@ def test_non_finite_loss_stops_and_names_the_batch(
     assert not np.isfinite(poisoned(47)(PARAMS, {"target": 2.0}, stored, jax.random.key(0))[0])
     # With the fault mended, the run ends as if it had never been.
     assert_equal(run_fit(tmp_path).params, whole[1].params)
+    record(
+        "a loss that is not a number, twice",
+        tried=2,
+        survived=2,
+        seen="an error with stage, step and the file that holds the batch and its ids; nothing was learned from it",
+    )
 
 
-def test_non_finite_batches_may_be_left_out(tmp_path: Path) -> None:
+def test_non_finite_batches_may_be_left_out(tmp_path: Path, record: Callable[..., None]) -> None:
     result = run_fit(tmp_path, loss_fn=poisoned(47), skip_non_finite=1)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
     counts = {line["step"]: line.get("skipped") for line in lines(tmp_path) if "loss" in line}
     assert counts == {20: None, 30: None, 40: None, 60: 1, 80: 1, 90: 1}
     json.dumps(lines(tmp_path), allow_nan=False)
+    record(
+        "a loss that is not a number, with `training.skip_non_finite`",
+        tried=1,
+        survived=1,
+        seen="`skipped` in the metrics from then on; parameters and optimizer are as if the batch had not been",
+    )
 
 
 def step_of(loss_fn: Callable, skip: int = 0) -> tuple[Callable, Any]:
@@ -312,13 +367,19 @@ def test_mesh_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             run_fit(tmp_path, mesh=mesh)
 
 
-def test_exchanged_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_exchanged_checkpoint_is_refused(tmp_path: Path, record: Callable[..., None]) -> None:
     with pytest.raises(Cut):
         run_fit(tmp_path, at_validation=cut(2))
     checkpoints = tmp_path / "toy" / "checkpoints"
     (checkpoints / "30").rename(checkpoints / "60")
     with pytest.raises(CheckpointError, match="60: holds step 30"):
         run_fit(tmp_path)
+    record(
+        "a checkpoint under another step's name",
+        tried=1,
+        survived=1,
+        seen="an error that says which step it holds",
+    )
 
 
 def test_log_interval_is_what_the_tests_assume() -> None:

@@ -157,7 +157,7 @@ def test_changed_source_files_and_model_folders_are_noticed(graph: Graph, tmp_pa
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_crash_leaves_nothing_that_looks_finished(graph: Graph, stage: str) -> None:
+def test_crash_leaves_nothing_that_looks_finished(graph: Graph, stage: str, record: Callable[..., None]) -> None:
     graph.crash = stage
     with pytest.raises(Crash):
         graph.train(CONFIG)
@@ -168,6 +168,12 @@ def test_crash_leaves_nothing_that_looks_finished(graph: Graph, stage: str) -> N
     # What trains goes on from its checkpoint; the others begin again.
     went_on = read_artifact(graph.folder, stage).result["went on"]
     assert went_on == (stage not in ("tokens",))
+    record(
+        f"an error in the middle of stage `{stage}`",
+        tried=1,
+        survived=1,
+        seen="the error; the stage does not look finished, and the same command goes on with it",
+    )
 
 
 def test_crash_while_rebuilding_a_finished_stage(graph: Graph) -> None:
@@ -181,7 +187,7 @@ def test_crash_while_rebuilding_a_finished_stage(graph: Graph) -> None:
     assert graph.train(other) == ["user", "joint"]
 
 
-def test_cut_off_under_other_settings_is_refused_with_the_difference(graph: Graph) -> None:
+def test_cut_off_under_other_settings_is_refused_with_the_difference(graph: Graph, record: Callable[..., None]) -> None:
     graph.crash = "user"
     with pytest.raises(Crash):
         graph.train(CONFIG)
@@ -202,9 +208,15 @@ def test_cut_off_under_other_settings_is_refused_with_the_difference(graph: Grap
     assert graph.train(other, "user", restart=True) == ["user"]
     assert not read_artifact(graph.folder, "user").result["went on"]
     assert "user  discarding an earlier start: --restart" in graph.output.getvalue()
+    record(
+        "going on with a stage under changed settings",
+        tried=3,
+        survived=3,
+        seen="refused with the key, what it was and what it is, before anything is touched; `--restart` begins anew",
+    )
 
 
-def test_another_order_of_the_data_is_refused(graph: Graph) -> None:
+def test_another_order_of_the_data_is_refused(graph: Graph, record: Callable[..., None]) -> None:
     graph.crash = "item"
     with pytest.raises(Crash):
         graph.train(CONFIG)
@@ -214,6 +226,12 @@ def test_another_order_of_the_data_is_refused(graph: Graph) -> None:
     write_json(path, record | {"data order": "grain 0.1.0"})
     with pytest.raises(StageError, match=r"data order was 'grain 0.1.0' and is 'grain"):
         graph.train(CONFIG)
+    record(
+        "going on with a stage under another version of the library that orders the data",
+        tried=1,
+        survived=1,
+        seen="refused with both versions",
+    )
 
 
 def test_start_whose_inputs_are_gone_is_discarded_and_named(graph: Graph) -> None:
@@ -247,7 +265,7 @@ RECORD_DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", RECORD_DAMAGES)
-def test_damaged_record_is_refused(graph: Graph, damage: str) -> None:
+def test_damaged_record_is_refused(graph: Graph, damage: str, record: Callable[..., None]) -> None:
     graph.train(CONFIG)
     path = graph.folder / "item" / "stage.json"
     path.write_text(RECORD_DAMAGES[damage](path.read_text()), encoding="utf-8", errors="surrogateescape")
@@ -259,6 +277,12 @@ def test_damaged_record_is_refused(graph: Graph, damage: str) -> None:
     path.unlink()
     # Inputs with the same fingerprint make the later stages fresh again.
     assert graph.train(CONFIG) == ["item"]
+    record(
+        "a stage's record that was damaged or altered",
+        tried=1,
+        survived=1,
+        seen="refused with the file and the command that mends it; only that stage is run again",
+    )
 
 
 @pytest.mark.parametrize("damage", sorted(RECORD_DAMAGES.keys() - {"null result", "other result"}))
