@@ -152,37 +152,38 @@ def training(
     backbone: Qwen3Config | None = None,
     instruction: int = 12,
     on_device: bool = True,
+    abstract: bool = False,
 ) -> Training:
     """The user or the joint stage's training step on a world, with random parameters.
 
-    A backbone with adapters is frozen but for them, as a pretrained one.
+    A backbone with adapters is frozen but for them, as a pretrained one. `abstract` gives shapes in place of arrays.
     """
     items, slots = len(world.tables.has_text), config.user.max_history
     some, rows = world.tables.take(np.zeros(1, np.int32)), np.zeros(1, np.int32)
     history = history_of_items(np.full((1, slots), -1, np.int32), 0)
     key = jax.random.key(config.seed)
     frozen: dict[str, Any] = {"tables": world.tables if on_device else None, **world.negatives}
+    shape = {"items": items, "item_tokens": world.tables.tokens.shape[1:]}
+
+    def init(module: Any, *extra: Any) -> dict[str, Any]:
+        make = jax.jit(lambda: module.init(key, some, rows, history, *extra, positions=1))
+        return dict(jax.eval_shape(make) if abstract else make())
+
     if stage == "user":
-        module = UserModel(config=config, items=items, item_tokens=world.tables.tokens.shape[1:])
-        params = jax.jit(module.init, static_argnames="positions")(key, some, rows, history, positions=1)["params"]
-        loss = make_user_loss(config, module)
+        module = UserModel(config=config, **shape)
+        params, loss = init(module)["params"], make_user_loss(config, module)
     else:
         backbone = backbone or small_backbone()
-        module = JointModel(
-            config=config,
-            backbone=backbone,
-            items=items,
-            item_tokens=world.tables.tokens.shape[1:],
-            dtype=backbone.dtype,
-        )
+        module = JointModel(config=config, backbone=backbone, dtype=backbone.dtype, **shape)
         ids = np.arange(instruction, dtype=np.int32)
         prompt = PromptIds(instruction=ids, placeholder=np.int32(instruction), end=np.int32(instruction + 1))
-        made = dict(jax.jit(module.init, static_argnames="positions")(key, some, rows, history, prompt, positions=1))
+        params, loss = init(module, prompt), make_joint_loss(config, module, None)
         frozen |= {"prompt": prompt, "params": {}}
         if backbone.lora_rank:
-            made["params"] = dict(made["params"])
-            frozen["params"]["qwen3"] = made["params"].pop("qwen3")
-        params, loss = made, make_joint_loss(config, module, None)
+            params["params"] = dict(params["params"])
+            frozen["params"]["qwen3"] = params["params"].pop("qwen3")
     optimizer = make_optimizer(getattr(config, stage).optim, 1_000)
     step = make_train_step(loss, optimizer, seed=0, skip=0)
+    if abstract:
+        return Training(compiled=step, state=jax.eval_shape(lambda: make_state(params, optimizer)), frozen=frozen)
     return Training(compiled=step, state=make_state(params, optimizer), frozen=jax.device_put(frozen))

@@ -20,6 +20,7 @@ NEEDS = {
     "loader": (),
     "fields_memory": (),
     "growth": (),
+    "planned_peak": (),
     "startup": (),
     "gains": (),
 }
