@@ -322,8 +322,8 @@ def _read_interactions(tables: _Tables, item_ids: pl.Series, config: DataConfig)
         frame = frame.filter(lengths >= config.min_interactions)
     if not len(frame):
         raise DataError(
-            f"{path}: no interaction is left of {report['read']}: {report['unknown_items']} are with items that "
-            f"{tables.items_path} lacks, "
+            f"{path}: no interaction is left of {report['read']}: {report['unknown_items']} are with unknown items "
+            f"(not in {tables.items_path}), "
             f"{report['short_user_interactions']} of users with fewer than data.min_interactions"
         )
     if config.shuffle_ties:

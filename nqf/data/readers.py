@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _LARGEST_RATIO = 200
 _PIECE = 2**20
 # Characters; a line is an item or an interaction.
 _LONGEST_LINE = 16 * 2**20
+_MOST_COLUMNS = 10_000
 
 
 def read_table(path: Path, scratch: Path, columns: Columns, optional: Collection[str] = ()) -> pl.LazyFrame:
@@ -92,18 +94,23 @@ def read_header(plain: Path, separator: str, *, quoted: bool, where: Path) -> li
     """Column names of an unzipped CSV or TSV file.
 
     Raises:
-      DataError: Empty file, not UTF-8, or a duplicate column.
+      DataError: Empty file, not UTF-8, an endless line, too many columns, or a duplicate one.
     """
     try:
         with plain.open(encoding="utf-8-sig", newline="") as file:
             quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-            header = next(csv.reader(file, delimiter=separator, quoting=quoting), [])
+            lines = iter(lambda: file.readline(_LONGEST_LINE), "")
+            header = next(csv.reader(lines, delimiter=separator, quoting=quoting), [])
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text: {error}; convert it first") from error
+    except csv.Error as error:
+        raise DataError(f"{where}: its header line is not readable: {error}") from error
     if not header:
         raise DataError(f"{where}: the file is empty; it needs a header line")
-    for name in header:
-        if header.count(name) > 1:
+    if len(header) > _MOST_COLUMNS:
+        raise DataError(f"{where}: {len(header):,} columns are more than {_MOST_COLUMNS:,}; is the separator right?")
+    for name, count in Counter(header).items():
+        if count > 1:
             raise DataError(f"{where}: duplicate column '{name}'; rename or remove one of them")
     return header
 

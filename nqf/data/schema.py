@@ -119,7 +119,8 @@ def schema_to_tree(schema: Schema) -> dict[str, Any]:
 
 def nearest(name: str, known: Collection[str]) -> str:
     """The end of an error message about an unknown name: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    # The comparison is quadratic in the lengths, and both may be a hostile file's.
+    close = difflib.get_close_matches(name[:200], [other for other in list(known)[:2_000] if len(other) <= 200], n=1)
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(known)}" if known else "; there is none"

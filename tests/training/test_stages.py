@@ -221,9 +221,9 @@ def test_another_order_of_the_data_is_refused(graph: Graph, record: Callable[...
     with pytest.raises(Crash):
         graph.train(CONFIG)
     path = graph.folder / "item" / "started.json"
-    record = json.loads(path.read_text())
-    assert record == started(parts_of(CONFIG, "item", graph.folder))
-    write_json(path, record | {"data order": "grain 0.1.0"})
+    stored = json.loads(path.read_text())
+    assert stored == started(parts_of(CONFIG, "item", graph.folder))
+    write_json(path, stored | {"data order": "grain 0.1.0"})
     with pytest.raises(StageError, match=r"data order was 'grain 0.1.0' and is 'grain"):
         graph.train(CONFIG)
     record(
