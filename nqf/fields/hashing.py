@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def value_keys(values: pl.Series, modality: str) -> tuple[np.ndarray, np.ndarray
 def _file_keys(paths: list[str]) -> np.ndarray:
     keys = string_keys(paths).copy()
     for row, path in enumerate(paths):
-        if is_url(path):
+        # A pipe would never open, and a device never end.
+        if is_url(path) or not os.path.isfile(path):
             continue
         try:
             with Path(path).open("rb") as file:
