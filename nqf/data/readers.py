@@ -151,6 +151,17 @@ def _bomb(path: Path) -> DataError:
     )
 
 
+def parse_json(text: str) -> Any:
+    """`json.loads`, with a question mark for half a surrogate pair, which JSON can hold and UTF-8 cannot.
+
+    Texts that were cut in the middle of an emoji end in one.
+    """
+    value = json.loads(text)
+    if "\\ud" in text or "\\uD" in text:
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
+    return value
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, gzipped if its name ends in .gz; blank lines are passed over.
 
@@ -172,7 +183,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     raise _bomb(path)
                 if not line.strip():
                     continue
-                value = json.loads(line)
+                value = parse_json(line)
                 if not isinstance(value, dict):
                     raise DataError(f"{path}: line {number}: expected a JSON object, found {type(value).__name__}")
                 yield value

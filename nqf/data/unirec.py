@@ -7,7 +7,6 @@ Formats: REFERENCE system UniRec (github.com/ulab-uiuc/UniRec), `All_Beauty_item
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import polars as pl
 
 from nqf.data.amazon import flatten
 from nqf.data.errors import DataError
-from nqf.data.readers import Columns, spool
+from nqf.data.readers import Columns, parse_json, spool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ def read_json(path: Path, kind: type) -> Any:
     if not path.is_file():
         raise DataError(f"{path}: no such file; mend the path in the data section of the configuration")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(value, kind):

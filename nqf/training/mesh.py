@@ -110,11 +110,13 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def leaf(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
+        here = split if x.size and x.shape and x.shape[0] % devices == 0 else whole
         if whole.is_fully_addressable:
-            sliced = x.size and x.shape and x.shape[0] % devices == 0
-        else:
-            sliced = leaf_name(path) not in WHOLE
-        return jax.make_array_from_process_local_data(split if sliced else whole, x)
+            return jax.make_array_from_process_local_data(here, x)
+        if leaf_name(path) in WHOLE:
+            # As one process would place it: another layout would sum in another order.
+            return jax.make_array_from_callback(x.shape, here, lambda index: x[index])
+        return jax.make_array_from_process_local_data(split, x)
 
     return jax.tree_util.tree_map_with_path(leaf, batch)
 

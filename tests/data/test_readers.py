@@ -99,6 +99,14 @@ def test_csv_and_jsonl_read_back_what_was_written(tmp_path: Path, pairs: list[tu
         assert frame.select("name", "price").rows() == wanted
 
 
+def test_half_a_surrogate_pair_is_a_question_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"item_id": "x\\ud83d", "name": "\\ud83d\\ude00 \\uDE00"}\n')
+    table = read_table(tmp_path / "a.jsonl", tmp_path, {"item_id": None, "name": None})
+    assert table.collect().rows() == [("x?", "😀 ?")]
+    (tmp_path / "a.json").write_text('{"x\\ud83d": {"name": "\\ud83d\\ude00"}}')
+    assert unirec.read_json(tmp_path / "a.json", dict) == {"x?": {"name": "😀"}}
+
+
 def test_an_optional_column_may_be_absent(tmp_path: Path) -> None:
     for ending in ("csv", "jsonl", "parquet"):
         path = write(tmp_path / f"events.{ending}", [{"user_id": "u", "item_id": "i"}])

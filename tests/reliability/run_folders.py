@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -93,10 +94,15 @@ def checkpoint_steps(folder: Path, stage: str) -> list[int]:
 def states(folder: Path, stage: str) -> dict[str, bytes]:
     """Every array of the best and of the newest checkpoint, byte for byte."""
     best = json.loads((folder / stage / "stage.json").read_text())["result"]["best_step"]
-    arrays = {}
+    arrays, here = {}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for step in {best, checkpoint_steps(folder, stage)[-1]}:
-        tree = ocp.load(folder / stage / "checkpoints" / str(step))
-        _collect(tree, f"{step}", arrays)
+        path = folder / stage / "checkpoints" / str(step)
+        # The devices that wrote it may be other processes', which are not here.
+        tree = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            ocp.metadata(path, "state").metadata,
+        )
+        _collect(ocp.load_checkpointables(path, {"state": tree})["state"], f"{step}", arrays)
     return arrays
 
 
