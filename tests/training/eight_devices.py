@@ -1,10 +1,12 @@
-"""Run by test_topology.py in a process of eight simulated devices: `python eight_devices.py RUN OUT.json`."""
+"""Run by test_topology.py in a process of eight simulated devices: `python eight_devices.py RUN FOLDER`.
+
+Writes report.json, and a checkpoint of all eight devices, into the folder.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -16,7 +18,7 @@ from nqf.config import MeshConfig
 from nqf.evaluation.ranking import rank_vectors, top_k
 from nqf.training.checkpoint import Checkpointer
 from nqf.training.loop import make_state, make_train_step
-from nqf.training.mesh import layout, make_mesh, place, place_batch
+from nqf.training.mesh import layout, leaf_name, make_mesh, place, place_batch
 
 MESHES = {
     "data": (8, 1, 1),
@@ -60,9 +62,10 @@ def shares(state: object) -> float:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
 
 
-def compare_meshes(run: Path) -> dict:
+def compare_meshes(run: Path, stage: str) -> tuple[dict, object]:
+    """Per mesh, what differs from one device in the step of a stage; and the state on the last mesh."""
     report = {}
-    fit = arguments_of_fit(run, "joint")
+    fit = arguments_of_fit(run, stage)
     alone = steps(fit, mesh_of(1, 1, 1))
     for name, sizes in MESHES.items():
         spread = steps(fit, mesh_of(*sizes))
@@ -72,24 +75,25 @@ def compare_meshes(run: Path) -> dict:
             "compilations": spread["compilations"],
             "share": shares(spread["state"].params),
         }
-    return report | {"restored": restore_elsewhere(spread["state"])}
+    report["one step on"] = difference(alone["gradients"][:1], alone["gradients"][1:])
+    return report, spread["state"]
 
 
-def restore_elsewhere(state: object) -> dict:
+def restore_elsewhere(state: object, folder: Path) -> dict:
     """Saves a state of eight devices and restores it on fewer; whether every bit came back, and on how many devices."""
     report = {}
-    with tempfile.TemporaryDirectory() as folder:
-        with Checkpointer(Path(folder)) as checkpointer:
-            checkpointer.save(2, state, best_step=0)
-        for sizes in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 2, 2), (4, 1, 1)):
-            mesh = mesh_of(*sizes)
-            wanted = place(jax.tree.map(np.zeros_like, jax.device_get(state)), layout(state, mesh))
-            with Checkpointer(Path(folder)) as checkpointer:
-                restored = checkpointer.restore(2, wanted)
-            pairs = zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(jax.device_get(restored)), strict=True)
-            devices = {device for leaf in jax.tree.leaves(restored) for device in leaf.sharding.device_set}
-            equal = all(a.tobytes() == b.tobytes() for a, b in pairs)
-            report["x".join(map(str, sizes))] = {"equal": equal, "devices": len(devices)}
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(2, state, best_step=0)
+    written = {device for leaf in jax.tree.leaves(state) for device in leaf.sharding.device_set}
+    for sizes in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 2, 2), (4, 1, 1)):
+        mesh = mesh_of(*sizes)
+        wanted = place(jax.tree.map(np.zeros_like, jax.device_get(state)), layout(state, mesh))
+        with Checkpointer(folder) as checkpointer:
+            restored = checkpointer.restore(2, wanted)
+        pairs = zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(jax.device_get(restored)), strict=True)
+        devices = {device for leaf in jax.tree.leaves(restored) for device in leaf.sharding.device_set}
+        equal = all(a.tobytes() == b.tobytes() for a, b in pairs)
+        report["x".join(map(str, sizes))] = {"equal": equal, "from": len(written), "to": len(devices)}
     return report
 
 
@@ -108,11 +112,15 @@ def ranking() -> dict:
 
 
 def main() -> None:
-    run, out = map(Path, sys.argv[1:3])
-    report = {"devices": jax.device_count(), "ranking": ranking()}
-    if report["devices"] == 8:
-        report |= compare_meshes(run)
-    out.write_text(json.dumps(report), encoding="utf-8")
+    run, folder = map(Path, sys.argv[1:3])
+    report = {"devices": jax.device_count(), "ranking": ranking(), "stages": {}}
+    for stage in ("item", "joint"):
+        report["stages"][stage], state = compare_meshes(run, stage)
+    report["restored"] = restore_elsewhere(state, folder / "checkpoints")
+    # For the comparison with what a process of one device reads.
+    names = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    np.savez(folder / "params.npz", **jax.device_get(names))
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
