@@ -44,9 +44,9 @@ def start(
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    """Waits for a command; its output."""
+    """Waits for a command; its output. It takes a minute, and many on a machine that does other things."""
     try:
-        output = process.communicate(timeout=900)[0]
+        output = process.communicate(timeout=2_400)[0]
     finally:
         process.kill()
     assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{output}"

@@ -1,7 +1,6 @@
 """Two real processes of one run, joined by jax.distributed, end as one process with two devices."""
 
 import json
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,6 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "NQF_TEST_PROCESSES" not in os.environ,
-    reason="asynchronous saves of two processes can wait for each other for ever: on a loaded machine both stood at "
-    "barriers of Orbax in the user stage; set NQF_TEST_PROCESSES to try it",
-)
 def test_two_processes_end_as_one_process_with_two_devices(tmp_path: Path, record: Callable[..., None]) -> None:
     address = f"127.0.0.1:{free_port()}"
     together = [
