@@ -7,6 +7,8 @@ Every pair does the same work on the same batches: with nqf's way, and with the 
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -137,6 +139,55 @@ def frozen(bench: Bench) -> Pair:
     )
 
 
+def masks(bench: Bench) -> Pair:
+    """Dropout masks by a hash, against masks of `jax.random.bernoulli`; a small Qwen3 with adapters."""
+    import jax
+    import jax.numpy as jnp
+
+    from nqf.models import dropout as module
+    from nqf.models.qwen3 import Qwen3
+
+    backbone = dataclasses.replace(joint_parts(bench)[2], lora_dropout=0.1)
+    ids = jnp.zeros((2, 8) if bench.options.quick else (16, 64), jnp.int32)
+    made = jax.jit(Qwen3(backbone).init)(jax.random.key(0), ids[:1])
+
+    def bernoulli(x: Any, rate: float, seed: Any, salt: int) -> Any:
+        return jnp.where(jax.random.bernoulli(jax.random.wrap_key_data(seed), 1 - rate, x.shape), x / (1 - rate), 0)
+
+    def side() -> Callable[[], object]:
+        def loss(lora: Any, base: Any, key: Any) -> Any:
+            variables = {"params": base, "lora": lora}
+            hidden = Qwen3(backbone).apply(variables, ids, deterministic=False, rngs={"dropout": key})
+            return jnp.mean(jnp.square(hidden))
+
+        compiled = jax.jit(jax.grad(loss)).lower(made["lora"], made["params"], jax.random.key(1)).compile()
+        return lambda: jax.block_until_ready(compiled(made["lora"], made["params"], jax.random.key(1)))
+
+    hashed = side()
+    with mock.patch.object(module, "dropout", bernoulli):
+        return hashed, side()
+
+
+def adapters(bench: Bench) -> Pair:
+    """Adapters' gradients that transpose narrow matrices, against jax's own, which transpose wide ones."""
+    import joint_step
+    import numpy as np
+
+    from nqf.models import lora
+
+    sizes, plain = joint_step.shape(bench), lambda x, a, b: (x @ a) @ b
+    ids = np.zeros((sizes["prompts"], sizes["length"]), np.int32)
+
+    def side() -> Callable[[], object]:
+        run = joint_step.nqf_tokens(sizes, "float32", ids)[0]
+        run()
+        return run
+
+    written = side()
+    with mock.patch.object(lora, "low_rank_product", plain):
+        return written, side()
+
+
 def donated(bench: Bench) -> Pair:
     """A state whose buffers the step takes over, against a new state beside the old one."""
     import jax
@@ -215,10 +266,16 @@ def products(bench: Bench) -> Pair:
 
 
 def main() -> None:
-    bench = begin(__file__, __doc__)
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--only", nargs="+", help="names of functions of this file")
+
+    bench = begin(__file__, __doc__, arguments)
     rows, limit = [], product()
     rates: list[float] = []
-    for make in (buckets, distinct, tables, frozen, donated, late, softmax, products):
+    every = (buckets, distinct, tables, frozen, adapters, masks, donated, late, softmax, products)
+    for make in every:
+        if bench.options.only and make.__name__ not in bench.options.only:
+            continue
         after, before = make(bench)
         sides = {"matmul": limit.run, "after": after, "before": before}
         timings: dict[str, Timing] = alternate(sides, bench.options.repeats, least=0 if bench.options.quick else 0.3)

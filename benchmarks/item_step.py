@@ -138,7 +138,8 @@ def nqf_own(bench: Bench, sizes: dict[str, int], dtype: str) -> tuple[Any, float
     )
     empty = {name: np.zeros((1, width), np.float32) for name in names}, dict.fromkeys(names, np.zeros(1, bool))
     params = jax.jit(module.init)(jax.random.key(0), *empty)["params"]
-    loss = make_item_loss(module, config, dict.fromkeys(names, 1.0))
+    ones = dict.fromkeys(names, 1.0)
+    loss = make_item_loss(module, config, ones, ones)
     draw = lambda: pair_batch(source, rng.integers(0, len(keys), batch), rng)  # noqa: E731
     return stepper(loss, params, jax.device_put(tables), draw, make_optimizer(OptimConfig(), 1_000))
 

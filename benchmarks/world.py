@@ -166,8 +166,9 @@ def training(
     shape = {"items": items, "item_tokens": world.tables.tokens.shape[1:]}
 
     def init(module: Any, *extra: Any) -> dict[str, Any]:
-        make = jax.jit(lambda: module.init(key, some, rows, history, *extra, positions=1))
-        return dict(jax.eval_shape(make) if abstract else make())
+        inputs = (some, rows, history, *extra)
+        make = jax.jit(lambda *inputs: module.init(key, *inputs, positions=1))
+        return dict(jax.eval_shape(make, *inputs) if abstract else make(*inputs))
 
     if stage == "user":
         module = UserModel(config=config, **shape)

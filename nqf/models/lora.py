@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from nqf.ops.products import DotGeneral
+from nqf.models.dropout import Dropout
+from nqf.ops.products import DotGeneral, low_rank_product
 
 
 class LoRADense(nn.Module):
@@ -64,8 +65,8 @@ class LoRADense(nn.Module):
 
         lora_a = self.variable("lora", "lora_a", init_a).value
         lora_b = self.variable("lora", "lora_b", jnp.zeros, (self.rank, self.features), jnp.float32).value
-        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-        update = (x @ lora_a.astype(self.dtype)) @ lora_b.astype(self.dtype)
+        x = Dropout(self.dropout)(x, deterministic)
+        update = low_rank_product(x, lora_a.astype(self.dtype), lora_b.astype(self.dtype))
         return y + update * jnp.asarray(self.scale, self.dtype)
 
 

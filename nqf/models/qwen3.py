@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nqf.models.dropout import Dropout
 from nqf.models.lora import LoRADense
 from nqf.ops.attention import Implementation, dot_product_attention
 from nqf.ops.products import DotGeneral
@@ -289,14 +290,14 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Returns the layer's output and None: `nn.scan` carries the first and stacks the second."""
         config = self.config
-        drop = nn.Dropout(config.residual_dropout, name="residual_dropout")
+        drop = Dropout(config.residual_dropout, name="residual_dropout")
         with jax.named_scope("attention"):
             normed = RMSNorm(config, name="input_layernorm")(x_BxTxD)
             read = Attention(config, name="self_attn")(normed, mask, cos, sin, deterministic)
-            x_BxTxD = x_BxTxD + drop(read, deterministic=deterministic)
+            x_BxTxD = x_BxTxD + drop(read, deterministic)
         with jax.named_scope("mlp"):
             normed = RMSNorm(config, name="post_attention_layernorm")(x_BxTxD)
-            x_BxTxD = x_BxTxD + drop(MLP(config, name="mlp")(normed, deterministic), deterministic=deterministic)
+            x_BxTxD = x_BxTxD + drop(MLP(config, name="mlp")(normed, deterministic), deterministic)
         return x_BxTxD, None
 
 

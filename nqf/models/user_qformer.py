@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from nqf.config import QFormerConfig
+from nqf.models.dropout import Dropout
 from nqf.models.qformer import QFormer
 
 RATING_BUCKETS = 12
@@ -128,7 +129,7 @@ class UserQFormer(nn.Module):
         if slot_BxNxD is not None:
             tokens_BxNxQxD = tokens_BxNxQxD + slot_BxNxD[:, :, None, :]
         tokens_BxNxQxD = nn.LayerNorm(name="input_norm", dtype=self.dtype)(tokens_BxNxQxD)
-        tokens_BxNxQxD = nn.Dropout(self.config.dropout)(tokens_BxNxQxD, deterministic=deterministic)
+        tokens_BxNxQxD = Dropout(self.config.dropout)(tokens_BxNxQxD, deterministic)
 
         at_P = jnp.arange(slots - positions, slots)
         distance_PxN = at_P[:, None] - jnp.arange(slots)[None, :]
