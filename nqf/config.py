@@ -128,7 +128,7 @@ class OptimConfig:
 
     Attributes:
       batch_size: Examples per step, over all devices.
-      epochs: Passes over the training examples.
+      epochs: Passes over the training examples; with 0 the stage keeps the parameters that it starts from.
       learning_rate: Peak learning rate.
       adapter_learning_rate: Peak learning rate of LoRA adapters.
       warmup_share: Share of the steps, 0 to 1, spent on linear warm-up.
@@ -217,7 +217,8 @@ class CandidatesConfig:
       free_dropout: Probability, per item and step, that its learned vector is hidden in training.
       frozen_similarity: Keep the cosine of the frozen text embeddings as a part of the score, weighted by a
         learned scale; it is what ranks items that training never saw.
-      temperature: Temperature of the scores at the start; it is learned.
+      temperature: Temperature of the scores; the one at the start if it is learned.
+      learn_temperature: Whether the temperature is learned.
     """
 
     sources: tuple[Literal["item", "text"], ...] = ("item", "text")
@@ -227,6 +228,7 @@ class CandidatesConfig:
     free_dropout: float = 0.3
     frozen_similarity: bool = True
     temperature: float = 0.07
+    learn_temperature: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,12 +239,15 @@ class LossConfig:
       negatives: `full` (the whole catalogue), `sampled` or `in-batch`.
       samples: Negatives per step of `sampled`.
       log_q: Correct in-batch and sampled scores by the log of the sampling probability.
+      duplicate_cosine: Items whose frozen text embeddings have a larger cosine than this are no negatives for each
+        other; 0 for no such limit.
       positions: Supervise `all` positions of the history or only the `last`.
     """
 
     negatives: Literal["full", "sampled", "in-batch"] = "full"
     samples: int = 4_096
     log_q: bool = True
+    duplicate_cosine: float = 0.0
     positions: Literal["all", "last"] = "all"
 
 
@@ -258,6 +263,7 @@ class UserConfig:
       times: Add calendar parts and time gaps.
       reviews: Add a projection of the review's text embedding, where reviews exist.
       regression_weight: Weight of predicting the next item's query tokens (mean squared error).
+      ranking_weight: Weight of the ranking loss. With 0 nothing is ranked, and the newest parameters are kept.
       loss: Ranking loss.
       optim: Optimiser and schedule.
     """
@@ -269,6 +275,7 @@ class UserConfig:
     times: bool = True
     reviews: bool = True
     regression_weight: float = 0.1
+    ranking_weight: float = 1.0
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig(epochs=8)
 
@@ -333,22 +340,43 @@ class PromptConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MiningConfig:
+    """Hard negatives of every training target, mined with the user stage's model when the joint stage begins.
+
+    Attributes:
+      count: Negatives of each target, beside the sampled or in-batch ones; 0 for none.
+      margin: Share of the target's score, 0 to 1, above which an item may be a false negative and is passed over, as
+        are the items of the user's training events.
+    """
+
+    count: int = 0
+    margin: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class JointConfig:
     """Joint stage: Qwen3 reads item and user tokens; its pooled vector ranks the catalogue.
 
     Attributes:
       backbone: The language model.
       prompt: What it reads.
+      candidates: What an item is scored by: the candidate `tower`, or the vector that the same `qwen3` makes of the
+        item's title and tokens (negatives must not be `full`).
       train_user_qformer: Whether the User Q-Former goes on learning.
       train_item_qformer: Whether the Item Q-Former goes on learning (negatives must not be `full`).
+      micro_batch: Histories encoded at a time, so that a batch need not fit in memory; 0 for all at once.
+      mining: Hard negatives.
       loss: Ranking loss.
       optim: Optimiser and schedule.
     """
 
     backbone: BackboneConfig = BackboneConfig()
     prompt: PromptConfig = PromptConfig()
+    candidates: Literal["tower", "qwen3"] = "tower"
     train_user_qformer: bool = True
     train_item_qformer: bool = False
+    micro_batch: int = 0
+    mining: MiningConfig = MiningConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig(epochs=10)
 

@@ -22,7 +22,7 @@ from nqf.models.recommender import ItemTables
 from nqf.pipelines.histories import gather_history, history_of_items, newest
 from nqf.training.item_stage import ENCODE_CHUNK, load_items
 from nqf.training.joint_stage import load_joint, title_tokens
-from nqf.training.rankers import ITEM_CHUNK, Ranker
+from nqf.training.rankers import Ranker
 from nqf.training.run import Run, open_run
 from nqf.training.stages import require
 from nqf.training.user_stage import load_users
@@ -228,13 +228,8 @@ class Recommender:
         rows[~known] = len(self.item_ids) + np.arange((~known).sum(), dtype=np.int32)
         titles = [title or "" for title in frame["title"]]
         new = self._encode(encoded, titles)
-        parts = [
-            # A known item keeps its learned vector: its row is the same. A new one has none.
-            self._ranker.items(
-                self._variables, new.take(slice(start, start + ITEM_CHUNK)), rows[start : start + ITEM_CHUNK]
-            )
-            for start in range(0, len(rows), ITEM_CHUNK)
-        ]
+        # A known item keeps its learned vector: its row is the same. A new one has none.
+        vectors = self._ranker.item_vectors(self._variables, new, rows)
 
         def merged(old: np.ndarray, new: np.ndarray) -> np.ndarray:
             table = np.concatenate([old, new[~known]])
@@ -242,7 +237,7 @@ class Recommender:
             return table
 
         self._ranker = dataclasses.replace(self._ranker, tables=jax.tree.map(merged, self._ranker.tables, new))
-        self.item_vectors = merged(self.item_vectors, np.concatenate(parts).astype(np.float32))
+        self.item_vectors = merged(self.item_vectors, vectors)
         self.available = merged(self.available, np.ones(len(rows), bool))
         self._changed |= {row: (at, frame, encoded) for at, row in enumerate(rows.tolist())}
         for item_id, row, title in zip(frame["item_id"], rows.tolist(), titles, strict=True):

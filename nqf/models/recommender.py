@@ -110,9 +110,12 @@ class ScoreHead(nn.Module):
           valid_BxN: False in padding and where the item has no text.
         """
         learned = unit(nn.Dense(self.config.width, name="project")(pooled_BxPxD.astype(jnp.float32)))
-        log_scale = self.param("log_scale", nn.initializers.constant(-math.log(self.config.temperature)), ())
-        # CLIP's cap on the scale (arXiv 2103.00020, section 2.5): larger ones make training unstable.
-        learned = learned * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
+        if self.config.learn_temperature:
+            log_scale = self.param("log_scale", nn.initializers.constant(-math.log(self.config.temperature)), ())
+            # CLIP's cap on the scale (arXiv 2103.00020, section 2.5): larger ones make training unstable.
+            learned = learned * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
+        else:
+            learned = learned / self.config.temperature
         if not self.config.frozen_similarity:
             return learned
         slots, positions = text_BxNxT.shape[1], pooled_BxPxD.shape[1]
@@ -256,15 +259,17 @@ class JointModel(nn.Module):
         self.user_norm = nn.RMSNorm(dtype=self.dtype, scale_init=self._embedding_scale())
         self.dropout = nn.Dropout(self.config.joint.backbone.dropout)
         self.head = ScoreHead(config=self.config.candidates)
+        if self.config.joint.candidates == "qwen3":
+            self.candidate = nn.Dense(self.config.candidates.width)
 
     def _embedding_scale(self) -> nn.initializers.Initializer:
         # Injected tokens start at the size of word embeddings (Qwen3-Embedding's rows have an RMS near 0.03); a
         # projection of unit RMS would drown the words of a pretrained model.
         return nn.initializers.constant(0.03 if self.config.joint.backbone.path else 1.0)
 
-    def item_vectors(self, tables: ItemTables, rows: jax.Array) -> jax.Array:
+    def item_vectors(self, tables: ItemTables, rows: jax.Array, prompt: PromptIds) -> jax.Array:
         """Item side of the score, float32 [R, V (+ T)]."""
-        return item_side(self.config.candidates, self.tower(tables, rows), tables)
+        return self.candidates(tables, self.learned(tables, rows), prompt)
 
     def __call__(
         self,
@@ -289,8 +294,39 @@ class JointModel(nn.Module):
         Returns:
           User vectors float32 [B, P, V (+ T)] and item vectors float32 [R, V (+ T)].
         """
-        learned = self.tower(tables, rows, deterministic=deterministic)
-        inputs = _item_inputs(tables, learned, history.items)
+        learned = self.learned(tables, rows, deterministic=deterministic)
+        items = self.candidates(tables, learned, prompt, deterministic=deterministic)
+        return self.users(tables, learned, history, prompt, positions=positions, deterministic=deterministic), items
+
+    def learned(self, tables: ItemTables, rows: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """The candidate tower's vectors, float [R, V], which also stand beside the items' tokens."""
+        return self.tower(tables, rows, deterministic=deterministic)
+
+    def candidates(
+        self, tables: ItemTables, learned_RxV: jax.Array, prompt: PromptIds, *, deterministic: bool = True
+    ) -> jax.Array:
+        """Item vectors, float32 [R, V (+ T)]: of the tower, or of what the Qwen3 makes of `title, item tokens, end`."""
+        if self.config.joint.candidates == "qwen3":
+            inputs = _item_inputs(tables, learned_RxV, jnp.arange(len(learned_RxV))[:, None])
+            tokens = self.item_norm(self.item_projection(inputs))
+            bare = prompt.replace(instruction=prompt.instruction[:0])
+            valid = jnp.ones(tokens.shape[:2], bool)
+            pooled = self._read(bare, tables.titles[:, None], tokens, valid, None, 1, deterministic)[:, 0]
+            learned_RxV = self.candidate(pooled.astype(jnp.float32))
+        return item_side(self.config.candidates, learned_RxV, tables)
+
+    def users(
+        self,
+        tables: ItemTables,
+        learned_RxV: jax.Array,
+        history: History,
+        prompt: PromptIds,
+        *,
+        positions: int,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """User vectors, float32 [B, P, V (+ T)]; the arguments are those of a call, and `learned`'s result."""
+        inputs = _item_inputs(tables, learned_RxV, history.items)
         slots = min(self.config.joint.prompt.history_items, history.items.shape[1])
         positions = min(positions, slots)
 
@@ -303,9 +339,7 @@ class JointModel(nn.Module):
         titles = jnp.where((items_BxS >= 0)[..., None], tables.titles[jnp.maximum(items_BxS, 0)], -1)
 
         pooled = self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
-        text, valid = history_text(tables, history)
-        users = self.head(pooled, text, valid)
-        return users, item_side(self.config.candidates, learned, tables)
+        return self.head(pooled, *history_text(tables, history))
 
     def _read(
         self,

@@ -52,7 +52,7 @@ def full_softmax(
     targets_M: jax.Array,
     *,
     weights_M: jax.Array,
-    allowed_C: jax.Array,
+    allowed: jax.Array,
 ) -> jax.Array:
     """`info_nce` of inner products with every candidate, with one [M, C] array instead of several.
 
@@ -65,14 +65,15 @@ def full_softmax(
       frozen_CxT: float32, the other columns, without a gradient.
       targets_M: int32 rows of the positives.
       weights_M: Weight of each example; zero leaves one out.
-      allowed_C: False keeps a candidate out of all denominators. No target of positive weight may be among them.
+      allowed: bool [C] or [M, C], False keeps a candidate out of all denominators, or of an example's. No target of
+        positive weight may be among them.
 
     Returns:
       Weighted mean of the losses, a float32 scalar; 0 where all weights are zero.
     """
-    bias_C = jnp.where(allowed_C, 0.0, NEGATIVE)
+    bias = jnp.where(allowed, 0.0, NEGATIVE)
     shares_M = weights_M / jnp.maximum(jnp.sum(weights_M), 1e-9)
-    return _full_softmax(users_MxD, learned_CxV, jax.lax.stop_gradient(frozen_CxT), targets_M, shares_M, bias_C)
+    return _full_softmax(users_MxD, learned_CxV, jax.lax.stop_gradient(frozen_CxT), targets_M, shares_M, bias)
 
 
 @jax.custom_vjp

@@ -109,7 +109,7 @@ def pair_dataset(
         .seed(seed)
         .shuffle()
         .batch(batch_size, drop_remainder=True, batch_fn=_indices)
-        .repeat(epochs)
+        .repeat(max(epochs, 1))
     )
     return _finish(examples, build, source.users, epochs, batch_size, workers, shard)
 
@@ -128,6 +128,7 @@ def history_dataset(
     workers: int,
     items: int,
     tables: ItemTables | None,
+    given: np.ndarray | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> TrainingData:
     """Batches of the user and joint stages, each from histories of about one length.
@@ -145,6 +146,7 @@ def history_dataset(
       workers: Worker processes; 0 reads in threads.
       items: Number of catalogue items, from which negatives are sampled evenly.
       tables: Host tables to gather from; None if they are on the device.
+      given: int32 [events, K], negatives of each event's item alone, -1 for none.
       shard: Which of how many slices of every batch is built here; all processes draw the same batches.
 
     Raises:
@@ -169,6 +171,7 @@ def history_dataset(
         hidden = rng.random(len(examples)) < UNKNOWN_SHARE
         mine = _slice(len(examples), shard)
         gathered = hide_features(gather_history(features, history[mine]), hidden[mine])
+        own = None if given is None else np.where(targets[..., None] >= 0, given[targets], -1)
         targets = np.where(targets >= 0, features.items[np.maximum(targets, 0)], -1).astype(np.int32)
         batch = HistoryBatch(history=gathered, targets=targets[mine], supervised=supervised_places(targets, usual))
         if loss.negatives == "full":
@@ -176,6 +179,9 @@ def history_dataset(
         if loss.negatives == "sampled":
             batch = batch.replace(negatives=rng.integers(0, items, loss.samples, dtype=np.int32))
         everyone = np.concatenate([np.where(history >= 0, features.items[np.maximum(history, 0)], -1), targets], axis=1)
+        if own is not None:
+            batch = batch.replace(given=own[mine])
+            everyone = np.concatenate([everyone, own.reshape(len(own), -1)], axis=1)
         return number_by_rows(batch, tables, everyone, shard)
 
     parts = []
@@ -194,7 +200,7 @@ def history_dataset(
             .map(lambda examples, slots=slots, usual=usual: (slots, usual, examples))
         )
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [len(part) for part in parts])
-    return _finish(mixed.repeat(epochs).seed(seed), build, windows.users, epochs, batch_size, workers, shard)
+    return _finish(mixed.repeat(max(epochs, 1)).seed(seed), build, windows.users, epochs, batch_size, workers, shard)
 
 
 def _slice(size: int, shard: tuple[int, int]) -> slice:
@@ -242,7 +248,7 @@ def _finish(
         examples=examples.map(lambda element: element[-1] if isinstance(element, tuple) else element),
         users=users,
         workers=workers,
-        steps=len(examples),
-        steps_per_epoch=len(examples) // epochs,
+        steps=len(examples) if epochs else 0,
+        steps_per_epoch=len(examples) // max(epochs, 1),
         batch_size=batch_size,
     )

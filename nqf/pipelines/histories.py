@@ -29,6 +29,7 @@ class HistoryBatch:
       rows: int32 [R] catalogue rows of the batch's distinct items, -1 in padding; None if items are numbered by
         the catalogue.
       negatives: int32 [S], sampled negatives in the same numbering; None without sampling.
+      given: int32 [B, P, K], further negatives of each target alone, -1 for none; None without such.
       tables: Gathered tables of `rows`; None if the tables are on the device.
     """
 
@@ -37,6 +38,7 @@ class HistoryBatch:
     supervised: np.ndarray
     rows: np.ndarray | None = None
     negatives: np.ndarray | None = None
+    given: np.ndarray | None = None
     tables: ItemTables | None = None
 
     def items(self) -> np.ndarray:
@@ -284,5 +286,6 @@ def number_by_rows(
         targets=local(batch.targets),
         rows=rows,
         negatives=None if batch.negatives is None else local(batch.negatives),
+        given=None if batch.given is None else local(batch.given),
         tables=None if tables is None else tables.take(np.maximum(np.split(rows, shard[1])[shard[0]], 0)),
     )

@@ -18,13 +18,16 @@ from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
 from nqf.models.item_qformer import ItemQFormer
 from nqf.models.qwen3 import Qwen3Config
 from nqf.models.recommender import ItemTables, JointModel, PromptIds
+from nqf.models.user_qformer import History
+from nqf.ops.micro_batches import in_micro_batches
 from nqf.pipelines.histories import HistoryBatch
 from nqf.training.artifacts import StageError, read_artifact
 from nqf.training.checkpoint import restore_params
 from nqf.training.item_stage import device_fields, empty_fields, item_module, load_items, take_fields, write_tokens
 from nqf.training.loop import LossFn, fit
 from nqf.training.mesh import barrier, is_primary
-from nqf.training.rankers import Ranker, batch_tables, compute_dtype, make_ranker, ranking_loss
+from nqf.training.mining import mined_negatives
+from nqf.training.rankers import ITEM_CHUNK, Ranker, batch_tables, compute_dtype, make_ranker, ranking_loss
 from nqf.training.run import Run
 from nqf.training.user_stage import (
     empty_history,
@@ -194,12 +197,15 @@ def init_joint(run: Run, joint: Joint) -> Any:
 
 def joint_ranker(run: Run, joint: Joint) -> Ranker:
     """The joint model's ranker."""
+    # Where the Qwen3 reads items, about as many tokens at a time as in a batch of users.
+    prompts = run.config.evaluation.batch_size * run.config.joint.prompt.history_items
     return make_ranker(
         joint.module,
         joint.tables,
         extra=(joint.prompt,),
         max_history=run.config.user.max_history,
         batch_size=run.config.evaluation.batch_size,
+        item_chunk=min(ITEM_CHUNK, prompts) if run.config.joint.candidates == "qwen3" else ITEM_CHUNK,
     )
 
 
@@ -232,22 +238,31 @@ def make_joint_loss(config: Config, module: JointModel, items: ItemQFormer | Non
                 rngs={"dropout": item_key},
             )
             step_tables = step_tables.replace(tokens=output.tokens, vectors=output.vector)
-        users, vectors = module.apply(
-            variables_of(params, frozen["params"]),
-            step_tables,
-            rows,
-            batch.history,
-            frozen["prompt"],
-            positions=batch.targets.shape[1],
-            deterministic=False,
-            rngs={"dropout": model_key},
-        )
+        variables, prompt = variables_of(params, frozen["params"]), frozen["prompt"]
+
+        def apply(method: str, key: jax.Array, *inputs: Any, **options: Any) -> jax.Array:
+            rngs = {"dropout": key}
+            return module.apply(variables, *inputs, **options, deterministic=False, rngs=rngs, method=method)
+
+        def read_items(key: jax.Array, items: tuple) -> jax.Array:
+            return apply("candidates", key, *items, prompt)
+
+        def read_users(key: jax.Array, history: History) -> jax.Array:
+            return apply("users", key, step_tables, learned, history, prompt, positions=batch.targets.shape[1])
+
+        learned = apply("learned", model_key, step_tables, rows)
+        # An item's prompt is about as long as an item in a user's prompt.
+        items_at_a_time = stage.micro_batch * stage.prompt.history_items if stage.candidates == "qwen3" else 0
+        items_key = jax.random.fold_in(model_key, 0)
+        vectors = in_micro_batches(read_items, items_key, (step_tables, learned), items_at_a_time)
+        users = in_micro_batches(read_users, model_key, batch.history, stage.micro_batch)
         ranking = ranking_loss(
             stage.loss,
             users,
             vectors,
             batch,
             learned_width=config.candidates.width,
+            text_RxT=step_tables.text,
             trained=frozen["trained"],
             log_popularity=frozen["log_popularity"],
         )
@@ -260,11 +275,13 @@ def train_joint(run: Run) -> dict[str, Any]:
     """Runs the joint stage."""
     config = run.config
     stage = config.joint
-    if stage.train_item_qformer and stage.loss.negatives == "full":
-        raise StageError(
-            "joint.train_item_qformer re-encodes the items of each batch, so joint.loss.negatives cannot be 'full'; "
-            "set it to 'sampled' or 'in-batch'"
-        )
+    for wanted, why in (
+        (stage.train_item_qformer, "joint.train_item_qformer re-encodes the items of each batch"),
+        (stage.candidates == "qwen3", "joint.candidates: qwen3 reads a prompt for each item of a batch"),
+        (stage.mining.count, "joint.mining adds negatives to drawn ones"),
+    ):
+        if wanted and stage.loss.negatives == "full":
+            raise StageError(f"{why}, so joint.loss.negatives cannot be 'full'; set it to 'sampled' or 'in-batch'")
     if not stage.backbone.path:
         folder = run.folder / "joint" / "tokenizer"
         if is_primary() and not (folder / "tokenizer.json").is_file():
@@ -292,10 +309,11 @@ def train_joint(run: Run) -> dict[str, Any]:
         fresh = run.tables(run.folder / "joint" / "tokens", titles=joint.tables.titles)
         return make_validation(run, dataclasses.replace(ranker, tables=fresh))(variables)
 
+    tables, given = None if on_device else joint.tables, mined_negatives(run)
     result = fit(
         folder=run.folder,
         stage="joint",
-        data=history_data(run, stage.loss, stage.optim, None if on_device else joint.tables, config.seed + 2),
+        data=history_data(run, stage.loss, stage.optim, tables, config.seed + 2, given),
         optim=stage.optim,
         params=params,
         frozen=frozen,

@@ -202,6 +202,9 @@ def fit(
         ):
             if latest is not None and not done:
                 terminal.line(f"resuming at step {step:,} of {data.steps:,}")
+            if latest is None and done:
+                # Without an epoch the initial parameters are what the stage leaves.
+                checkpointer.save(step, state, best_step=step)
             batches = iter(()) if done else data.iterate(step)
             # Metrics of a step are fetched while the next one runs.
             pending: tuple[int, dict[str, jax.Array]] | None = None

@@ -157,7 +157,8 @@ def _compile(program: Program, run: Run, data: TrainingData) -> tuple[dict[str, 
     state, frozen = _placed(state, shardings), _placed(program.frozen, layout(program.frozen, mesh))
     step = make_train_step(program.loss_fn, optimizer, seed=0, skip=config.skip_non_finite, shardings=shardings)
     # Batches of one stage differ in length; the largest decides.
-    at = np.unique(np.linspace(0, data.steps - 1, min(data.steps, _SAMPLED_BATCHES)).astype(int))
+    count = len(data.batches)
+    at = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BATCHES)).astype(int))
     batch = max((data.batches[int(index)] for index in at), key=_bytes)
     compiled = step.lower(state, frozen, place_batch(batch, mesh)).compile()
     return step_memory(compiled) | {"state": _bytes(state, mesh), "tables": _bytes(frozen, mesh)}, compiled

@@ -17,7 +17,7 @@ from nqf.data.splits import Cases
 from nqf.models.qformer import cross_attention
 from nqf.models.recommender import ItemTables
 from nqf.models.user_qformer import History
-from nqf.ops.losses import full_softmax, info_nce
+from nqf.ops.losses import full_softmax, info_nce, unit
 from nqf.pipelines.histories import (
     EventFeatures,
     HistoryBatch,
@@ -43,6 +43,7 @@ class Ranker:
       tables: Host tables of the whole catalogue.
       max_history: Newest slots that the model reads.
       batch_size: Users encoded at a time.
+      item_chunk: Items encoded at a time.
     """
 
     users: Callable[[Any, ItemTables, jax.Array, History], jax.Array]
@@ -51,6 +52,7 @@ class Ranker:
     tables: ItemTables
     max_history: int
     batch_size: int
+    item_chunk: int
 
     def encode_cases(
         self, variables: Any, interactions: Interactions, features: EventFeatures, cases: Cases, which: np.ndarray
@@ -92,17 +94,26 @@ class Ranker:
         vectors = self.users(variables, batch.tables, batch.rows, batch.history)
         return np.asarray(jax.device_get(vectors), np.float32)[:count]
 
-    def item_vectors(self, variables: Any) -> np.ndarray:
-        """Item vectors of the whole catalogue, float32 [I, D]."""
-        items = len(self.tables.has_text)
+    def item_vectors(
+        self, variables: Any, tables: ItemTables | None = None, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Item vectors of the whole catalogue, or of other tables and their rows among the learned vectors.
+
+        Returns:
+          float32 [I, D].
+        """
+        tables = self.tables if tables is None else tables
+        rows = np.arange(len(tables.has_text), dtype=np.int32) if rows is None else rows
         parts = []
-        for start in range(0, items, ITEM_CHUNK):
-            rows = np.arange(start, min(start + ITEM_CHUNK, items), dtype=np.int32)
-            parts.append(np.asarray(self.items(variables, self.tables.take(rows), rows), np.float32))
+        for start in range(0, len(rows), self.item_chunk):
+            at = np.arange(start, min(start + self.item_chunk, len(rows)))
+            parts.append(np.asarray(self.items(variables, tables.take(at), rows[at]), np.float32))
         return np.concatenate(parts)
 
 
-def make_ranker(model: Any, tables: ItemTables, *, extra: tuple, max_history: int, batch_size: int) -> Ranker:
+def make_ranker(
+    model: Any, tables: ItemTables, *, extra: tuple, max_history: int, batch_size: int, item_chunk: int = ITEM_CHUNK
+) -> Ranker:
     """Compiles a ranker from a `UserModel` or `JointModel`.
 
     The variables are arguments of the compiled functions, never constants in them: a base of a billion parameters
@@ -114,6 +125,7 @@ def make_ranker(model: Any, tables: ItemTables, *, extra: tuple, max_history: in
       extra: Further positional arguments of the module (the joint model's prompt).
       max_history: Newest slots that the model reads.
       batch_size: Users encoded at a time.
+      item_chunk: Items encoded at a time.
     """
 
     @jax.jit
@@ -122,7 +134,7 @@ def make_ranker(model: Any, tables: ItemTables, *, extra: tuple, max_history: in
 
     @jax.jit
     def items(variables: Any, tables: ItemTables, rows: jax.Array) -> jax.Array:
-        return model.apply(variables, tables, rows, method=type(model).item_vectors)
+        return model.apply(variables, tables, rows, *extra, method=type(model).item_vectors)
 
     @jax.jit
     def explained(
@@ -138,6 +150,7 @@ def make_ranker(model: Any, tables: ItemTables, *, extra: tuple, max_history: in
         tables=tables,
         max_history=max_history,
         batch_size=batch_size,
+        item_chunk=item_chunk,
     )
 
 
@@ -157,6 +170,7 @@ def ranking_loss(
     batch: HistoryBatch,
     *,
     learned_width: int,
+    text_RxT: jax.Array,
     trained: jax.Array,
     log_popularity: jax.Array,
 ) -> jax.Array:
@@ -168,6 +182,7 @@ def ranking_loss(
       items_RxD: Item vectors of the batch's numbering.
       batch: Targets and negatives.
       learned_width: Leading part of the vectors that gets a gradient on the item side; the rest is frozen.
+      text_RxT: Frozen text embeddings, which tell near-duplicates.
       trained: bool [I], items with a training event. The others are never negatives: pushing them away is what
         makes trained towers fail on new items.
       log_popularity: float [I], log share of the training events per item.
@@ -179,37 +194,58 @@ def ranking_loss(
     users_MxD = users_BxPxD.reshape(-1, users_BxPxD.shape[-1])[places_M]
     targets_M = jnp.maximum(batch.targets.reshape(-1)[places_M], 0)
     weights_M = (batch.supervised >= 0).astype(jnp.float32)
+    text_RxT = unit(text_RxT) if config.duplicate_cosine else text_RxT
 
-    def scores(candidates_CxD: jax.Array) -> jax.Array:
-        learned = users_MxD[:, :learned_width] @ candidates_CxD[:, :learned_width].T
-        frozen = users_MxD[:, learned_width:] @ jax.lax.stop_gradient(candidates_CxD[:, learned_width:]).T
-        return learned + frozen
+    def products(of_MxD: jax.Array, others: jax.Array) -> jax.Array:
+        # With the same others for all, [C, D], or with others for each, [M, C, D].
+        return of_MxD @ others.T if others.ndim == 2 else jnp.einsum("md,mcd->mc", of_MxD, others)
+
+    def scores(rows: jax.Array) -> jax.Array:
+        items = items_RxD[rows]
+        learned = products(users_MxD[:, :learned_width], items[..., :learned_width])
+        return learned + products(users_MxD[:, learned_width:], jax.lax.stop_gradient(items[..., learned_width:]))
+
+    def unlike(rows: jax.Array) -> jax.Array:
+        # Neither the target itself nor, as far as the text tells, the same thing under another id.
+        other = targets_M[:, None] != rows
+        if config.duplicate_cosine:
+            other &= products(text_RxT[targets_M], text_RxT[rows]) <= config.duplicate_cosine
+        return other
 
     if config.negatives == "full":
+        allowed = trained
+        if config.duplicate_cosine:
+            everything = jnp.arange(trained.shape[0])
+            allowed = (trained & unlike(everything)) | (targets_M[:, None] == everything)
         learned, frozen = items_RxD[:, :learned_width], items_RxD[:, learned_width:]
-        return full_softmax(users_MxD, learned, frozen, targets_M, weights_M=weights_M, allowed_C=trained)
+        return full_softmax(users_MxD, learned, frozen, targets_M, weights_M=weights_M, allowed=allowed)
     catalogue = jnp.maximum(batch.rows, 0)
     if config.negatives == "sampled":
         negatives = batch.negatives
+        labels_M = jnp.zeros_like(targets_M)
         positive_M = jnp.sum(users_MxD * items_RxD[targets_M], axis=-1)
-        all_scores = jnp.concatenate([positive_M[:, None], scores(items_RxD[negatives])], axis=1)
-        allowed = (targets_M[:, None] != negatives[None, :]) & trained[catalogue[negatives]][None, :]
+        all_scores = jnp.concatenate([positive_M[:, None], scores(negatives)], axis=1)
+        allowed = unlike(negatives) & trained[catalogue[negatives]]
         allowed = jnp.concatenate([jnp.ones_like(allowed[:, :1]), allowed], axis=1)
-        log_q = None
-        if config.log_q:
-            # Each negative stands for I / S items; the positive stands for itself.
-            ratio = jnp.full(negatives.shape, jnp.log(negatives.shape[0] / trained.shape[0]))
-            log_q = jnp.concatenate([jnp.zeros(1), ratio])
-        return info_nce(all_scores, jnp.zeros_like(targets_M), weights_M=weights_M, log_q_C=log_q, allowed_MxC=allowed)
-    # in-batch: every other example's target is a negative, drawn by its popularity.
-    allowed = (targets_M[:, None] != targets_M[None, :]) & (weights_M[None, :] > 0)
-    log_q = log_popularity[catalogue[targets_M]] if config.log_q else None
+        # Each negative stands for I / S items; the positive stands for itself.
+        ratio = jnp.full(negatives.shape, jnp.log(negatives.shape[0] / trained.shape[0]))
+        log_q, log_one = jnp.concatenate([jnp.zeros(1), ratio]), 0.0
+    else:
+        # in-batch: every other example's target is a negative, drawn by its popularity.
+        labels_M = jnp.arange(targets_M.shape[0])
+        all_scores = scores(targets_M)
+        allowed = unlike(targets_M) & (weights_M > 0)
+        log_q, log_one = log_popularity[catalogue[targets_M]], -jnp.log(jnp.maximum(jnp.sum(weights_M), 1.0))
+    if batch.given is not None:
+        # Negatives of one target alone: each stands for itself.
+        given_MxK = batch.given.reshape(-1, batch.given.shape[-1])[places_M]
+        rows_MxK = jnp.maximum(given_MxK, 0)
+        all_scores = jnp.concatenate([all_scores, scores(rows_MxK)], axis=1)
+        known = (given_MxK >= 0) & trained[catalogue[rows_MxK]]
+        allowed = jnp.concatenate([allowed, unlike(rows_MxK) & known], axis=1)
+        log_q = jnp.concatenate([log_q, jnp.full(given_MxK.shape[1], log_one)])
     return info_nce(
-        scores(items_RxD[targets_M]),
-        jnp.arange(targets_M.shape[0]),
-        weights_M=weights_M,
-        log_q_C=log_q,
-        allowed_MxC=allowed,
+        all_scores, labels_M, weights_M=weights_M, log_q_C=log_q if config.log_q else None, allowed_MxC=allowed
     )
 
 

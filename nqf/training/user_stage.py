@@ -53,7 +53,9 @@ def init_user(run: Run, module: UserModel, tables: ItemTables) -> Any:
     )["params"]
 
 
-def history_data(run: Run, loss: LossConfig, optim: Any, tables: ItemTables | None, seed: int) -> TrainingData:
+def history_data(
+    run: Run, loss: LossConfig, optim: Any, tables: ItemTables | None, seed: int, given: np.ndarray | None = None
+) -> TrainingData:
     """Training batches of the user or joint stage."""
     config, dataset = run.config, run.dataset
     positions = config.joint.prompt.history_items
@@ -70,6 +72,7 @@ def history_data(run: Run, loss: LossConfig, optim: Any, tables: ItemTables | No
         workers=config.training.workers,
         items=len(dataset.catalogue.item_ids),
         tables=tables,
+        given=given,
         shard=batch_shard(config.training.mesh),
     )
 
@@ -150,6 +153,7 @@ def make_user_loss(config: Config, module: UserModel) -> LossFn:
             items,
             batch,
             learned_width=config.candidates.width,
+            text_RxT=step_tables.text,
             trained=frozen["trained"],
             log_popularity=frozen["log_popularity"],
         )
@@ -157,7 +161,7 @@ def make_user_loss(config: Config, module: UserModel) -> LossFn:
         error = jnp.mean(jnp.square(predicted.astype(jnp.float32) - true), axis=(-2, -1))
         supervised = (batch.targets >= 0).astype(jnp.float32)
         regression = jnp.sum(error * supervised) / jnp.maximum(jnp.sum(supervised), 1.0)
-        loss = ranking + config.user.regression_weight * regression
+        loss = config.user.ranking_weight * ranking + config.user.regression_weight * regression
         return loss, {"ranking": ranking, "regression": regression}
 
     return loss_fn
@@ -179,8 +183,9 @@ def train_users(run: Run) -> dict[str, Any]:
         params=params,
         frozen={"tables": on_device, **negatives_of(run)},
         loss_fn=make_user_loss(config, module),
-        validate=lambda params: check({"params": params}),
-        score="ndcg@10",
+        # Without a ranking loss nothing that ranks was trained; of equal scores the newest is kept.
+        validate=lambda params: check({"params": params}) if config.user.ranking_weight else {"untrained": 0.0},
+        score="ndcg@10" if config.user.ranking_weight else "untrained",
         seed=config.seed + 1,
         training=config.training,
         console=run.console,

@@ -72,7 +72,7 @@ def test_full_softmax_is_info_nce_over_everything() -> None:
     allowed = jnp.arange(71) < 50
 
     def written_out(users: jax.Array, learned: jax.Array, frozen: jax.Array) -> jax.Array:
-        return full_softmax(users, learned, frozen, targets, weights_M=weights, allowed_C=allowed)
+        return full_softmax(users, learned, frozen, targets, weights_M=weights, allowed=allowed)
 
     def plain(users: jax.Array, learned: jax.Array, frozen: jax.Array) -> jax.Array:
         scores = users @ jnp.concatenate([learned, jax.lax.stop_gradient(frozen)], axis=1).T

@@ -36,6 +36,7 @@ def pairs(run: Run, *, workers: int = 0, shard: tuple[int, int] = (0, 1)) -> Tra
 
 
 def histories(run: Run, *, negatives: str, tables: bool, shard: tuple[int, int] = (0, 1)) -> TrainingData:
+    events, items = len(run.dataset.interactions.items), len(run.dataset.catalogue.item_ids)
     return history_dataset(
         training_windows(run.dataset.interactions, run.dataset.split, 8),
         run.features,
@@ -47,8 +48,9 @@ def histories(run: Run, *, negatives: str, tables: bool, shard: tuple[int, int] 
         epochs=2,
         seed=1,
         workers=0,
-        items=len(run.dataset.catalogue.item_ids),
+        items=items,
         tables=run.tables(run.folder / "tokens") if tables else None,
+        given=np.random.default_rng(0).integers(-1, items, (events, 3)).astype(np.int32),
         shard=shard,
     )
 
@@ -89,6 +91,20 @@ def test_slices_of_histories_make_the_batch(run: Run, negatives: str) -> None:
         for name in set(whole) & set(WHOLE):
             for part in slices:
                 np.testing.assert_array_equal(part[name], whole[name])
+
+
+@pytest.mark.slow
+def test_targets_bring_the_negatives_that_were_given_for_them(run: Run) -> None:
+    given = np.random.default_rng(0).integers(-1, len(run.dataset.catalogue.item_ids), (len(run.features.items), 3))
+    wanted: dict[int, set] = {}
+    for item, row in zip(run.features.items, given, strict=True):
+        wanted.setdefault(int(item), set()).add(tuple(row))
+    batch = histories(run, negatives="sampled", tables=False).batches[2]
+    rows = np.append(batch.rows, -1)
+    targets, found = rows[batch.targets], rows[batch.given]
+    assert (targets >= 0).sum() > 50 and np.all(found[targets < 0] == -1)
+    for target, row in zip(targets[targets >= 0], found[targets >= 0], strict=True):
+        assert tuple(row) in wanted[target]
 
 
 @pytest.mark.slow
