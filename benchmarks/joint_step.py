@@ -349,8 +349,8 @@ def main() -> None:
             f"Qwen3 of width {sizes['width']}, {sizes['layers']} layers, feed-forward {sizes['mlp']}, {sizes['heads']} "
             f"and {sizes['kv']} heads of {sizes['head']}; {sizes['prompts']} prompts of {sizes['length']} tokens; "
             f"{sizes['users']} histories of {sizes['history']} items.",
-            "bfloat16 is, on a CPU, products of operands in bfloat16 with sums in float32 beside PyTorch's autocast; "
-            "on an accelerator the whole backbone's type.",
+            "bfloat16 is, on a CPU, products of operands in bfloat16 with sums in float32 beside PyTorch's autocast, "
+            "which no configuration key of training selects; on an accelerator it is the whole backbone's type.",
         ],
         details={"sizes": sizes, "flops": flops, "trained": len(jax.tree.leaves(made.state.params))},
     )
