@@ -1,0 +1,104 @@
+"""Studies: the shipped ones can be read, and one command trains variants with everything that is off by default."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nqf.ablate import load_study
+from nqf.config import ConfigError
+from nqf.recommender import Recommender
+from nqf.training.artifacts import StageError
+from nqf.training.joint_stage import train_joint
+from nqf.training.run import open_run
+
+ROOT = Path(__file__).parents[1]
+EVERYTHING = {
+    "item.optim.epochs": 0,
+    "user.ranking_weight": 0.0,
+    "candidates.learn_temperature": False,
+    "joint.candidates": "qwen3",
+    "joint.micro_batch": 12,
+    "joint.mining.count": 3,
+    "joint.loss.negatives": "sampled",
+    "joint.loss.samples": 64,
+    "joint.loss.duplicate_cosine": 0.9,
+}
+
+
+@pytest.mark.parametrize("study", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_can_be_read(study: Path, tmp_path: Path) -> None:
+    variants = load_study(study, tmp_path, (0, 1), ())
+    assert len({variant.folder for variant in variants}) == len(variants)
+    # A variant changes something, and no two are the same.
+    configs = {repr(variant.config) for variant in variants}
+    assert len(configs) == len(variants)
+
+
+def test_a_variant_that_cannot_be_is_named(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({"config": str(ROOT / "tests/tiny.yaml"), "variants": {"bad": {"joint.epoch": 1}}}))
+    with pytest.raises(ConfigError, match="variant 'bad': joint: unknown key 'epoch'"):
+        load_study(study, tmp_path, (0,), ())
+    with pytest.raises(ConfigError, match="no variant other; there are bad"):
+        load_study(study, tmp_path, (0,), ("other",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "value"), [("candidates", "qwen3"), ("train_item_qformer", True), ("mining", None)])
+def test_full_negatives_are_refused_where_they_cannot_be(tiny_run: Path, key: str, value: object) -> None:
+    run = open_run(tiny_run)
+    value = dataclasses.replace(run.config.joint.mining, count=2) if value is None else value
+    config = dataclasses.replace(run.config, joint=dataclasses.replace(run.config.joint, **{key: value}))
+    with pytest.raises(StageError, match="negatives cannot be 'full'; set it to 'sampled' or 'in-batch'"):
+        train_joint(dataclasses.replace(run, config=config))
+
+
+@pytest.mark.slow
+def test_one_command_trains_and_tabulates(tiny_run: Path, tmp_path: Path) -> None:
+    study, runs = tmp_path / "study.yaml", tmp_path / "runs"
+    variants = {"all": {}, "everything": EVERYTHING}
+    study.write_text(yaml.safe_dump({"config": str(ROOT / "tests/tiny.yaml"), "variants": variants}))
+    # The first variant is there already.
+    shutil.copytree(tiny_run, runs / "all-seed0")
+    command = [sys.executable, "-m", "nqf.ablate", str(study), "--runs", str(runs), "--results", str(tmp_path / "docs")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    logs = "".join(path.read_text() for path in runs.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    # Taken over, not made again.
+    made, taken = (runs / f"{name}-seed0" / "fields" / "stage.json" for name in variants)
+    assert made.read_text() == taken.read_text()
+    rows = json.loads((tmp_path / "docs" / "study.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["all", "everything"]
+    page = (tmp_path / "docs.md").read_text()
+    assert "**everything**" in page and "`joint.candidates: qwen3`" in page
+
+    folder = runs / "everything-seed0"
+    assert (folder / "joint" / "negatives.npy").is_file()
+    recommender = Recommender.load(folder)
+    history = recommender.item_ids[:3]
+    frame = recommender.recommend(history=history, k=4)
+    before = recommender.item_vectors.copy()
+    explanation = recommender.explain(history, frame["item_id"][0])
+    assert explanation.rank == pytest.approx(1, abs=0.5)
+    recommender.add_items([{"item_id": "new", "title": "A new lamp"}])
+    assert recommender.item_vectors.shape == (len(before) + 1, before.shape[1])
+    assert (recommender.item_vectors[:-1] == before).all()
+    for format in ("index", "huggingface"):
+        command = [
+            sys.executable,
+            "-m",
+            "nqf.export",
+            str(folder),
+            "--format",
+            format,
+            "--output",
+            str(tmp_path / format),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
