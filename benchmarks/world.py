@@ -186,5 +186,7 @@ def training(
     optimizer = make_optimizer(getattr(config, stage).optim, 1_000)
     step = make_train_step(loss, optimizer, seed=0, skip=0)
     if abstract:
-        return Training(compiled=step, state=jax.eval_shape(lambda: make_state(params, optimizer)), frozen=frozen)
+        return Training(
+            compiled=step, state=jax.eval_shape(lambda tree: make_state(tree, optimizer), params), frozen=frozen
+        )
     return Training(compiled=step, state=make_state(params, optimizer), frozen=jax.device_put(frozen))
