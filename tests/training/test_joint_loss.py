@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nqf.config import (
     CandidatesConfig,
@@ -17,7 +18,7 @@ from nqf.config import (
     UserConfig,
 )
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.recommender import ItemTables, JointModel, PromptIds
+from nqf.models.recommender import ItemTables, JointModel, PromptIds, ScoreHead
 from nqf.pipelines.histories import HistoryBatch, history_of_items
 from nqf.training.joint_stage import make_joint_loss
 
@@ -131,13 +132,14 @@ def test_a_tied_item_vector_is_of_the_item_alone() -> None:
 
 
 def test_a_fixed_temperature_has_no_parameter() -> None:
-    learned = config_of("tower", 0)
-    fixed = dataclasses.replace(learned, candidates=dataclasses.replace(learned.candidates, learn_temperature=False))
-    params = params_of(model_of(learned))
-    bare = {**params, "head": {name: value for name, value in params["head"].items() if name != "log_scale"}}
-    assert jax.tree.structure(params_of(model_of(fixed))) == jax.tree.structure(bare)
-    one, other = (
-        model.apply({"params": tree}, *inputs(), positions=1)[0]
-        for model, tree in ((model_of(learned), params), (model_of(fixed), bare))
+    inputs = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 5)), jnp.ones((2, 3), bool)
+    learned, fixed = (
+        ScoreHead(config=CandidatesConfig(width=6, temperature=0.2, learn_temperature=learn)) for learn in (True, False)
     )
-    np.testing.assert_allclose(one, other, rtol=1e-5)
+    params = dict(jax.jit(learned.init)(jax.random.key(0), *inputs)["params"])
+    expected = jax.jit(learned.apply)({"params": params}, *inputs)
+    assert float(params.pop("log_scale")) == pytest.approx(np.log(5))
+    assert jax.tree.structure(jax.eval_shape(fixed.init, jax.random.key(0), *inputs)["params"]) == jax.tree.structure(
+        params
+    )
+    np.testing.assert_allclose(jax.jit(fixed.apply)({"params": params}, *inputs), expected, rtol=1e-5)
