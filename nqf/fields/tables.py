@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import mmap
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,16 @@ from numpy.lib import format as npy
 
 from nqf.data.errors import NPY_ERRORS
 from nqf.fields.encoder import CacheError
+
+# Tables beyond this size do not stay in the process's resident memory after a read.
+_MAPPED_BYTES = 1 << 30
+
+
+def release(array: np.ndarray) -> None:
+    """Unmaps the pages of a memory map that were read; the kernel keeps them, and the next read maps them again."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,8 @@ class FieldTable:
         present = rows >= 0
         vectors = np.asarray(self.values[np.maximum(rows, 0)], np.float32)
         vectors[~present] = 0
+        if self.values.nbytes > _MAPPED_BYTES:
+            release(self.values)
         return vectors, present
 
     def __reduce__(self) -> tuple:
