@@ -53,7 +53,7 @@ def table(title: str, first: str, rows: list[list[Any]], batch: int) -> dict[str
 def main() -> None:
     bench = begin(__file__, __doc__)
     quick, rates = bench.options.quick, []
-    histories = (10, 30) if quick else (10, 30, 100, 300, 1_000)
+    histories = (10, 30) if quick else (10, 100, 1_000)
     catalogues = (100, 300) if quick else (10_000, 100_000, 1_000_000)
     batch = 4 if quick else 256 if bench.gpu else 16
     grown = [

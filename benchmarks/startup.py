@@ -62,7 +62,7 @@ def main() -> None:
     bench = begin(__file__, __doc__, arguments)
     if bench.options.child:
         return child(bench.options.child)
-    repeats = 1 if bench.options.quick else max(3, bench.options.repeats // 2)
+    repeats = 1 if bench.options.quick else max(2, bench.options.repeats // 2)
     names = dict(list(IMPORTS.items())[:3]) if bench.options.quick else IMPORTS
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
