@@ -79,7 +79,9 @@ class CandidateTower(nn.Module):
         ]
         width = self.config.width
         content = nn.Dense(2 * width, name="hidden", dtype=self.dtype)(jnp.concatenate(inputs, axis=-1))
-        content = nn.Dense(width, name="output", dtype=self.dtype)(nn.gelu(content))
+        # Of length one, which a learned vector reaches within some hundred steps of Adam; beside a content of length
+        # sqrt(V) it would take ten times as many to tell.
+        content = unit(nn.Dense(width, name="output", dtype=self.dtype)(nn.gelu(content))).astype(self.dtype)
         if not self.config.free_vectors:
             return content
         free = self.param("free", nn.initializers.normal(0.02), (self.items, width))
@@ -144,7 +146,9 @@ def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: jax.Arra
     """Tokens of the history's items, each beside the item's learned vector: float [B, N, Q, E + V]."""
     rows = jnp.maximum(items_BxN, 0)
     tokens = tables.tokens[rows]
-    learned = jnp.broadcast_to(learned_RxV[rows][:, :, None, :], (*tokens.shape[:3], learned_RxV.shape[-1]))
+    # Elements of about one, as those of the tokens.
+    learned = learned_RxV[rows][:, :, None, :] * learned_RxV.shape[-1] ** 0.5
+    learned = jnp.broadcast_to(learned, (*tokens.shape[:3], learned_RxV.shape[-1]))
     return jnp.concatenate([tokens.astype(learned.dtype), learned], axis=-1)
 
 
