@@ -28,7 +28,11 @@ def one(
     config = configuration(
         batch=batch, history=history, negatives=negatives, samples=64 if bench.options.quick else 4_096
     )
-    made, data = training(world, config, stage), jax.device_put(world.data(config, stage).batches[0])
+    batches = world.data(config, stage).batches
+    # The batch of the longest histories; long ones are also cut into windows, whose older ones are shorter.
+    longest = max((batches[at] for at in range(len(batches))), key=lambda found: found.history.items.shape[1])
+    made, data = training(world, config, stage), jax.device_put(longest)
+    assert data.history.items.shape[1] == history
     compiled = made.compiled.lower(made.state, made.frozen, data).compile()
     flops = product_flops(made.compiled, made.state, made.frozen, data)
     limit = product()
