@@ -240,7 +240,7 @@ def train_items(run: Run) -> dict[str, Any]:
     field_weights = {field.name: field.weight for field in schema if field.name in variances}
 
     frozen, data = item_data(run, source, config.item.optim)
-    params = module.init(jax.random.key(config.seed), *empty_fields(cache, 1))["params"]
+    params = jax.jit(module.init)(jax.random.key(config.seed), *empty_fields(cache, 1))["params"]
 
     # Without held-out items the report is on training items and says so.
     checked = np.flatnonzero(held) if held.any() else source.trainable
