@@ -234,7 +234,7 @@ def softmax(bench: Bench) -> Pair:
     targets, weights, allowed = rng.integers(0, items, rows), np.ones(rows, np.float32), np.ones(items, bool)
 
     def written(users: Any, learned: Any) -> Any:
-        return full_softmax(users, learned, text, targets, weights_M=weights, allowed_C=allowed)
+        return full_softmax(users, learned, text, targets, weights_M=weights, allowed=allowed)
 
     def plain(users: Any, learned: Any) -> Any:
         scores = users @ jnp.concatenate([learned, text], axis=1).T

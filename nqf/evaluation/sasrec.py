@@ -157,7 +157,7 @@ def train_sasrec(
             jnp.zeros((len(items), 0)),
             jnp.maximum(targets_BxL, 0).reshape(-1),
             weights_M=weights,
-            allowed_C=jnp.ones(len(items), bool),
+            allowed=jnp.ones(len(items), bool),
         )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
