@@ -84,7 +84,10 @@ class Bench:
             "question": self.question,
             "device": self.options.device,
             "quick": self.options.quick,
-            "command": shlex.join(["python", f"benchmarks/{self.name}.py", *sys.argv[1:]]),
+            # Absolute paths say something about the machine that ran it and nothing to others.
+            "command": shlex.join(
+                ["python", f"benchmarks/{self.name}.py", *(Path(a).name if a[:1] == "/" else a for a in sys.argv[1:])]
+            ),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": machine(self.options.device),
             "load": os.getloadavg()[0],
