@@ -17,16 +17,15 @@ from typing import Any, Literal
 import yaml
 
 
-def clipped(message: str) -> str:
-    """A message for a terminal: where an input's own words made it enormous, its middle is left out."""
-    return message if len(message) <= 1_500 else f"{message[:1_000]} (…) {message[-400:]}"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file, the key and what to do."""
+class InputError(ValueError):
+    """Something given that cannot be used; where its own words made the message enormous, the middle is left out."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(clipped(message))
+        super().__init__(message if len(message) <= 1_500 else f"{message[:1_000]} (…) {message[-400:]}")
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be used; the message names the file, the key and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import tokenize
 import zipfile
 
-from nqf.config import clipped
+from nqf.config import InputError
 
 NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 """What reading a damaged .npy or .npz raises; numpy parses headers with Python's tokenizer, which has errors too."""
@@ -12,8 +12,5 @@ STRUCTURE_ERRORS = (KeyError, IndexError, TypeError, AttributeError, RecursionEr
 """What reading a file raises that is JSON, or an archive, but holds something else than it should."""
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used; the message names the file, the row or key, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(clipped(message))

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import html
 import io
-import os
 from collections.abc import Sequence
 
 import polars as pl
@@ -15,7 +14,7 @@ from PIL import Image, ImageOps
 
 from nqf.data.catalogue import Catalogue
 from nqf.data.schema import Field
-from nqf.fields.image import FORMATS, MAX_PIXELS
+from nqf.fields.image import open_picture
 
 _SIDE = 112
 _STYLE = """
@@ -91,13 +90,10 @@ def cards_html(rows: Sequence[tuple[str, Sequence[Card]]]) -> str:
 
 def thumbnail(path: str | None) -> str:
     """A local picture as a small PNG data URI; empty if it is missing, a link, too large or damaged."""
-    # A pipe would never end.
-    if path is None or not os.path.isfile(path):
+    if path is None:
         return ""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return ""
+        with open_picture(path) as image:
             # Small drawings are enlarged without blur, photographs reduced with care.
             small = image.convert("RGB")
             method = Image.Resampling.NEAREST if max(small.size) < _SIDE else Image.Resampling.LANCZOS

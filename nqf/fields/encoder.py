@@ -11,16 +11,13 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import polars as pl
 
-from nqf.config import FieldsConfig, clipped
+from nqf.config import FieldsConfig, InputError
 from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS
 from nqf.data.schema import Field
 
 
-class CacheError(ValueError):
+class CacheError(InputError):
     """A cache, or an encoder in it, that cannot be used; the message names the file and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(clipped(message))
 
 
 class FieldEncoder(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,23 @@ class ImageEncoder(LightEncoder):
         return np.concatenate(vectors), np.concatenate(readable)
 
 
+@contextlib.contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """A local picture, which is not decoded before it is used.
+
+    Raises:
+      OSError, ValueError: It is missing, no regular file, of none of `FORMATS`, or has more than `MAX_PIXELS`; a
+        damaged one may raise anything that a decoder can.
+    """
+    # A pipe would never end.
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: not a file")
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        yield image
+
+
 def thumbnails(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """RGB thumbnails in [0, 1] of local files, float32 [n, side * side * 3], and bool [n], which could be read."""
     # Pillow decodes and resizes without Python's lock.
@@ -88,12 +107,7 @@ def thumbnails(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _thumbnail(path: str) -> np.ndarray | None:
     try:
-        # A pipe would never end.
-        if not os.path.isfile(path):
-            return None
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return None
+        with open_picture(path) as image:
             # JPEG decodes straight to a smaller size.
             image.draft("RGB", (4 * SIDE, 4 * SIDE))
             if image.mode != "RGB":

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from nqf.fields.image import FORMATS, MAX_PIXELS
+from nqf.fields.image import open_picture
 
 T = TypeVar("T")
 _CHUNK = 1 << 16
@@ -64,13 +64,9 @@ class ImageReader:
         def one(value: str) -> T | Exception:
             try:
                 path = self.fetch(value) if value.startswith(("http://", "https://")) else Path(value)
-                if not path.is_file():
-                    raise FileNotFoundError(f"{value}: not a file")
-                if path.stat().st_size > self.max_bytes:
-                    raise ValueError(f"larger than {self.max_bytes} bytes")
-                with Image.open(path, formats=FORMATS) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                with open_picture(path) as image:
+                    if path.stat().st_size > self.max_bytes:
+                        raise ValueError(f"larger than {self.max_bytes} bytes")
                     return prepare(image)
             except Exception as error:
                 # A damaged file may raise anything that a decoder of forty formats can.
