@@ -198,8 +198,9 @@ def _item_program(run: Run) -> Program:
     held = held_out_items(run)
     source = pair_source(run.dataset.interactions, run.dataset.split, len(held), held)
     frozen, _ = item_data(run, source, run.config.item.optim)
+    ones = dict.fromkeys(run.cache.names, 1.0)
     return Program(
-        loss_fn=make_item_loss(module, run.config.item, *2 * [dict.fromkeys(run.cache.names, 1.0)]),
+        loss_fn=make_item_loss(module, run.config.item, ones, ones),
         params=jax.eval_shape(module.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"],
         frozen=_shapes(frozen),
         data=lambda optim: item_data(run, source, optim)[1],
