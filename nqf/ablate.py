@@ -175,7 +175,8 @@ def row_of(variant: Variant) -> dict[str, Any]:
         "best_baseline": best,
         "joint_minus_best_baseline": {metric: difference[metric] for metric in METRICS},
         "stage_seconds": {stage: read_artifact(variant.folder, stage).result["wall_seconds"] for stage in STAGES},
-        "text_encoder": Path(variant.config.fields.text_encoder).name,
+        # The folder of a model is often called "model".
+        "text_encoder": "/".join(Path(variant.config.fields.text_encoder).parts[-2:]),
         "provenance": results.provenance,
     }
 

@@ -94,44 +94,64 @@ class CandidateTower(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """User vectors of every position from a pooled state and the history's frozen text embeddings.
+    """User vectors of every position from a pooled state and what the history's items look like.
 
     Attributes:
-      config: Width, temperature and whether the frozen similarity is part of the score.
+      config: Width, temperature and which parts the score has.
     """
 
     config: CandidatesConfig
 
     @nn.compact
-    def __call__(self, pooled_BxPxD: jax.Array, text_BxNxT: jax.Array, valid_BxN: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        pooled_BxPxD: jax.Array,
+        learned_BxNxV: jax.Array,
+        valid_BxN: jax.Array,
+        text_BxNxT: jax.Array,
+        has_text_BxN: jax.Array,
+    ) -> jax.Array:
         """Returns user vectors, float32 [B, P, V (+ T)]; their inner products with `item_side` are the logits.
 
         Args:
           pooled_BxPxD: Pooled states of the newest P positions.
-          text_BxNxT: Frozen text embeddings of the history's slots.
-          valid_BxN: False in padding and where the item has no text.
+          learned_BxNxV: The tower's vectors of the items in the history's slots.
+          valid_BxN: False in padding.
+          text_BxNxT: Frozen text embeddings of the slots.
+          has_text_BxN: False in padding and where the item has no text.
         """
-        learned = unit(nn.Dense(self.config.width, name="project")(pooled_BxPxD.astype(jnp.float32)))
+        slots, positions = valid_BxN.shape[1], pooled_BxPxD.shape[1]
+        distance_PxN = jnp.arange(slots - positions, slots)[:, None] - jnp.arange(slots)[None, :]
+
+        def recent(name: str, vectors_BxNxD: jax.Array, there_BxN: jax.Array) -> jax.Array:
+            """Direction of the vectors' sum up to each position, older ones weighing exponentially less."""
+            decay = self.param(name, nn.initializers.constant(0.5), ())
+            weight_PxN = jnp.exp(-jax.nn.softplus(decay) * jnp.maximum(distance_PxN, 0)) * (distance_PxN >= 0)
+            return unit(jnp.einsum("pn,bnd->bpd", weight_PxN, vectors_BxNxD.astype(jnp.float32) * there_BxN[..., None]))
+
+        pooled_BxPxD = pooled_BxPxD.astype(jnp.float32)
+        width = self.config.width
+        user = nn.Dense(width, name="project")(pooled_BxPxD)
+        if self.config.transitions:
+            last = recent("transition_decay", learned_BxNxV, valid_BxN)
+            # Elements of about one, as those of the pooled state.
+            user += nn.Dense(width, use_bias=False, name="transition")(last * width**0.5)
+        user = unit(user)
         if self.config.learn_temperature:
             log_scale = self.param("log_scale", nn.initializers.constant(-math.log(self.config.temperature)), ())
             # CLIP's cap on the scale (arXiv 2103.00020, section 2.5): larger ones make training unstable.
-            learned = learned * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
+            user = user * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
         else:
-            learned = learned / self.config.temperature
+            user = user / self.config.temperature
         if not self.config.frozen_similarity:
-            return learned
-        slots, positions = text_BxNxT.shape[1], pooled_BxPxD.shape[1]
-        decay = self.param("decay", nn.initializers.constant(0.5), ())
-        distance_PxN = jnp.arange(slots - positions, slots)[:, None] - jnp.arange(slots)[None, :]
-        weight_PxN = jnp.where(distance_PxN >= 0, jnp.exp(-jax.nn.softplus(decay) * jnp.maximum(distance_PxN, 0)), 0.0)
-        mean_BxPxT = jnp.einsum("pn,bnt->bpt", weight_PxN, text_BxNxT.astype(jnp.float32) * valid_BxN[..., None])
+            return user
         # softplus(4) is about 4: the frozen cosine starts as a hint beside the learned one's 1 / 0.07.
         gate_BxPx1 = nn.softplus(
             nn.Dense(1, name="gate", kernel_init=nn.initializers.zeros, bias_init=nn.initializers.constant(4.0))(
-                pooled_BxPxD.astype(jnp.float32)
+                pooled_BxPxD
             )
         )
-        return jnp.concatenate([learned, gate_BxPx1 * unit(mean_BxPxT)], axis=-1)
+        return jnp.concatenate([user, gate_BxPx1 * recent("decay", text_BxNxT, has_text_BxN)], axis=-1)
 
 
 def item_side(config: CandidatesConfig, learned_RxV: jax.Array, tables: ItemTables) -> jax.Array:
@@ -200,16 +220,18 @@ class UserModel(nn.Module):
         inputs = _item_inputs(tables, learned, history.items)
         tokens_BxPxUxD = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
         pooled = tokens_BxPxUxD.reshape(*tokens_BxPxUxD.shape[:2], -1)
-        text, valid = history_text(tables, history)
-        users = self.head(pooled, text, valid)
+        users = self.head(pooled, *history_vectors(tables, learned, history))
         predicted = self.regression(pooled).reshape(*pooled.shape[:2], *self.item_tokens)
         return users, item_side(self.config.candidates, learned, tables), predicted
 
 
-def history_text(tables: ItemTables, history: History) -> tuple[jax.Array, jax.Array]:
-    """Frozen text embeddings of the slots, float [B, N, T], and where there is one, bool [B, N]."""
-    rows = jnp.maximum(history.items, 0)
-    return tables.text[rows], tables.has_text[rows] & (history.items >= 0)
+def history_vectors(
+    tables: ItemTables, learned_RxV: jax.Array, history: History
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the score reads of the slots: the tower's vectors, float [B, N, V], where there is an item, bool [B, N],
+    frozen text embeddings, float [B, N, T], and where there is one, bool [B, N]."""
+    rows, there = jnp.maximum(history.items, 0), history.items >= 0
+    return learned_RxV[rows], there, tables.text[rows], tables.has_text[rows] & there
 
 
 @struct.dataclass
@@ -343,7 +365,7 @@ class JointModel(nn.Module):
         titles = jnp.where((items_BxS >= 0)[..., None], tables.titles[jnp.maximum(items_BxS, 0)], -1)
 
         pooled = self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
-        return self.head(pooled, *history_text(tables, history))
+        return self.head(pooled, *history_vectors(tables, learned_RxV, history))
 
     def _read(
         self,

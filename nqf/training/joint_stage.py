@@ -210,14 +210,16 @@ def joint_ranker(run: Run, joint: Joint) -> Ranker:
 
 
 def _start_from_user_stage(run: Run, params: Any) -> Any:
-    """Takes over what the user stage learned: the tower, the User Q-Former and the score's scalars.
+    """Takes over what the user stage learned: the tower, the User Q-Former and what the score has of its own.
 
     Initialization order: own checkpoint (in `fit`), previous stage (here), pretrained base, scratch.
     """
     learned = load_users(run)[1]["params"]
     taken = {name: learned[name] for name in ("tower", "user_qformer") if name in params["params"]}
-    scalars = {name: value for name, value in learned["head"].items() if name in ("log_scale", "decay")}
-    taken["head"] = {**params["params"]["head"], **scalars}
+    # The other parts read the pooled state, which is another one.
+    own = ("log_scale", "decay", "transition", "transition_decay")
+    kept = {name: value for name, value in learned["head"].items() if name in own}
+    taken["head"] = {**params["params"]["head"], **kept}
     return {**params, "params": {**params["params"], **taken}}
 
 

@@ -132,7 +132,8 @@ def test_a_tied_item_vector_is_of_the_item_alone() -> None:
 
 
 def test_a_fixed_temperature_has_no_parameter() -> None:
-    inputs = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 5)), jnp.ones((2, 3), bool)
+    there = jnp.ones((2, 3), bool)
+    inputs = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 6)), there, jnp.ones((2, 3, 5)), there
     learned, fixed = (
         ScoreHead(config=CandidatesConfig(width=6, temperature=0.2, learn_temperature=learn)) for learn in (True, False)
     )
