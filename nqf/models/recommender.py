@@ -134,7 +134,8 @@ class ScoreHead(nn.Module):
         user = nn.Dense(width, name="project")(pooled_BxPxD)
         if self.config.transitions:
             last = recent("transition_decay", learned_BxNxV, valid_BxN)
-            # Elements of about one, as those of the pooled state.
+            # Which item follows which, as in a factorized Markov chain (FPMC, Rendle et al. 2010). Elements are of
+            # about one, as those of the pooled state.
             user += nn.Dense(width, use_bias=False, name="transition")(last * width**0.5)
         user = unit(user)
         if self.config.learn_temperature:
