@@ -201,7 +201,8 @@ class ItemConfig:
     margin: float = 0.5
     temperature: float = 0.07
     held_out_share: float = 0.1
-    # Of 0.01, 0.3, 1 and 3 (validation, quick start and ml-100k), 1 explained most.
+    # A weight decay of 1 explained most of ml-100k's held-out items, of 0.01, 0.3, 1 and 3; on the quick start .71
+    # where 0.01 gave .67.
     optim: OptimConfig = OptimConfig(batch_size=128, epochs=5, learning_rate=4e-3, warmup_share=0.1, weight_decay=1.0)
 
 

@@ -36,7 +36,8 @@ def write_studies(folder: Path, page: Path) -> None:
 
 def _section(study: dict[str, Any]) -> list[str]:
     variants: dict[str, list[dict[str, Any]]] = {}
-    for row in study["rows"]:
+    # Variants run at the same time end in any order; the page's intervals are those of the first seed.
+    for row in sorted(study["rows"], key=lambda row: row["seed"]):
         variants.setdefault(row["variant"], []).append(row)
     first = next(iter(variants.values()))[0]
     lines = [
