@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ Values = Callable[[], Iterator[pl.Series]]
 EncoderFactory = Callable[[Field, FieldsConfig], FieldEncoder]
 
 
-class LightEncoder:
+class LightEncoder(abc.ABC):
     """Base of the encoders that need no download: options in JSON, fitted arrays in one .npz, no pickle.
 
     Attributes:
@@ -69,15 +70,15 @@ class LightEncoder:
         self.state = dict(state)
 
     @classmethod
+    @abc.abstractmethod
     def fit(cls, values: Values, field: Field, config: FieldsConfig) -> Self:
         """Fits the encoder of a field on a sample of its distinct values."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def settings(cls, field: Field, config: FieldsConfig) -> dict[str, Any]:
         """What of the field's options and the configuration a fit depends on; the encoder is fitted anew when
         this changes, and at no other time."""
-        raise NotImplementedError
 
     @property
     def identity(self) -> dict[str, Any]:
