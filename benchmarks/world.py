@@ -33,13 +33,13 @@ class World:
       tables: Host tables of the items.
       interactions: All interactions.
       features: Their features.
-      negatives: `trained` and `log_popularity`, as the losses read them.
+      log_popularity: float32 [I], as the losses read it.
     """
 
     tables: ItemTables
     interactions: Interactions
     features: EventFeatures
-    negatives: dict[str, np.ndarray]
+    log_popularity: np.ndarray
 
     def data(self, config: Config, stage: str, *, on_device: bool = True, epochs: int = 1) -> TrainingData:
         """The training batches of a stage."""
@@ -82,13 +82,14 @@ def make_world(
         vectors=rng.standard_normal((items, tokens[1]), np.float32).astype(np.float16),
         text=rng.standard_normal((items, text), np.float32),
         has_text=np.ones(items, bool),
+        trained=np.ones(items, bool),
         titles=np.zeros((items, 0), np.int32),
     )
     return World(
         tables=tables,
         interactions=interactions,
         features=event_features(interactions, split, None),
-        negatives={"trained": np.ones(items, bool), "log_popularity": np.full(items, -np.log(items), np.float32)},
+        log_popularity=np.full(items, -np.log(items), np.float32),
     )
 
 
@@ -162,7 +163,10 @@ def training(
     some, rows = world.tables.take(np.zeros(1, np.int32)), np.zeros(1, np.int32)
     history = history_of_items(np.full((1, slots), -1, np.int32), 0)
     key = jax.random.key(config.seed)
-    frozen: dict[str, Any] = {"tables": world.tables if on_device else None, **world.negatives}
+    frozen: dict[str, Any] = {
+        "tables": world.tables if on_device else None,
+        "log_popularity": world.log_popularity,
+    }
     shape = {"items": items, "item_tokens": world.tables.tokens.shape[1:]}
 
     def init(module: Any, *extra: Any) -> dict[str, Any]:

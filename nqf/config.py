@@ -66,6 +66,8 @@ class DataConfig:
       valid_share: Share of the interactions between the two cuts of the temporal split.
       test_share: Share of the interactions after the second cut of the temporal split.
       cold_share: Share of the items, 0 to 1, removed from training altogether.
+      refit: Train on what the validation holds out too, for the last model, when everything has been chosen without.
+        Nothing can be selected then: all stages that rank keep their newest parameters.
       min_interactions: Users with fewer interactions are left out and counted.
       unknown_items: What to do with interactions whose item the catalogue lacks: `drop` (counted) or `refuse`.
       bad_values: What to do with numbers and times that do not parse: `missing` (counted) or `refuse`.
@@ -85,6 +87,7 @@ class DataConfig:
     valid_share: float = 0.1
     test_share: float = 0.1
     cold_share: float = 0.0
+    refit: bool = False
     min_interactions: int = 3
     unknown_items: Literal["drop", "refuse"] = "drop"
     bad_values: Literal["missing", "refuse"] = "missing"
@@ -220,6 +223,8 @@ class CandidatesConfig:
         model's pooled state: which item follows which, as in a factorized Markov chain.
       frozen_similarity: Keep the cosine of the frozen text embeddings as a part of the score, weighted by a
         learned scale; it is what ranks items that training never saw.
+      new_item_weight: Factor of that part for items that training never saw, whose learned part says less. What it
+        should be, validation with `data.cold_share` tells: known items give way to new ones as it grows.
       temperature: Temperature of the scores; the one at the start if it is learned.
       learn_temperature: Whether the temperature is learned.
     """
@@ -231,6 +236,7 @@ class CandidatesConfig:
     free_dropout: float = 0.5
     transitions: bool = True
     frozen_similarity: bool = True
+    new_item_weight: float = 1.5
     temperature: float = 0.07
     learn_temperature: bool = True
 

@@ -200,6 +200,7 @@ def _hide_fields(
         vectors=np.asarray(output.vector, old.vectors.dtype)[: len(text)],
         text=text,
         has_text=has_text,
+        trained=old.trained,
         titles=titles,
     )
     return hidden, np.moveaxis(np.asarray(attention), 1, 0)[:size]

@@ -227,8 +227,9 @@ class Recommender:
         known = rows >= 0
         rows[~known] = len(self.item_ids) + np.arange((~known).sum(), dtype=np.int32)
         titles = [title or "" for title in frame["title"]]
-        new = self._encode(encoded, titles)
         # A known item keeps its learned vector: its row is the same. A new one has none.
+        trained = known & self._ranker.tables.trained[np.where(known, rows, 0)]
+        new = self._encode(encoded, titles, trained)
         vectors = self._ranker.item_vectors(self._variables, new, rows)
 
         def merged(old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -247,7 +248,9 @@ class Recommender:
                 self._row_of[item_id] = row
             self._titles[row] = title
 
-    def _encode(self, encoded: Mapping[str, tuple[np.ndarray, np.ndarray]], titles: Sequence[str]) -> ItemTables:
+    def _encode(
+        self, encoded: Mapping[str, tuple[np.ndarray, np.ndarray]], titles: Sequence[str], trained: np.ndarray
+    ) -> ItemTables:
         """Item tables of some encoded items."""
         names, (module, params), old = self._run.cache.names, self._items, self._ranker.tables
         encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
@@ -265,6 +268,7 @@ class Recommender:
             vectors=np.concatenate(vectors),
             text=self._run.text_features(text, has_text),
             has_text=has_text,
+            trained=trained,
             titles=title_tokens(titles, old.titles.shape[1], self._tokenizer),
         )
 

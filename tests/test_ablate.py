@@ -13,7 +13,8 @@ import yaml
 from nqf.ablate import load_study
 from nqf.config import ConfigError
 from nqf.recommender import Recommender
-from nqf.training.artifacts import StageError
+from nqf.training.artifacts import StageError, read_artifact
+from nqf.training.assess import assess
 from nqf.training.joint_stage import train_joint
 from nqf.training.run import open_run
 
@@ -29,6 +30,7 @@ EVERYTHING = {
     "joint.loss.samples": 64,
     "joint.loss.duplicate_cosine": 0.9,
 }
+REFIT = {"data.refit": True, "joint.train_item_qformer": True, "joint.loss.negatives": "in-batch"}
 
 
 @pytest.mark.parametrize("study", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
@@ -62,7 +64,7 @@ def test_full_negatives_are_refused_where_they_cannot_be(tiny_run: Path, key: st
 @pytest.mark.slow
 def test_one_command_trains_and_tabulates(tiny_run: Path, tmp_path: Path) -> None:
     study, runs = tmp_path / "study.yaml", tmp_path / "runs"
-    variants = {"all": {}, "everything": EVERYTHING}
+    variants = {"all": {}, "everything": EVERYTHING, "refit": REFIT}
     study.write_text(yaml.safe_dump({"config": str(ROOT / "tests/tiny.yaml"), "variants": variants}))
     # The first variant is there already.
     shutil.copytree(tiny_run, runs / "all-seed0")
@@ -74,8 +76,14 @@ def test_one_command_trains_and_tabulates(tiny_run: Path, tmp_path: Path) -> Non
     made, taken = (runs / f"{name}-seed0" / "fields" / "stage.json" for name in variants)
     assert made.read_text() == taken.read_text()
     rows = json.loads((tmp_path / "docs" / "study.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["all", "everything"]
+    assert [row["variant"] for row in rows] == ["all", "everything", "refit"]
     page = (tmp_path / "docs.md").read_text()
+    results = {name: read_artifact(runs / f"{name}-seed0", "joint").result for name in ("all", "refit")}
+    assert "ndcg@10" in results["all"]
+    assert "ndcg@10" not in results["refit"]
+    assert results["refit"]["best_step"] == results["refit"]["steps"]
+    with pytest.raises(StageError, match="trained on its validation cases"):
+        assess(open_run(runs / "refit-seed0"), split="valid")
     assert "**everything**" in page and "`joint.candidates: qwen3`" in page
 
     folder = runs / "everything-seed0"

@@ -106,13 +106,14 @@ def test_user_stage_reads_changes_too(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_copy_of_an_item_has_its_content(tiny_run: Path, trained: Recommender) -> None:
-    """The frozen half of a new item's vector is that of an item with the same text; the learned half has no part
-    that training gave to the item alone."""
+    """The frozen half of a new item's vector is that of an item with the same text, under the weight of new items; the
+    learned half has no part that training gave to the item alone."""
     frame = pl.read_parquet(tiny_run / "data" / "items.parquet").head(1)
     copy = Recommender.load(tiny_run)
     copy.add_items(frame.with_columns(item_id=pl.lit("copy")))
-    width = copy._run.config.candidates.width
-    np.testing.assert_allclose(copy.item_vectors[-1, width:], copy.item_vectors[0, width:], atol=1e-3)
+    candidates = copy._run.config.candidates
+    width, weight = candidates.width, candidates.new_item_weight
+    np.testing.assert_allclose(copy.item_vectors[-1, width:], weight * copy.item_vectors[0, width:], atol=1e-3)
     assert not np.allclose(copy.item_vectors[-1, :width], copy.item_vectors[0, :width], atol=1e-3)
 
 

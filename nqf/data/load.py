@@ -145,7 +145,7 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
     schema = Schema(fields=fields, title=title)
     item_ids, item_report = _write_items(tables, schema, config, target, scratch)
     interactions, event_report = _read_interactions(tables, item_ids, config)
-    options = {"items": len(item_ids), "cold_share": config.cold_share, "seed": config.seed}
+    options = {"items": len(item_ids), "cold_share": config.cold_share, "refit": config.refit, "seed": config.seed}
     if config.split == "temporal":
         options |= {"valid_share": config.valid_share, "test_share": config.test_share}
         split = splits.temporal(interactions, **options)

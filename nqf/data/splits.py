@@ -72,7 +72,9 @@ def load_split(path: str | Path) -> Split:
         )
 
 
-def leave_one_out(interactions: Interactions, *, items: int, cold_share: float = 0.0, seed: int = 0) -> Split:
+def leave_one_out(
+    interactions: Interactions, *, items: int, cold_share: float = 0.0, refit: bool = False, seed: int = 0
+) -> Split:
     """Holds out the last event of every user for testing and the one before it for validation.
 
     Users with fewer than three events have no cases; all their events are training.
@@ -82,7 +84,8 @@ def leave_one_out(interactions: Interactions, *, items: int, cold_share: float =
       items: Number of catalogue items.
       cold_share: Share of the items, 0 to 1, whose events are removed from training; they stay in histories and
         among the targets.
-      seed: Seed of that draw.
+      refit: Whether the validation targets are training events too.
+      seed: Seed of the draw of cold items.
 
     Raises:
       DataError: No training event or no case is left.
@@ -92,8 +95,9 @@ def leave_one_out(interactions: Interactions, *, items: int, cold_share: float =
     valid = Cases(users=users.astype(np.int32), cuts=ends[users] - 2)
     test = Cases(users=users.astype(np.int32), cuts=ends[users] - 1)
     train = np.ones(len(interactions.items), bool)
-    train[valid.cuts] = train[test.cuts] = False
-    warnings = []
+    train[valid.cuts] = refit
+    train[test.cuts] = False
+    warnings = _refitted(refit)
     short = len(interactions.user_ids) - len(users)
     if short:
         warnings.append(f"{short} users have fewer than three interactions: they are trained on and not evaluated")
@@ -115,6 +119,7 @@ def temporal(
     valid_share: float,
     test_share: float,
     cold_share: float = 0.0,
+    refit: bool = False,
     seed: int = 0,
 ) -> Split:
     """Cuts all interactions at two moments, the same for all users.
@@ -130,6 +135,7 @@ def temporal(
       valid_share: Share of the interactions, 0 to 1, between the cuts, as nearly as ties allow.
       test_share: Share of the interactions, 0 to 1, after the second cut.
       cold_share: As in `leave_one_out`.
+      refit: Whether the events between the cuts are training events too.
       seed: As in `leave_one_out`.
 
     Raises:
@@ -144,7 +150,7 @@ def temporal(
     second_cut = ordered[min(round(len(ordered) * (1 - test_share)), last)]
     valid, short_valid = _last_inside(interactions, (times >= first_cut) & (times < second_cut))
     test, short_test = _last_inside(interactions, times >= second_cut)
-    warnings = []
+    warnings = _refitted(refit)
     if short_valid or short_test:
         warnings.append(
             f"{short_valid} validation and {short_test} test users have no interaction before their target and are "
@@ -152,7 +158,7 @@ def temporal(
         )
     return _finish(
         interactions,
-        times < first_cut,
+        times < (second_cut if refit else first_cut),
         valid,
         test,
         items=items,
@@ -160,6 +166,10 @@ def temporal(
         seed=seed,
         warnings=warnings,
     )
+
+
+def _refitted(refit: bool) -> list[str]:
+    return ["data.refit: the validation cases are trained on; nothing can be selected on them"] if refit else []
 
 
 def _filled_times(interactions: Interactions) -> np.ndarray:

@@ -17,6 +17,11 @@ BATCH = 512
 # the matrix product, 2^23 at a quarter of it.
 _TILE_CPU = 1 << 21
 _TILE_ACCELERATOR = 1 << 26
+# The product keeps its rate down to about as many users at a time.
+_FEWEST_USERS = 128
+_WIDEST = 1 << 22
+# Columns of a group of `_top`.
+_GROUP = 16
 _ROWS_CHECKED = 65_536
 # Scores that a function may hold at a time: 256 MiB of float32.
 _DENSE_SCORES = 1 << 26
@@ -88,41 +93,40 @@ def rank_vectors(
     items = len(item_vectors_IxD)
     targets_N = _checked_targets(targets_N, len(user_vectors_NxD), items)
     _check_vectors(user_vectors_NxD, item_vectors_IxD)
-    batch = _batch_size(len(targets_N), batch)
-    greater_N = np.zeros(len(targets_N), np.int64)
-    equal_N = np.full(len(targets_N), -1, np.int64)  # The target equals itself.
-    target_N = np.zeros(len(targets_N), np.float32)
+    batch, width = _tile(len(targets_N), items, batch, chunk)
     spans = list(_spans(len(targets_N), batch))
     padded = [
-        _padded(seen[span] if seen is not None else [[]] * len(targets_N[span]), targets_N[span]) for span in spans
+        _rows(_padded(seen[span] if seen is not None else [[]] * len(targets_N[span]), targets_N[span]), batch, -1)
+        for span in spans
     ]
-    width = _chunk_width(items, batch, chunk)
-    if items > width:
-        # The target's score has to come from the program that scores the others: another order of summation may
-        # differ in the last bit, and an item with the target's own vector would no longer tie with it.
-        for span in spans:
-            users_BxD = _rows(user_vectors_NxD[span], batch)
-            for part in _spans(len(targets_N[span]), width):
-                of_targets_CxD = _spread(_rows(item_vectors_IxD[targets_N[span][part]], width))
-                columns_B = np.zeros(batch, np.int32)
-                rows = np.arange(part.start, part.stop)
-                columns_B[rows] = rows - part.start
-                found_B = np.asarray(_picked(users_BxD, of_targets_CxD, columns_B))
-                target_N[span][part] = found_B[rows]
-    for start in range(0, items, width):
-        chunk_CxD = _spread(_rows(item_vectors_IxD[start : start + width], width))
-        count = min(width, items - start)
-        for span, seen_BxS in zip(spans, padded, strict=True):
-            users_BxD = _rows(user_vectors_NxD[span], batch)
-            size = len(targets_N[span])
-            if items <= width:
-                target_N[span] = np.asarray(_picked(users_BxD, chunk_CxD, _rows(targets_N[span], batch)))[:size]
-            counts_2xB = np.asarray(
-                _counts(users_BxD, chunk_CxD, _rows(target_N[span], batch), _rows(seen_BxS, batch, -1), start, count)
+    if items <= width:
+        items_CxD = _spread(_rows(item_vectors_IxD, width))
+        ahead = [
+            _ahead_of_item(
+                _rows(user_vectors_NxD[span], batch), items_CxD, _rows(targets_N[span], batch), seen_BxS, items
             )
-            greater_N[span] += counts_2xB[0, :size]
-            equal_N[span] += counts_2xB[1, :size]
-    return 1.0 + greater_N + 0.5 * equal_N
+            for span, seen_BxS in zip(spans, padded, strict=True)
+        ]
+    else:
+        # The target's score has to come from a product of the same shapes as the others: another order of summation
+        # may differ in the last bit, and an item with the target's own vector would no longer tie with it.
+        target = [
+            _target_scores(_rows(user_vectors_NxD[span], batch), item_vectors_IxD, targets_N[span], width)
+            for span in spans
+        ]
+        ahead = [np.zeros(batch, np.int32) for _ in spans]
+        for start in range(0, items, width):
+            chunk_CxD = _spread(_rows(item_vectors_IxD[start : start + width], width))
+            count = min(width, items - start)
+            for number, span in enumerate(spans):
+                users_BxD = _rows(user_vectors_NxD[span], batch)
+                # Summed on the device, so that no piece waits for the one before.
+                ahead[number] = _ahead(
+                    ahead[number], users_BxD, chunk_CxD, target[number], padded[number], start, count
+                )
+    twice_N = np.concatenate([np.zeros(0), *map(np.asarray, ahead)])[: len(targets_N)]
+    # The target is level with itself.
+    return 1.0 + 0.5 * (twice_N - 1)
 
 
 def top_k(
@@ -155,8 +159,7 @@ def top_k(
         raise ValueError(f"k must be at least 1, got {k}")
     _check_vectors(user_vectors_NxD, item_vectors_IxD)
     users, items = len(user_vectors_NxD), len(item_vectors_IxD)
-    batch = _batch_size(users, batch)
-    k, width = min(k, items), _chunk_width(items, batch, chunk)
+    k, (batch, width) = min(k, items), _tile(users, items, batch, chunk)
     scores_NxK = np.full((users, k), -np.inf, np.float32)
     rows_NxK = np.full((users, k), -1, np.int32)
     spans = list(_spans(users, batch))
@@ -211,25 +214,67 @@ def _picked(users_BxD: jax.Array, chunk_CxD: jax.Array, columns_B: jax.Array) ->
     return jnp.take_along_axis(scores_BxC, columns_B[:, None], axis=1)[:, 0]
 
 
+def _target_scores(
+    users_BxD: np.ndarray, item_vectors_IxD: np.ndarray, targets_N: np.ndarray, width: int
+) -> np.ndarray:
+    """Scores of the users' targets, float32 [B], by products of `width` items; N are the real ones of the B users."""
+    scores_B = np.zeros(len(users_BxD), np.float32)
+    for part in _spans(len(targets_N), width):
+        of_targets_CxD = _spread(_rows(item_vectors_IxD[targets_N[part]], width))
+        rows = np.arange(part.start, part.stop)
+        columns_B = np.zeros(len(users_BxD), np.int32)
+        columns_B[rows] = rows - part.start
+        scores_B[rows] = np.asarray(_picked(users_BxD, of_targets_CxD, columns_B))[rows]
+    return scores_B
+
+
 @jax.jit
-def _counts(
-    users_BxD: jax.Array, chunk_CxD: jax.Array, target_B: jax.Array, seen_BxS: jax.Array, start: int, count: int
+def _ahead(
+    ahead_B: jax.Array,
+    users_BxD: jax.Array,
+    chunk_CxD: jax.Array,
+    target_B: jax.Array,
+    seen_BxS: jax.Array,
+    start: int,
+    count: int,
 ) -> jax.Array:
-    """Numbers of items in the chunk above and level with the target, int32 [2, B]."""
-    scores_BxC = jax.lax.optimization_barrier(_scores(users_BxD, chunk_CxD))
-    real_C = jnp.arange(chunk_CxD.shape[0]) < count
-    local_BxS = seen_BxS - start
-    valid_BxS = (local_BxS >= 0) & (local_BxS < count) & (seen_BxS >= 0)
-    # Seen items are counted with the others and taken off again: a gather is cheaper than a scatter of the mask.
-    seen_scores_BxS = jnp.take_along_axis(scores_BxC, jnp.where(valid_BxS, local_BxS, 0), axis=1)
-    target_Bx1 = target_B[:, None]
+    """Adds, for a chunk, twice the items that are above the target and once those level with it, int32 [B]."""
+    return ahead_B + _count(_scores(users_BxD, chunk_CxD), target_B, seen_BxS - start, count)
 
-    def number(test: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-        return jnp.sum(test(scores_BxC, target_Bx1) & real_C, axis=1, dtype=jnp.int32) - jnp.sum(
-            test(seen_scores_BxS, target_Bx1) & valid_BxS, axis=1, dtype=jnp.int32
-        )
 
-    return jnp.stack([number(jnp.greater), number(jnp.equal)])
+@jax.jit
+def _ahead_of_item(
+    users_BxD: jax.Array, items_CxD: jax.Array, targets_B: jax.Array, seen_BxS: jax.Array, count: int
+) -> jax.Array:
+    """As `_ahead`, for the whole catalogue and targets given by their rows: one product for both."""
+    scores_BxC = jax.lax.optimization_barrier(_scores(users_BxD, items_CxD))
+    target_B = jnp.take_along_axis(scores_BxC, targets_B[:, None], axis=1)[:, 0]
+    return _count(scores_BxC, target_B, seen_BxS, count)
+
+
+def _count(scores_BxC: jax.Array, target_B: jax.Array, columns_BxS: jax.Array, count: int) -> jax.Array:
+    """Twice the scores above the target's and once those level with it, int32 [B].
+
+    Args:
+      scores_BxC: Scores of a chunk; those of its padding are zero.
+      target_B: The targets' scores.
+      columns_BxS: Distinct columns to leave out; what lies outside of the chunk is passed over.
+      count: Columns that are items.
+    """
+    # Without the barrier the tests become a part of the product, at a lower rate.
+    scores_BxC = jax.lax.optimization_barrier(scores_BxC)
+
+    def ahead(scores_BxN: jax.Array) -> jax.Array:
+        return (scores_BxN > target_B[:, None]).astype(jnp.float32) + (scores_BxN >= target_B[:, None])
+
+    # A product with ones is the fastest sum of a row on a CPU, and exact: a chunk has less than 2^23 items.
+    total_B = ahead(scores_BxC) @ jnp.ones(scores_BxC.shape[1], jnp.float32)
+    # Padding and seen items are counted with the others and taken off again: a gather is cheaper than a mask.
+    padding_B = ahead(jnp.zeros((len(target_B), 1)))[:, 0] * (scores_BxC.shape[1] - count)
+    inside_BxS = (columns_BxS >= 0) & (columns_BxS < count)
+    seen_BxS = jnp.take_along_axis(scores_BxC, jnp.where(inside_BxS, columns_BxS, 0), axis=1)
+    seen_B = jnp.sum(jnp.where(inside_BxS, ahead(seen_BxS), 0.0), axis=1)
+    return (total_B - padding_B - seen_B).astype(jnp.int32)
 
 
 @jax.jit
@@ -247,10 +292,28 @@ def _merged(
     scores_BxC = jnp.where(jnp.arange(chunk_CxD.shape[0]) < count, scores_BxC, -jnp.inf)
     local_BxS = jnp.where(seen_BxS >= start, seen_BxS - start, chunk_CxD.shape[0])
     scores_BxC = scores_BxC.at[jnp.arange(len(users_BxD))[:, None], local_BxS].set(-jnp.inf, mode="drop")
-    new_BxK, columns_BxK = jax.lax.top_k(scores_BxC, min(best_BxK.shape[1], chunk_CxD.shape[0]))
+    new_BxK, columns_BxK = _top(scores_BxC, min(best_BxK.shape[1], chunk_CxD.shape[0]))
     new_rows_BxK = jnp.where(new_BxK > -jnp.inf, columns_BxK + start, -1)
     merged_BxK, which_BxK = jax.lax.top_k(jnp.concatenate([best_BxK, new_BxK], axis=1), best_BxK.shape[1])
     return merged_BxK, jnp.take_along_axis(jnp.concatenate([rows_BxK, new_rows_BxK], axis=1), which_BxK, axis=1)
+
+
+def _top(scores_BxC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k`, which sorts its input, over the groups of columns that can hold one of the best alone.
+
+    The `k` groups with the largest members, the first of equals, hold the `k` best columns, the first of equals: a
+    column outside of them comes after the largest member of each.
+    """
+    users, columns = scores_BxC.shape
+    groups = columns // _GROUP
+    if columns % _GROUP or 2 * k >= groups:
+        return jax.lax.top_k(scores_BxC, k)
+    grouped_BxGxW = scores_BxC.reshape(users, groups, _GROUP)
+    # In falling order of columns, `lax.top_k` would not keep the first of equals.
+    which_BxK = jnp.sort(jax.lax.top_k(jnp.max(grouped_BxGxW, axis=-1), k)[1], axis=1)
+    chosen_BxKxW = jnp.take_along_axis(grouped_BxGxW, which_BxK[:, :, None], axis=1)
+    best_BxK, at_BxK = jax.lax.top_k(chosen_BxKxW.reshape(users, k * _GROUP), k)
+    return best_BxK, jnp.take_along_axis(which_BxK, at_BxK // _GROUP, axis=1) * _GROUP + at_BxK % _GROUP
 
 
 def _spans(count: int, size: int) -> Iterator[slice]:
@@ -258,18 +321,21 @@ def _spans(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _batch_size(users: int, batch: int) -> int:
-    # A single user does not pay for a whole batch; powers of two keep the number of compiled programs small.
-    return min(batch, 1 << max(0, users - 1).bit_length())
-
-
-def _chunk_width(items: int, batch: int, chunk: int | None) -> int:
-    if chunk is None:
-        chunk = max(1_024, (_TILE_CPU if jax.default_backend() == "cpu" else _TILE_ACCELERATOR) // batch)
+def _tile(users: int, items: int, batch: int, chunk: int | None) -> tuple[int, int]:
+    """Users and items that are scored at a time."""
     devices = jax.local_device_count()
+    scores = _TILE_CPU if jax.default_backend() == "cpu" else _TILE_ACCELERATOR
     # Whole vector registers, so that no item is scored by a remainder loop with another order of summation.
-    width = min(chunk, -(-items // (128 * devices)) * 128 * devices)
-    return -(-width // devices) * devices
+    whole = -(-items // (128 * devices)) * 128 * devices
+    if chunk is None and whole * _FEWEST_USERS <= scores:
+        # A small catalogue in one piece, for fewer users at a time: the targets' scores need no product of their own.
+        batch, chunk = min(batch, scores // whole // 64 * 64), whole
+    # A single user does not pay for a whole batch; powers of two keep the number of compiled programs small.
+    batch = min(batch, 1 << max(0, users - 1).bit_length())
+    if chunk is None:
+        chunk = min(max(1_024, scores // batch), _WIDEST)
+    width = min(chunk, whole)
+    return batch, -(-width // devices) * devices
 
 
 def _spread(chunk_CxD: np.ndarray) -> jax.Array:
@@ -282,6 +348,8 @@ def _spread(chunk_CxD: np.ndarray) -> jax.Array:
 def _rows(values: np.ndarray, count: int, fill: float = 0) -> np.ndarray:
     """Fills up to `count` rows, so that the last piece runs the program of the others."""
     values = np.asarray(values)
+    if len(values) == count:
+        return values
     out = np.full((count, *values.shape[1:]), fill, values.dtype)
     out[: len(values)] = values
     return out
@@ -289,11 +357,12 @@ def _rows(values: np.ndarray, count: int, fill: float = 0) -> np.ndarray:
 
 def _padded(seen: Seen, targets_N: np.ndarray | None = None) -> np.ndarray:
     """Distinct seen items without the target, int32 [N, S] filled up with -1; S is a power of two."""
-    unique = [np.unique(np.asarray(items, np.int64)) for items in seen]
-    longest = max((len(items) for items in unique), default=0)
-    out = np.full((len(unique), 1 << max(0, longest - 1).bit_length()), -1, np.int32)
-    for row, items in enumerate(unique):
-        out[row, : len(items)] = items
+    lengths_N = np.array([len(items) for items in seen], np.int64)
+    out = np.full((len(seen), 1 << max(0, int(lengths_N.max(initial=0)) - 1).bit_length()), -1, np.int32)
+    if lengths_N.any():
+        out[np.arange(out.shape[1]) < lengths_N[:, None]] = np.concatenate([np.asarray(items) for items in seen])
+    out.sort(axis=1)
+    out[:, 1:][out[:, 1:] == out[:, :-1]] = -1
     if targets_N is not None:
         out[out == np.asarray(targets_N)[:, None]] = -1
     return out
@@ -316,9 +385,11 @@ def _check_vectors(user_vectors_NxD: np.ndarray, item_vectors_IxD: np.ndarray) -
             f"user vectors of shape {user_vectors_NxD.shape} and item vectors of shape {item_vectors_IxD.shape} "
             "do not fit: both need the same width"
         )
+    nothing = np.zeros(user_vectors_NxD.shape[1], np.float32)
     for name, vectors in (("user", user_vectors_NxD), ("item", item_vectors_IxD)):
         for span in _spans(len(vectors), _ROWS_CHECKED):
-            bad = ~np.isfinite(vectors[span]).all(axis=1)
+            # Zero times what is not finite is NaN: one product, at the rate of memory.
+            bad = np.isnan(vectors[span] @ nothing)
             if bad.any():
                 row = span.start + int(np.flatnonzero(bad)[0])
                 raise ValueError(f"the vector of {name} {row} is not finite; training may have diverged")

@@ -97,7 +97,7 @@ class TrainedSASRec:
     Attributes:
       model: The network.
       params: Its best parameters by validation.
-      history: Validation metrics and mean loss of each epoch.
+      history: Mean loss and, where it was validated, metrics of each epoch.
     """
 
     model: SASRec
@@ -116,15 +116,19 @@ def train_sasrec(
     config: SASRecConfig,
     *,
     seed: int,
+    select: bool = True,
     report: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainedSASRec:
     """Trains on the training events and keeps the epoch with the best validation NDCG@10, seen items masked.
+
+    Without a selection it trains all epochs and keeps the last.
 
     Args:
       interactions: All interactions.
       split: What is training, and the validation cases.
       config: Sizes and schedule.
       seed: Seed of initialization, dropout and data order.
+      select: Whether the validation cases were kept out of the training events and can select.
       report: Called with each epoch's entry of the history.
 
     Raises:
@@ -166,7 +170,7 @@ def train_sasrec(
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    validate = _validation(interactions, split)
+    validate = _validation(interactions, split) if select else None
     state, count = optimizer.init(params), 0
     best, best_score, history = params, -1.0, []
     for epoch in range(1, config.epochs + 1):
@@ -175,11 +179,13 @@ def train_sasrec(
             params, state, loss = step(params, state, sequences_BxS, count)
             losses.append(loss)
             count += 1
-        metrics = validate(TrainedSASRec(model=model, params=params, history=[]))
+        metrics = validate(TrainedSASRec(model=model, params=params, history=[])) if validate else {}
         history.append({"epoch": epoch, "loss": float(np.mean(jax.device_get(losses))), **metrics})
         if report is not None:
             report(history[-1])
-        if metrics["ndcg@10"] > best_score:
+        if validate is None:
+            best = params
+        elif metrics["ndcg@10"] > best_score:
             # To the host: the next step takes the device's buffers.
             best, best_score = jax.device_get(params), metrics["ndcg@10"]
         elif epoch - max(history, key=lambda entry: entry["ndcg@10"])["epoch"] >= config.patience:

@@ -24,7 +24,8 @@ def write_studies(folder: Path, page: Path) -> None:
         "validation. Full catalogue, exact ranks, expected rank under ties; brackets are 95 % bootstrap intervals over "
         "users of the first seed, ± is the standard deviation over seeds where there are several. *unmasked* keeps the "
         "user's past in the ranking. *against* is the paired difference in NDCG@10 to the best baseline of the same "
-        "run. Baselines that count, count the validation events too, which no trained model learns from.",
+        "run. Baselines that count, count the validation events too; trained models, SASRec among them, learn from "
+        "those only where the variant sets `data.refit`: all their epochs, nothing selected.",
         "",
     ]
     for study in studies:

@@ -32,6 +32,7 @@ class ItemTables:
       vectors: Item vectors of the Item Q-Former, float [I, E].
       text: Frozen text embeddings, float [I, T]; zero rows where `has_text` is False.
       has_text: bool [I].
+      trained: bool [I], whether the item is in a training event.
       titles: Token ids of the titles, int32 [I, S], -1 in padding; S may be 0.
     """
 
@@ -39,6 +40,7 @@ class ItemTables:
     vectors: jax.Array
     text: jax.Array
     has_text: jax.Array
+    trained: jax.Array
     titles: jax.Array
 
     def take(self, rows: jax.Array | np.ndarray) -> ItemTables:
@@ -66,7 +68,7 @@ class CandidateTower(nn.Module):
         Args:
           tables: Tables of R items.
           rows: int32 [R], the items' rows among the learned vectors; outside of them (-1, or beyond the last) for
-            items without one.
+            items without one, as are those that were never trained on.
           deterministic: Whether dropout is off.
 
         Returns:
@@ -85,7 +87,7 @@ class CandidateTower(nn.Module):
         if not self.config.free_vectors:
             return content
         free = self.param("free", nn.initializers.normal(0.02), (self.items, width))
-        keep = (rows >= 0) & (rows < self.items)
+        keep = (rows >= 0) & (rows < self.items) & tables.trained
         if not deterministic and self.config.free_dropout > 0:
             # Whole vectors are hidden, not elements: a hidden item looks exactly like one that training never saw.
             shown = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.free_dropout, rows.shape)
@@ -159,7 +161,8 @@ def item_side(config: CandidatesConfig, learned_RxV: jax.Array, tables: ItemTabl
     """Item vectors that match `ScoreHead`'s user vectors, float32 [R, V (+ T)]."""
     parts = [unit(learned_RxV)]
     if config.frozen_similarity:
-        parts.append(unit(tables.text))
+        weight_R = jnp.where(tables.trained, 1.0, config.new_item_weight)
+        parts.append(weight_R[:, None] * unit(tables.text))
     return jnp.concatenate(parts, axis=-1)
 
 

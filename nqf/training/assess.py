@@ -19,7 +19,7 @@ from nqf.evaluation import baselines
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
 from nqf.evaluation.sasrec import SASRec, TrainedSASRec, train_sasrec
-from nqf.training.artifacts import fingerprint, read_artifact, status, write_artifact
+from nqf.training.artifacts import StageError, fingerprint, read_artifact, status, write_artifact
 from nqf.training.card import write_card
 from nqf.training.joint_stage import load_joint
 from nqf.training.run import Run
@@ -44,9 +44,11 @@ def assess(
       into: Folder inside the run for the results; the model card is written for `eval` only.
 
     Raises:
-      StageError: The run has no fields stage to evaluate on.
+      StageError: The run has no fields stage to evaluate on, or it was trained on the cases.
     """
     config, dataset = run.config, run.dataset
+    if split == "valid" and config.data.refit:
+        raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
     cases = dataset.split.test if split == "test" else dataset.split.valid
     models = {**trained_scorers(run, cases), **baseline_scorers(run, cases)}
     if config.baselines.sasrec:
@@ -113,12 +115,18 @@ def sasrec(run: Run) -> TrainedSASRec:
         return TrainedSASRec(model=model, params=params, history=stored.result["history"])
 
     def report(entry: dict[str, float]) -> None:
-        text = f"epoch {entry['epoch']:>3}  loss {entry['loss']:.4f}  ndcg@10 {entry['ndcg@10']:.4f}"
+        text = f"epoch {entry['epoch']:>3}  loss {entry['loss']:.4f}"
+        text += f"  ndcg@10 {entry['ndcg@10']:.4f}" if "ndcg@10" in entry else ""
         run.console.print(f"[bold]sasrec[/bold]  {text}", highlight=False)
 
     started = time.perf_counter()
     trained = train_sasrec(
-        dataset.interactions, dataset.split, config.baselines.sasrec_options, seed=config.seed, report=report
+        dataset.interactions,
+        dataset.split,
+        config.baselines.sasrec_options,
+        seed=config.seed,
+        select=not config.data.refit,
+        report=report,
     )
     folder.mkdir(exist_ok=True)
     # A kill in between must not leave new parameters under an old record.

@@ -34,8 +34,8 @@ from nqf.training.user_stage import (
     frozen_tables,
     history_data,
     load_users,
+    log_popularity,
     make_validation,
-    negatives_of,
 )
 
 
@@ -265,7 +265,7 @@ def make_joint_loss(config: Config, module: JointModel, items: ItemQFormer | Non
             batch,
             learned_width=config.candidates.width,
             text_RxT=step_tables.text,
-            trained=frozen["trained"],
+            trained=step_tables.trained,
             log_popularity=frozen["log_popularity"],
         )
         return ranking, {}
@@ -293,22 +293,22 @@ def train_joint(run: Run) -> dict[str, Any]:
     joint = build_joint(run, run.folder / "tokens")
     params = _start_from_user_stage(run, init_joint(run, joint))
     on_device = frozen_tables(run, joint.tables, stage.loss)
-    frozen = {"tables": on_device, "params": joint.frozen, "prompt": joint.prompt, **negatives_of(run)}
+    frozen = {"tables": on_device, "params": joint.frozen, "prompt": joint.prompt, "log_popularity": log_popularity(run)}
     items: ItemQFormer | None = None
     if stage.train_item_qformer:
         items, params["item_qformer"] = load_items(run)
         frozen["fields"] = device_fields(run.cache)
 
     ranker = joint_ranker(run, joint)
-    check = make_validation(run, ranker)
+    check, tokens_folder = make_validation(run, ranker), run.folder / "joint" / "tokens"
 
     def validate(params: Any) -> dict[str, float]:
         variables = variables_of(params, joint.frozen)
         if items is None:
             return check(variables)
         # The selection must see the tokens that the model in training makes, not those it started from.
-        write_tokens(run, items, params["item_qformer"], run.folder / "joint" / "tokens")
-        fresh = run.tables(run.folder / "joint" / "tokens", titles=joint.tables.titles)
+        write_tokens(run, items, params["item_qformer"], tokens_folder)
+        fresh = run.tables(tokens_folder, titles=joint.tables.titles)
         return make_validation(run, dataclasses.replace(ranker, tables=fresh))(variables)
 
     tables, given = None if on_device else joint.tables, mined_negatives(run)
@@ -320,14 +320,15 @@ def train_joint(run: Run) -> dict[str, Any]:
         params=params,
         frozen=frozen,
         loss_fn=make_joint_loss(config, joint.module, items),
-        validate=validate,
+        validate=validate if check else None,
         score="ndcg@10",
         seed=config.seed + 2,
         training=config.training,
         console=run.console,
         profile=run.profile,
     )
-    # `fit` validates the best parameters last, so the tokens on disk are theirs.
+    if items is not None:
+        write_tokens(run, items, result.params["item_qformer"], tokens_folder)
     return {
         "best_step": result.best_step,
         "steps": result.steps,

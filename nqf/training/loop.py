@@ -149,7 +149,7 @@ def fit(
     params: Any,
     frozen: Any,
     loss_fn: LossFn,
-    validate: Callable[[Any], dict[str, float]],
+    validate: Callable[[Any], dict[str, float]] | None,
     score: str,
     seed: int,
     console: Console,
@@ -166,7 +166,7 @@ def fit(
       params: Freshly initialized trainable parameters.
       frozen: What the loss reads and nobody changes.
       loss_fn: `(params, frozen, batch, key) -> (loss, metrics)`.
-      validate: Metrics of some parameters.
+      validate: Metrics of some parameters; None if there is nothing to select on, and the newest ones are kept.
       score: The metric that selects; larger is better.
       seed: Seed of the steps' random keys.
       console: Terminal.
@@ -245,17 +245,19 @@ def fit(
                 if at_validation:
                     log()
                     before = time.perf_counter()
-                    scores = validate(local(state.params, mesh))
-                    value = float(agree(np.float32(scores[score])))
-                    writer.write(step, {f"valid/{name}": value for name, value in scores.items()})
+                    scores = validate(local(state.params, mesh)) if validate else {}
+                    # Of equal values the newest is kept.
+                    value = float(agree(np.float32(scores[score]))) if validate else 0.0
+                    if scores:
+                        writer.write(step, {f"valid/{name}": value for name, value in scores.items()})
                     improved = value >= float(state.best)
                     scalars = {"stale": np.int32(0 if improved else int(state.stale) + 1)}
                     if improved:
                         scalars |= {"best": np.float32(value), "best_step": np.int32(step)}
                     state = state.replace(**place(scalars, {name: getattr(shardings, name) for name in scalars}))
                     terminal.line(
-                        f"epoch {step // data.steps_per_epoch:>3}  step {step:>6,}  loss {float(metrics['loss']):.4f}  "
-                        f"{score} {value:.4f}{'  best' if improved else ''}"
+                        f"epoch {step // data.steps_per_epoch:>3}  step {step:>6,}  loss {float(metrics['loss']):.4f}"
+                        + (f"  {score} {value:.4f}{'  best' if improved else ''}" if validate else "")
                     )
                     done = step == data.steps or _patience_spent(optim, state)
                     logged_at = time.perf_counter()
@@ -285,7 +287,7 @@ def fit(
     return FitResult(
         params=best,
         best_step=best_step,
-        metrics=validate(best),
+        metrics=validate(best) if validate else {},
         steps=step,
         items_per_second=steps * data.batch_size / max(seconds - validation_seconds, 1e-9) if steps else 0.0,
         seconds=seconds,

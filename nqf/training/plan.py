@@ -41,7 +41,7 @@ from nqf.training.mesh import layout, make_mesh, place_batch
 from nqf.training.optimizer import make_optimizer
 from nqf.training.rankers import compute_dtype
 from nqf.training.run import Run
-from nqf.training.user_stage import frozen_tables, history_data, init_user, make_user_loss, negatives_of, user_module
+from nqf.training.user_stage import frozen_tables, history_data, init_user, log_popularity, make_user_loss, user_module
 
 _SAMPLED_BATCHES = 64
 
@@ -227,6 +227,7 @@ def _tables(run: Run, words: int) -> ItemTables:
         vectors=zeros(np.float16, items, qformer.width),
         text=zeros(np.float32, items, text),
         has_text=zeros(bool, items),
+        trained=zeros(bool, items),
         titles=zeros(np.int32, items, words),
     )
 
@@ -238,7 +239,7 @@ def _user_program(run: Run) -> Program:
     return Program(
         loss_fn=make_user_loss(config, module),
         params=jax.eval_shape(lambda: init_user(run, module, tables)),
-        frozen=_shapes({"tables": on_device, **negatives_of(run)}),
+        frozen=_shapes({"tables": on_device, "log_popularity": log_popularity(run)}),
         data=lambda optim: history_data(run, config.user.loss, optim, None if on_device else tables, 0),
         optim=config.user.optim,
     )
@@ -270,7 +271,7 @@ def _joint_program(run: Run) -> Program:
 
     params = shapes(names)
     on_device = frozen_tables(run, tables, stage.loss)
-    frozen = {"tables": on_device, "prompt": prompt, **negatives_of(run)}
+    frozen = {"tables": on_device, "prompt": prompt, "log_popularity": log_popularity(run)}
     items = None
     if stage.train_item_qformer:
         items, frozen["fields"] = item_module(run), device_fields(run.cache)

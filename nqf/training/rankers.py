@@ -183,7 +183,7 @@ def ranking_loss(
       batch: Targets and negatives.
       learned_width: Leading part of the vectors that gets a gradient on the item side; the rest is frozen.
       text_RxT: Frozen text embeddings, which tell near-duplicates.
-      trained: bool [I], items with a training event. The others are never negatives: pushing them away is what
+      trained: bool [R], items with a training event. The others are never negatives: pushing them away is what
         makes trained towers fail on new items.
       log_popularity: float [I], log share of the training events per item.
 
@@ -219,29 +219,28 @@ def ranking_loss(
             allowed = (trained & unlike(everything)) | (targets_M[:, None] == everything)
         learned, frozen = items_RxD[:, :learned_width], items_RxD[:, learned_width:]
         return full_softmax(users_MxD, learned, frozen, targets_M, weights_M=weights_M, allowed=allowed)
-    catalogue = jnp.maximum(batch.rows, 0)
     if config.negatives == "sampled":
         negatives = batch.negatives
         labels_M = jnp.zeros_like(targets_M)
         positive_M = jnp.sum(users_MxD * items_RxD[targets_M], axis=-1)
         all_scores = jnp.concatenate([positive_M[:, None], scores(negatives)], axis=1)
-        allowed = unlike(negatives) & trained[catalogue[negatives]]
+        allowed = unlike(negatives) & trained[negatives]
         allowed = jnp.concatenate([jnp.ones_like(allowed[:, :1]), allowed], axis=1)
         # Each negative stands for I / S items; the positive stands for itself.
-        ratio = jnp.full(negatives.shape, jnp.log(negatives.shape[0] / trained.shape[0]))
+        ratio = jnp.full(negatives.shape, jnp.log(negatives.shape[0] / log_popularity.shape[0]))
         log_q, log_one = jnp.concatenate([jnp.zeros(1), ratio]), 0.0
     else:
         # in-batch: every other example's target is a negative, drawn by its popularity.
         labels_M = jnp.arange(targets_M.shape[0])
         all_scores = scores(targets_M)
         allowed = unlike(targets_M) & (weights_M > 0)
-        log_q, log_one = log_popularity[catalogue[targets_M]], -jnp.log(jnp.maximum(jnp.sum(weights_M), 1.0))
+        log_q, log_one = log_popularity[jnp.maximum(batch.rows, 0)[targets_M]], -jnp.log(jnp.maximum(jnp.sum(weights_M), 1.0))
     if batch.given is not None:
         # Negatives of one target alone: each stands for itself.
         given_MxK = batch.given.reshape(-1, batch.given.shape[-1])[places_M]
         rows_MxK = jnp.maximum(given_MxK, 0)
         all_scores = jnp.concatenate([all_scores, scores(rows_MxK)], axis=1)
-        known = (given_MxK >= 0) & trained[catalogue[rows_MxK]]
+        known = (given_MxK >= 0) & trained[rows_MxK]
         allowed = jnp.concatenate([allowed, unlike(rows_MxK) & known], axis=1)
         log_q = jnp.concatenate([log_q, jnp.full(given_MxK.shape[1], log_one)])
     return info_nce(

@@ -98,6 +98,7 @@ class Run:
             vectors=_mapped(tokens_folder / "vectors.npy"),
             text=self.text_features(text, has_text),
             has_text=has_text,
+            trained=~self.dataset.split.cold,
             titles=np.zeros((items, 0), np.int32) if titles is None else titles,
         )
 

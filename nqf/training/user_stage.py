@@ -94,16 +94,21 @@ def frozen_tables(run: Run, tables: ItemTables, loss: LossConfig) -> ItemTables 
     return None
 
 
-def negatives_of(run: Run) -> dict[str, np.ndarray]:
-    """Which items may be negatives, bool [I], and the log share of the training events per item, float32 [I]."""
+def log_popularity(run: Run) -> np.ndarray:
+    """Log share of the training events per item, float32 [I]."""
     split, items = run.dataset.split, len(run.dataset.catalogue.item_ids)
     counts = np.bincount(run.dataset.interactions.items[split.train], minlength=items)
     share = np.maximum(counts, 0.5) / max(counts.sum(), 1)
-    return {"trained": ~split.cold, "log_popularity": np.log(share).astype(np.float32)}
+    return np.log(share).astype(np.float32)
 
 
-def make_validation(run: Run, ranker: Ranker) -> Callable[[Any], dict[str, float]]:
-    """A function from variables to metrics on a fixed sample of the validation cases, masked as the evaluation."""
+def make_validation(run: Run, ranker: Ranker) -> Callable[[Any], dict[str, float]] | None:
+    """A function from variables to metrics on a fixed sample of the validation cases, masked as the evaluation.
+
+    None where these cases are trained on.
+    """
+    if run.config.data.refit:
+        return None
     dataset, evaluation = run.dataset, run.config.evaluation
     cases = dataset.split.valid
     which = np.sort(np.random.default_rng(0).permutation(len(cases.users))[:VALIDATION_CASES])
@@ -154,7 +159,7 @@ def make_user_loss(config: Config, module: UserModel) -> LossFn:
             batch,
             learned_width=config.candidates.width,
             text_RxT=step_tables.text,
-            trained=frozen["trained"],
+            trained=step_tables.trained,
             log_popularity=frozen["log_popularity"],
         )
         true = step_tables.tokens[jnp.maximum(batch.targets, 0)].astype(jnp.float32)
@@ -181,11 +186,11 @@ def train_users(run: Run) -> dict[str, Any]:
         data=history_data(run, config.user.loss, config.user.optim, None if on_device else tables, config.seed + 1),
         optim=config.user.optim,
         params=params,
-        frozen={"tables": on_device, **negatives_of(run)},
+        frozen={"tables": on_device, "log_popularity": log_popularity(run)},
         loss_fn=make_user_loss(config, module),
-        # Without a ranking loss nothing that ranks was trained; of equal scores the newest is kept.
-        validate=lambda params: check({"params": params}) if config.user.ranking_weight else {"untrained": 0.0},
-        score="ndcg@10" if config.user.ranking_weight else "untrained",
+        # Without a ranking loss nothing that ranks was trained.
+        validate=(lambda params: check({"params": params})) if check and config.user.ranking_weight else None,
+        score="ndcg@10",
         seed=config.seed + 1,
         training=config.training,
         console=run.console,

@@ -1,5 +1,7 @@
 """Splits against their definitions."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from nqf.data.errors import DataError
 from nqf.data.interactions import MISSING_TIME, Interactions, from_frame
-from nqf.data.splits import leave_one_out, load_split, temporal
+from nqf.data.splits import Split, leave_one_out, load_split, temporal
 
 ITEMS = 12
 
@@ -41,6 +43,27 @@ def test_leave_one_out(seed: int) -> None:
     np.testing.assert_array_equal(split.valid.cuts, split.test.cuts - 1)
     assert set(np.flatnonzero(~split.train).tolist()) == held_out
     assert set(np.flatnonzero(~split.cold)) == set(interactions.items[split.train])
+
+
+@pytest.mark.parametrize("split", [leave_one_out, functools.partial(temporal, valid_share=0.2, test_share=0.2)])
+@pytest.mark.parametrize("cold_share", [0.0, 0.3])
+def test_a_refit_trains_on_all_that_comes_before_the_test(split: Callable[..., Split], cold_share: float) -> None:
+    interactions = random_interactions(2)
+    options = {"items": ITEMS, "cold_share": cold_share, "seed": 4}
+    plain, refit = split(interactions, **options), split(interactions, refit=True, **options)
+    added = np.flatnonzero(refit.train & ~plain.train)
+    assert (plain.train <= refit.train).all()
+    assert not refit.train[refit.test.cuts].any()
+    assert not refit.removed[interactions.items[refit.train]].any()
+    held_out = plain.valid.cuts[~plain.removed[interactions.items[plain.valid.cuts]]]
+    if split is leave_one_out:
+        np.testing.assert_array_equal(added, held_out)
+    else:
+        assert set(held_out) <= set(added)
+        assert interactions.times[added].max() < interactions.times[refit.test.cuts].min()
+    for cases in ("valid", "test"):
+        np.testing.assert_array_equal(getattr(plain, cases).cuts, getattr(refit, cases).cuts)
+    assert any("data.refit" in warning for warning in refit.warnings)
 
 
 @settings(deadline=None)

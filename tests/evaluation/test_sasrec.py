@@ -87,6 +87,18 @@ def test_it_learns_a_transition_and_keeps_its_best_epoch(successors) -> None:
     assert (1 / ranks[1]).mean() == pytest.approx(best["mrr"], abs=1e-6)
 
 
+def test_without_a_selection_all_epochs_are_trained_and_the_last_is_kept(successors) -> None:
+    interactions, split, config, trained = successors
+    epochs = len(trained.history)
+    last = train_sasrec(interactions, split, config, seed=1, select=False)
+    # Validation changes nothing but what is kept and when training stops.
+    assert epochs < config.epochs == len(last.history)
+    assert [entry["loss"] for entry in trained.history] == [entry["loss"] for entry in last.history[:epochs]]
+    assert "ndcg@10" not in last.history[0]
+    differences = jax.tree.map(lambda one, other: float(np.abs(one - other).max()), trained.params, last.params)
+    assert max(jax.tree.leaves(differences)) > 0
+
+
 def test_user_vectors_do_not_depend_on_the_target_or_the_batch(successors) -> None:
     interactions, split, _, trained = successors
     users, _ = trained.scorer(interactions, split.test)

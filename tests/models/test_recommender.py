@@ -41,6 +41,7 @@ def tables() -> ItemTables:
         vectors=rng.normal(size=(ITEMS, WIDTH)).astype(np.float32),
         text=rng.normal(size=(ITEMS, 8)).astype(np.float32),
         has_text=np.arange(ITEMS) != 3,
+        trained=np.arange(ITEMS) != 4,
         titles=titles,
     )
 
@@ -79,3 +80,24 @@ def test_padding_before_a_history_changes_nothing():
     np.testing.assert_allclose(
         model.apply({"params": params}, items, rows, short, PROMPT, positions=1)[0], padded[:1], atol=1e-5
     )
+
+
+def test_an_item_that_training_never_saw_is_scored_by_its_content():
+    model, rows = model_of(PromptConfig(history_items=SLOTS)), np.arange(ITEMS, dtype=np.int32)
+    items = tables()
+    params = model.init(jax.random.key(0), items, rows, history(), PROMPT, positions=1)["params"]
+    width, weight = model.config.candidates.width, model.config.candidates.new_item_weight
+    assert weight != 1
+
+    def vectors(items: ItemTables, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(model.apply({"params": params}, items, rows, PROMPT, method="item_vectors"))
+
+    found = vectors(items, rows)
+    # Item 4 of the catalogue is in no training event: it is what an item of the same content from outside would be.
+    outside = items.replace(trained=np.zeros(ITEMS, bool))
+    np.testing.assert_allclose(found[4], vectors(outside, np.full(ITEMS, -1, np.int32))[4], atol=1e-6)
+    known = vectors(items.replace(trained=np.ones(ITEMS, bool)), rows)
+    np.testing.assert_allclose(found[4, width:], weight * known[4, width:], atol=1e-6)
+    assert np.abs(found[4, :width] - known[4, :width]).max() > 1e-3
+    others = rows != 4
+    np.testing.assert_array_equal(found[others], known[others])

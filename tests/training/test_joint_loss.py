@@ -43,6 +43,7 @@ TABLES = jax.tree.map(
         vectors=RNG.normal(size=(ITEMS, WIDTH)).astype(np.float32),
         text=RNG.normal(size=(ITEMS, 6)).astype(np.float32),
         has_text=np.arange(ITEMS) != 3,
+        trained=np.ones(ITEMS, bool),
         titles=TITLES,
     ),
 )
@@ -89,7 +90,6 @@ def test_micro_batches_give_the_gradient_of_the_batch() -> None:
         "tables": None,
         "params": {},
         "prompt": PROMPT,
-        "trained": np.ones(ITEMS, bool),
         "log_popularity": np.log(np.full(ITEMS, 0.1, np.float32)),
     }
     batch = batch.replace(tables=TABLES)

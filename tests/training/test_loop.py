@@ -91,6 +91,7 @@ def run_fit(
     loss_fn: Callable = toy_loss,
     at_validation: Callable[[int], None] = lambda count: None,
     score: Callable[[int], float] | None = None,
+    select: bool = True,
     data: TrainingData = DATA,
     **training: Any,
 ) -> FitResult:
@@ -112,11 +113,22 @@ def run_fit(
         params=PARAMS,
         frozen={"target": np.float32(2.0)},
         loss_fn=loss_fn,
-        validate=validate,
+        validate=validate if select else None,
         score="score",
         seed=0,
         console=Console(quiet=True),
     )
+
+
+def test_without_a_selection_the_newest_parameters_are_kept(tmp_path: Path) -> None:
+    # The first validation is the best one, and would be kept.
+    chosen = run_fit(tmp_path / "selected", score=lambda count: -count)
+    newest = run_fit(tmp_path / "newest", select=False)
+    assert (chosen.best_step, newest.best_step) == (PER_EPOCH, EPOCHS * PER_EPOCH)
+    assert newest.metrics == {}
+    assert not any("valid" in key for line in lines(tmp_path / "newest") for key in line)
+    kept = restore_params(tmp_path / "newest" / "toy" / "checkpoints", newest.best_step, PARAMS)
+    np.testing.assert_array_equal(kept["dense"]["kernel"], newest.params["dense"]["kernel"])
 
 
 def lines(folder: Path) -> list[dict]:

@@ -43,7 +43,7 @@ def batch_of(negatives: str, given: bool) -> HistoryBatch:
 def found(config: LossConfig, batch: HistoryBatch, vectors: jax.Array = VECTORS) -> jax.Array:
     rows = np.arange(ITEMS) if batch.rows is None else np.maximum(batch.rows, 0)
 
-    def loss(batch: HistoryBatch, items: jax.Array, text: jax.Array) -> jax.Array:
+    def loss(batch: HistoryBatch, items: jax.Array, text: jax.Array, trained: jax.Array) -> jax.Array:
         return ranking_loss(
             config,
             jnp.asarray(USERS),
@@ -51,11 +51,11 @@ def found(config: LossConfig, batch: HistoryBatch, vectors: jax.Array = VECTORS)
             batch,
             learned_width=LEARNED,
             text_RxT=text,
-            trained=jnp.asarray(TRAINED),
+            trained=trained,
             log_popularity=jnp.asarray(LOG_POPULARITY),
         )
 
-    return jax.jit(loss)(batch, vectors[rows], TEXT[rows])
+    return jax.jit(loss)(batch, vectors[rows], TEXT[rows], TRAINED[rows])
 
 
 def alike(one: int, other: int, limit: float) -> bool:
