@@ -223,8 +223,6 @@ class CandidatesConfig:
         model's pooled state: which item follows which, as in a factorized Markov chain.
       frozen_similarity: Keep the cosine of the frozen text embeddings as a part of the score, weighted by a
         learned scale; it is what ranks items that training never saw.
-      new_item_weight: Factor of that part for items that training never saw, whose learned part says less. What it
-        should be, validation with `data.cold_share` tells: known items give way to new ones as it grows.
       temperature: Temperature of the scores; the one at the start if it is learned.
       learn_temperature: Whether the temperature is learned.
     """
@@ -236,7 +234,6 @@ class CandidatesConfig:
     free_dropout: float = 0.5
     transitions: bool = True
     frozen_similarity: bool = True
-    new_item_weight: float = 1.5
     temperature: float = 0.07
     learn_temperature: bool = True
 
@@ -400,6 +397,9 @@ class EvaluationConfig:
       mask_seen: Whether the user's whole past is kept out of the ranking.
       bootstrap: Bootstrap resamples of the users for the 95 % intervals.
       batch_size: Users scored at a time.
+      new_item_weight: Factor of the frozen similarity in the score of items that training never saw, whose learned
+        part says less; in recommendations too. A validation with `data.cold_share` tells what it should be: known
+        items give way to new ones as it grows.
       recent_days: Window of the recent-popularity baseline, in days before the last training event; without
         timestamps the last tenth of the training events is used.
     """
@@ -408,6 +408,7 @@ class EvaluationConfig:
     mask_seen: bool = True
     bootstrap: int = 1_000
     batch_size: int = 512
+    new_item_weight: float = 1.5
     recent_days: float = 30.0
 
 

@@ -111,8 +111,8 @@ def test_a_copy_of_an_item_has_its_content(tiny_run: Path, trained: Recommender)
     frame = pl.read_parquet(tiny_run / "data" / "items.parquet").head(1)
     copy = Recommender.load(tiny_run)
     copy.add_items(frame.with_columns(item_id=pl.lit("copy")))
-    candidates = copy._run.config.candidates
-    width, weight = candidates.width, candidates.new_item_weight
+    config = copy._run.config
+    width, weight = config.candidates.width, config.evaluation.new_item_weight
     np.testing.assert_allclose(copy.item_vectors[-1, width:], weight * copy.item_vectors[0, width:], atol=1e-3)
     assert not np.allclose(copy.item_vectors[-1, :width], copy.item_vectors[0, :width], atol=1e-3)
 

@@ -157,11 +157,11 @@ class ScoreHead(nn.Module):
         return jnp.concatenate([user, gate_BxPx1 * recent("decay", text_BxNxT, has_text_BxN)], axis=-1)
 
 
-def item_side(config: CandidatesConfig, learned_RxV: jax.Array, tables: ItemTables) -> jax.Array:
+def item_side(config: Config, learned_RxV: jax.Array, tables: ItemTables) -> jax.Array:
     """Item vectors that match `ScoreHead`'s user vectors, float32 [R, V (+ T)]."""
     parts = [unit(learned_RxV)]
-    if config.frozen_similarity:
-        weight_R = jnp.where(tables.trained, 1.0, config.new_item_weight)
+    if config.candidates.frozen_similarity:
+        weight_R = jnp.where(tables.trained, 1.0, config.evaluation.new_item_weight)
         parts.append(weight_R[:, None] * unit(tables.text))
     return jnp.concatenate(parts, axis=-1)
 
@@ -202,7 +202,7 @@ class UserModel(nn.Module):
 
     def item_vectors(self, tables: ItemTables, rows: jax.Array) -> jax.Array:
         """Item side of the score, float32 [R, V (+ T)]."""
-        return item_side(self.config.candidates, self.tower(tables, rows), tables)
+        return item_side(self.config, self.tower(tables, rows), tables)
 
     def __call__(
         self, tables: ItemTables, rows: jax.Array, history: History, *, positions: int, deterministic: bool = True
@@ -226,7 +226,7 @@ class UserModel(nn.Module):
         pooled = tokens_BxPxUxD.reshape(*tokens_BxPxUxD.shape[:2], -1)
         users = self.head(pooled, *history_vectors(tables, learned, history))
         predicted = self.regression(pooled).reshape(*pooled.shape[:2], *self.item_tokens)
-        return users, item_side(self.config.candidates, learned, tables), predicted
+        return users, item_side(self.config, learned, tables), predicted
 
 
 def history_vectors(
@@ -343,7 +343,7 @@ class JointModel(nn.Module):
             valid = jnp.ones(tokens.shape[:2], bool)
             pooled = self._read(bare, tables.titles[:, None], tokens, valid, None, 1, deterministic)[:, 0]
             learned_RxV = self.candidate(pooled.astype(jnp.float32))
-        return item_side(self.config.candidates, learned_RxV, tables)
+        return item_side(self.config, learned_RxV, tables)
 
     def users(
         self,

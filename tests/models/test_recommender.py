@@ -86,7 +86,7 @@ def test_an_item_that_training_never_saw_is_scored_by_its_content():
     model, rows = model_of(PromptConfig(history_items=SLOTS)), np.arange(ITEMS, dtype=np.int32)
     items = tables()
     params = model.init(jax.random.key(0), items, rows, history(), PROMPT, positions=1)["params"]
-    width, weight = model.config.candidates.width, model.config.candidates.new_item_weight
+    width, weight = model.config.candidates.width, model.config.evaluation.new_item_weight
     assert weight != 1
 
     def vectors(items: ItemTables, rows: np.ndarray) -> np.ndarray:
