@@ -100,7 +100,7 @@ def rank_vectors(
         for span in spans
     ]
     if items <= width:
-        items_CxD = _spread(_rows(item_vectors_IxD, width))
+        items_CxD = _placed(_rows(item_vectors_IxD, width), "items")
         ahead = [
             _ahead_of_item(
                 _rows(user_vectors_NxD[span], batch), items_CxD, _rows(targets_N[span], batch), seen_BxS, items
@@ -114,9 +114,9 @@ def rank_vectors(
             _target_scores(_rows(user_vectors_NxD[span], batch), item_vectors_IxD, targets_N[span], width)
             for span in spans
         ]
-        ahead = [np.zeros(batch, np.int32) for _ in spans]
+        ahead = [_placed(np.zeros(batch, np.int32)) for _ in spans]
         for start in range(0, items, width):
-            chunk_CxD = _spread(_rows(item_vectors_IxD[start : start + width], width))
+            chunk_CxD = _placed(_rows(item_vectors_IxD[start : start + width], width), "items")
             count = min(width, items - start)
             for number, span in enumerate(spans):
                 users_BxD = _rows(user_vectors_NxD[span], batch)
@@ -166,7 +166,7 @@ def top_k(
     seen = [[]] * users if seen is None else seen
     padded = [_padded(seen[span]) for span in spans]
     for start in range(0, items, width):
-        chunk_CxD = _spread(_rows(item_vectors_IxD[start : start + width], width))
+        chunk_CxD = _placed(_rows(item_vectors_IxD[start : start + width], width), "items")
         count = min(width, items - start)
         for span, seen_BxS in zip(spans, padded, strict=True):
             size = span.stop - span.start
@@ -220,7 +220,7 @@ def _target_scores(
     """Scores of the users' targets, float32 [B], by products of `width` items; N are the real ones of the B users."""
     scores_B = np.zeros(len(users_BxD), np.float32)
     for part in _spans(len(targets_N), width):
-        of_targets_CxD = _spread(_rows(item_vectors_IxD[targets_N[part]], width))
+        of_targets_CxD = _placed(_rows(item_vectors_IxD[targets_N[part]], width), "items")
         rows = np.arange(part.start, part.stop)
         columns_B = np.zeros(len(users_BxD), np.int32)
         columns_B[rows] = rows - part.start
@@ -338,11 +338,11 @@ def _tile(users: int, items: int, batch: int, chunk: int | None) -> tuple[int, i
     return batch, -(-width // devices) * devices
 
 
-def _spread(chunk_CxD: np.ndarray) -> jax.Array:
-    """Puts a chunk of items on the devices of this process, an equal part on each."""
+def _placed(values: np.ndarray, *axes: str) -> jax.Array:
+    """Puts an array on the devices of this process: whole on each, or an equal part of the rows with axis `items`."""
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("items",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.device_put(chunk_CxD, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("items")))
+    return jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
 
 
 def _rows(values: np.ndarray, count: int, fill: float = 0) -> np.ndarray:
