@@ -293,7 +293,12 @@ def train_joint(run: Run) -> dict[str, Any]:
     joint = build_joint(run, run.folder / "tokens")
     params = _start_from_user_stage(run, init_joint(run, joint))
     on_device = frozen_tables(run, joint.tables, stage.loss)
-    frozen = {"tables": on_device, "params": joint.frozen, "prompt": joint.prompt, "log_popularity": log_popularity(run)}
+    frozen = {
+        "tables": on_device,
+        "params": joint.frozen,
+        "prompt": joint.prompt,
+        "log_popularity": log_popularity(run),
+    }
     items: ItemQFormer | None = None
     if stage.train_item_qformer:
         items, params["item_qformer"] = load_items(run)

@@ -234,7 +234,8 @@ def ranking_loss(
         labels_M = jnp.arange(targets_M.shape[0])
         all_scores = scores(targets_M)
         allowed = unlike(targets_M) & (weights_M > 0)
-        log_q, log_one = log_popularity[jnp.maximum(batch.rows, 0)[targets_M]], -jnp.log(jnp.maximum(jnp.sum(weights_M), 1.0))
+        log_q = log_popularity[jnp.maximum(batch.rows, 0)[targets_M]]
+        log_one = -jnp.log(jnp.maximum(jnp.sum(weights_M), 1.0))
     if batch.given is not None:
         # Negatives of one target alone: each stands for itself.
         given_MxK = batch.given.reshape(-1, batch.given.shape[-1])[places_M]
