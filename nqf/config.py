@@ -408,7 +408,9 @@ class EvaluationConfig:
     mask_seen: bool = True
     bootstrap: int = 1_000
     batch_size: int = 512
-    new_item_weight: float = 1.5
+    # On validation with `data.cold_share` of amazon-beauty, new items were found as often as known ones: HR@10 .101 and
+    # .102 at 1.75, where 1 gave .054 and .110.
+    new_item_weight: float = 1.75
     recent_days: float = 30.0
 
 
