@@ -132,8 +132,8 @@ def main() -> None:
         ],
         targets=[
             target(f"{row[0]}: planned over measured peak, away from 1", abs(row[-1] - 1), "≤", 0.15,
-                   "the plan counts the temporaries of the step that runs and of the one that waits; a third set stands "
-                   "where the next step is dispatched before the last one's are given back")
+                   "the plan counts the temporaries of the step that runs and of the one that waits; a third set "
+                   "stands where the next step is dispatched before the last one's are given back")
             for row in rows
         ],
         limits={"memory copy, bytes/s": copy_rate()},
