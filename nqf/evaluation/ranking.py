@@ -19,6 +19,7 @@ _TILE_CPU = 1 << 21
 _TILE_ACCELERATOR = 1 << 26
 # The product keeps its rate down to about as many users at a time.
 _FEWEST_USERS = 128
+# Twice as many are still exact in float32.
 _WIDEST = 1 << 22
 # Columns of a group of `_top`.
 _GROUP = 16
@@ -389,7 +390,8 @@ def _check_vectors(user_vectors_NxD: np.ndarray, item_vectors_IxD: np.ndarray) -
     for name, vectors in (("user", user_vectors_NxD), ("item", item_vectors_IxD)):
         for span in _spans(len(vectors), _ROWS_CHECKED):
             # Zero times what is not finite is NaN: one product, at the rate of memory.
-            bad = np.isnan(vectors[span] @ nothing)
+            with np.errstate(invalid="ignore"):
+                bad = np.isnan(vectors[span] @ nothing)
             if bad.any():
                 row = span.start + int(np.flatnonzero(bad)[0])
                 raise ValueError(f"the vector of {name} {row} is not finite; training may have diverged")
