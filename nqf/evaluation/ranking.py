@@ -204,6 +204,11 @@ def _scores(users_BxD: jax.Array, chunk_CxD: jax.Array) -> jax.Array:
     return jnp.matmul(users_BxD, chunk_CxD.T, precision=jax.lax.Precision.HIGHEST)
 
 
+def _standing(users_BxD: jax.Array, chunk_CxD: jax.Array) -> jax.Array:
+    """Scores as an array of their own: what reads them would else become a part of the product, at a lower rate."""
+    return jax.lax.optimization_barrier(_scores(users_BxD, chunk_CxD))
+
+
 def _one_zero(scores: jax.Array) -> jax.Array:
     # `lax.top_k` orders -0.0 below 0.0, which a comparison holds to be equal.
     return jnp.where(scores == 0, 0.0, scores)
@@ -211,8 +216,7 @@ def _one_zero(scores: jax.Array) -> jax.Array:
 
 @jax.jit
 def _picked(users_BxD: jax.Array, chunk_CxD: jax.Array, columns_B: jax.Array) -> jax.Array:
-    scores_BxC = jax.lax.optimization_barrier(_scores(users_BxD, chunk_CxD))
-    return jnp.take_along_axis(scores_BxC, columns_B[:, None], axis=1)[:, 0]
+    return jnp.take_along_axis(_standing(users_BxD, chunk_CxD), columns_B[:, None], axis=1)[:, 0]
 
 
 def _target_scores(
@@ -240,7 +244,7 @@ def _ahead(
     count: int,
 ) -> jax.Array:
     """Adds, for a chunk, twice the items that are above the target and once those level with it, int32 [B]."""
-    return ahead_B + _count(_scores(users_BxD, chunk_CxD), target_B, seen_BxS - start, count)
+    return ahead_B + _count(_standing(users_BxD, chunk_CxD), target_B, seen_BxS - start, count)
 
 
 @jax.jit
@@ -248,7 +252,7 @@ def _ahead_of_item(
     users_BxD: jax.Array, items_CxD: jax.Array, targets_B: jax.Array, seen_BxS: jax.Array, count: int
 ) -> jax.Array:
     """As `_ahead`, for the whole catalogue and targets given by their rows: one product for both."""
-    scores_BxC = jax.lax.optimization_barrier(_scores(users_BxD, items_CxD))
+    scores_BxC = _standing(users_BxD, items_CxD)
     target_B = jnp.take_along_axis(scores_BxC, targets_B[:, None], axis=1)[:, 0]
     return _count(scores_BxC, target_B, seen_BxS, count)
 
@@ -262,8 +266,6 @@ def _count(scores_BxC: jax.Array, target_B: jax.Array, columns_BxS: jax.Array, c
       columns_BxS: Distinct columns to leave out; what lies outside of the chunk is passed over.
       count: Columns that are items.
     """
-    # Without the barrier the tests become a part of the product, at a lower rate.
-    scores_BxC = jax.lax.optimization_barrier(scores_BxC)
 
     def ahead(scores_BxN: jax.Array) -> jax.Array:
         return (scores_BxN > target_B[:, None]).astype(jnp.float32) + (scores_BxN >= target_B[:, None])

@@ -332,7 +332,8 @@ def train_joint(run: Run) -> dict[str, Any]:
         console=run.console,
         profile=run.profile,
     )
-    if items is not None:
+    # Where it validates, `fit` does so with the best parameters last, and the tokens on disk are theirs.
+    if items is not None and check is None:
         write_tokens(run, items, result.params["item_qformer"], tokens_folder)
     return {
         "best_step": result.best_step,
