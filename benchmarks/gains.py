@@ -139,6 +139,34 @@ def frozen(bench: Bench) -> Pair:
     )
 
 
+def instruction(bench: Bench) -> Pair:
+    """An instruction of 32 tokens read once for a batch, against 32 tokens in each prompt of 64; with gradients."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from world import small_backbone
+
+    from nqf.models.qwen3 import Qwen3
+
+    rows, width, start, length = (2, 32, 4, 8) if bench.options.quick else (128, 128, 32, 64)
+    model = Qwen3(small_backbone(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2))
+    embeds = np.random.default_rng(bench.options.seed).standard_normal((rows, length, width), np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    mask = np.broadcast_to(np.tril(np.ones((length, length), bool)), (rows, 1, length, length))
+
+    def once(variables: Any) -> Any:
+        _, prefix = model.apply(variables, embeds[:1, :start], method=Qwen3.read_prefix)
+        at = start + np.arange(length - start)[None]
+        after = dict(inputs_embeds=embeds[:, start:], mask=mask[:, :, start:], position_ids=at)
+        return jnp.mean(jnp.square(model.apply(variables, prefix=prefix, **after)))
+
+    def each(variables: Any) -> Any:
+        return jnp.mean(jnp.square(model.apply(variables, inputs_embeds=embeds, mask=mask)[:, start:]))
+
+    first, second = jax.jit(jax.grad(once)), jax.jit(jax.grad(each))
+    return lambda: jax.block_until_ready(first(variables)), lambda: jax.block_until_ready(second(variables))
+
+
 def masks(bench: Bench) -> Pair:
     """Dropout masks by a hash, against masks of `jax.random.bernoulli`; a small Qwen3 with adapters."""
     import jax
@@ -272,7 +300,7 @@ def main() -> None:
     bench = begin(__file__, __doc__, arguments)
     rows, limit = [], product()
     rates: list[float] = []
-    every = (buckets, distinct, tables, frozen, adapters, masks, donated, late, softmax, products)
+    every = (buckets, distinct, instruction, tables, frozen, adapters, masks, donated, late, softmax, products)
     for make in every:
         if bench.options.only and make.__name__ not in bench.options.only:
             continue

@@ -214,8 +214,10 @@ class CandidatesConfig:
     """Candidate tower: what an item is scored by.
 
     Attributes:
-      sources: Frozen inputs of the tower: `item` (Item Q-Former vectors), `text` (candidate text embeddings).
-      text_width: Whitened principal components of the text embeddings that the models read; 0 reads them as they are.
+      sources: Frozen inputs of the tower: `item` (Item Q-Former vectors), `fields` (each field's vectors apart,
+        whitened), `text` (candidate text embeddings, of one document per item).
+      text_width: Whitened principal components of the text embeddings that the models read, and the most of a field;
+        0 reads the text embeddings as they are and all components of the fields.
       width: Width of the learned part of user and item vectors.
       free_vectors: Add a learned vector per item, for what content does not tell.
       free_dropout: Probability, per item and step, that its learned vector is hidden in training.
@@ -227,7 +229,7 @@ class CandidatesConfig:
       learn_temperature: Whether the temperature is learned.
     """
 
-    sources: tuple[Literal["item", "text"], ...] = ("item", "text")
+    sources: tuple[Literal["item", "fields", "text"], ...] = ("item", "fields")
     text_width: int = 128
     width: int = 64
     free_vectors: bool = True

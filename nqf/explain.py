@@ -86,6 +86,7 @@ def explain(
     item_qformer: tuple[ItemQFormer, Any],
     cache: FieldCache,
     text_features: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    field_features: Callable[[Mapping[str, tuple[np.ndarray, np.ndarray]]], np.ndarray],
     item_vectors: np.ndarray,
     left_out: np.ndarray,
     review_width: int,
@@ -102,6 +103,7 @@ def explain(
       item_qformer: Module and parameters of the Item Q-Former.
       cache: Encoders of the candidate text.
       text_features: `Run.text_features`, what the models read of its embeddings.
+      field_features: `Run.field_features`, what the candidate tower reads of its fields.
       item_vectors: float32 [I, D].
       left_out: Rows that are not ranked; the explained item is, all the same.
       review_width: Width of the review embeddings that the model was trained with; 0 without.
@@ -110,7 +112,9 @@ def explain(
     buckets = slot_buckets(ranker.max_history)
     slots = buckets[bucket_of(np.array(size - 1), buckets)]
     # Rows of the tables: all items as they are, then with one field hidden after another.
-    tables, item_attention = _hide_fields(items, ranker.tables, item_qformer, cache, text_features, slots)
+    tables, item_attention = _hide_fields(
+        items, ranker.tables, item_qformer, cache, text_features, field_features, slots
+    )
     rows = np.tile(items.rows, 1 + len(names)).astype(np.int32)
     whole = np.arange(size - 1)
     variants = [whole, *(np.delete(whole, slot) for slot in whole)]
@@ -172,6 +176,7 @@ def _hide_fields(
     item_qformer: tuple[ItemQFormer, Any],
     cache: FieldCache,
     text_features: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    field_features: Callable[[Mapping[str, tuple[np.ndarray, np.ndarray]]], np.ndarray],
     slots: int,
 ) -> tuple[ItemTables, np.ndarray]:
     """Tables of all items with no field hidden, then with one after another, and the attention with none hidden."""
@@ -198,6 +203,7 @@ def _hide_fields(
     hidden = ItemTables(
         tokens=np.asarray(output.tokens, old.tokens.dtype)[: len(text)],
         vectors=np.asarray(output.vector, old.vectors.dtype)[: len(text)],
+        fields=field_features({name: (values[name], present[name]) for name in names}),
         text=text,
         has_text=has_text,
         trained=old.trained,

@@ -152,6 +152,7 @@ class Recommender:
             item_qformer=self._items,
             cache=self._run.cache,
             text_features=self._run.text_features,
+            field_features=self._run.field_features,
             item_vectors=self.item_vectors,
             left_out=self._left_out([seen], True)[0],
             review_width=0 if reviews is None else reviews.values.shape[1],
@@ -266,6 +267,7 @@ class Recommender:
         return ItemTables(
             tokens=np.concatenate(tokens),
             vectors=np.concatenate(vectors),
+            fields=self._run.field_features(encoded),
             text=self._run.text_features(text, has_text),
             has_text=has_text,
             trained=trained,

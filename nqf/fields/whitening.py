@@ -1,4 +1,4 @@
-"""Whitening of text embeddings: centered, rotated to principal components, each scaled to unit variance.
+"""Whitening of frozen vectors: centered, rotated to principal components, each scaled to unit variance.
 
 Embeddings of pretrained encoders share a few directions that decide most cosines and tell nothing; whitening removes
 them (Su et al. 2021, arXiv 2103.15316, section 3). On the validation cases of amazon-beauty with MiniLM vectors, the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,25 +40,53 @@ class Whitening:
         """Maps embeddings [n, T] of any float dtype to float32 [n, W]."""
         return (values.astype(np.float32) - self.mean) @ self.matrix
 
-    def save(self, path: Path) -> None:
-        """Writes an .npz file, atomically. It is kept because a fit on another machine may turn the axes."""
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, mean=self.mean, matrix=self.matrix)
-        os.replace(temporary, path)
+
+def save_whitenings(path: Path, whitenings: Mapping[str, Whitening]) -> None:
+    """Writes the whitenings of named tables as an .npz file, atomically.
+
+    They are kept because a fit on another machine may turn the axes.
+    """
+    arrays = {"names": np.array(list(whitenings), np.str_)}
+    for index, whitening in enumerate(whitenings.values()):
+        arrays |= {f"mean_{index}": whitening.mean, f"matrix_{index}": whitening.matrix}
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
 
 
-def load_whitening(path: Path) -> Whitening:
-    """Reads what `Whitening.save` wrote.
+def load_whitenings(path: Path) -> dict[str, Whitening]:
+    """Reads what `save_whitenings` wrote.
 
     Raises:
       CacheError: The file is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Whitening(mean=arrays["mean"], matrix=arrays["matrix"])
+            return {
+                str(name): Whitening(mean=arrays[f"mean_{index}"], matrix=arrays[f"matrix_{index}"])
+                for index, name in enumerate(arrays["names"])
+            }
     except (*NPY_ERRORS, *STRUCTURE_ERRORS) as error:
         raise CacheError(f"{path}: not readable ({error}); run the tokens stage again") from error
+
+
+def field_features(
+    whitenings: Mapping[str, Whitening], fields: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """The fields of items beside each other, each whitened: float16 [n, F], zero where an item has no value.
+
+    Args:
+      whitenings: Of every field.
+      fields: Field name to its vectors, float [n, width], and where there is one, bool [n].
+    """
+    features = []
+    for name, (vectors, present) in fields.items():
+        whitening = whitenings[name]
+        # Components of variance one: a field counts by how much it says, not by how few components it has.
+        white = whitening.apply(vectors) * whitening.matrix.shape[1] ** 0.5
+        features.append(np.where(present[:, None], white, 0).astype(np.float16))
+    return np.concatenate(features, axis=1)
 
 
 def fit_whitening(table: FieldTable, width: int) -> Whitening:

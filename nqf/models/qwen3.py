@@ -224,6 +224,10 @@ def _projection(config: Qwen3Config, name: str, features: int) -> LoRADense:
     )
 
 
+KeysAndValues = tuple[jax.Array, jax.Array]
+"""Keys, rotated, and values of tokens that others read."""
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries; queries and keys are normalized per head, then rotated.
 
@@ -235,8 +239,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, mask: jax.Array | None, cos: jax.Array, sin: jax.Array, deterministic: bool
-    ) -> jax.Array:
+        self,
+        x_BxTxD: jax.Array,
+        mask: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        prefix: KeysAndValues | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, KeysAndValues]:
+        """Returns what the tokens read, and their own keys, rotated, and values, [B, T, G, K]."""
         config, (batch, length, _) = self.config, x_BxTxD.shape
 
         def heads(name: str, count: int) -> jax.Array:
@@ -245,17 +256,23 @@ class Attention(nn.Module):
 
         q_BxTxHxK = RMSNorm(config, name="q_norm")(heads("q_proj", config.num_attention_heads))
         k_BxTxGxK = RMSNorm(config, name="k_norm")(heads("k_proj", config.num_key_value_heads))
-        v_BxTxGxK = heads("v_proj", config.num_key_value_heads)
+        own = apply_rope(k_BxTxGxK, cos, sin), heads("v_proj", config.num_key_value_heads)
+        k_BxSxGxK, v_BxSxGxK = own
+        if prefix is not None:
+            k_BxSxGxK, v_BxSxGxK = (
+                jnp.concatenate([jnp.broadcast_to(shared, (batch, *shared.shape[1:])), mine], axis=1)
+                for shared, mine in zip(prefix, own, strict=True)
+            )
         read_BxTxHxK = dot_product_attention(
             apply_rope(q_BxTxHxK, cos, sin),
-            apply_rope(k_BxTxGxK, cos, sin),
-            v_BxTxGxK,
+            k_BxSxGxK,
+            v_BxSxGxK,
             mask=mask,
             is_causal=mask is None,
             implementation=config.attention,
         )
         o_proj = _projection(config, "o_proj", config.hidden_size)
-        return o_proj(read_BxTxHxK.reshape(batch, length, -1), deterministic)
+        return o_proj(read_BxTxHxK.reshape(batch, length, -1), deterministic), own
 
 
 class MLP(nn.Module):
@@ -286,19 +303,26 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, mask: jax.Array | None, cos: jax.Array, sin: jax.Array, deterministic: bool
-    ) -> tuple[jax.Array, None]:
-        """Returns the layer's output and None: `nn.scan` carries the first and stacks the second."""
+        self,
+        x_BxTxD: jax.Array,
+        mask: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        prefix: KeysAndValues | None,
+        deterministic: bool,
+        keep: bool,
+    ) -> tuple[jax.Array, KeysAndValues | None]:
+        """Returns the layer's output, which `nn.scan` carries, and to `keep` its keys and values, which it stacks."""
         config = self.config
         drop = Dropout(config.residual_dropout, name="residual_dropout")
         with jax.named_scope("attention"):
             normed = RMSNorm(config, name="input_layernorm")(x_BxTxD)
-            read = Attention(config, name="self_attn")(normed, mask, cos, sin, deterministic)
+            read, own = Attention(config, name="self_attn")(normed, mask, cos, sin, prefix, deterministic)
             x_BxTxD = x_BxTxD + drop(read, deterministic)
         with jax.named_scope("mlp"):
             normed = RMSNorm(config, name="post_attention_layernorm")(x_BxTxD)
             x_BxTxD = x_BxTxD + drop(MLP(config, name="mlp")(normed, deterministic), deterministic)
-        return x_BxTxD, None
+        return x_BxTxD, own if keep else None
 
 
 class Qwen3(nn.Module):
@@ -319,14 +343,14 @@ class Qwen3(nn.Module):
             dtype=config.dtype,
             param_dtype=config.param_dtype,
         )
-        # 5 is `deterministic`, counted with self. Inside a scan the barrier against common subexpressions, which
-        # would undo the recomputation, is not needed.
-        layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=(5,)) if config.remat else DecoderLayer
+        # 6 and 7 are `deterministic` and `keep`, counted with self. Inside a scan the barrier against common
+        # subexpressions, which would undo the recomputation, is not needed.
+        layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=(6, 7)) if config.remat else DecoderLayer
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast),
             length=config.num_hidden_layers,
         )(config)
         self.norm = RMSNorm(config)
@@ -341,6 +365,7 @@ class Qwen3(nn.Module):
         inputs_embeds: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         mask: jax.Array | None = None,
+        prefix: KeysAndValues | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Encodes sequences.
@@ -351,17 +376,21 @@ class Qwen3(nn.Module):
           inputs_embeds: float [B, T, D], in place of the ids' embeddings.
           position_ids: int [B, T]; by default the number of valid tokens before each.
           mask: bool [B, 1, T, T], True where a token (row) may read another; in place of causal order and padding.
-            Every token must read something.
+            Every token must read something. After a prefix [B, 1, T, P + T].
+          prefix: What `read_prefix` returned for P tokens before all of these sequences; then `position_ids` and `mask`
+            have to be given.
           deterministic: Whether dropout is off; otherwise it draws from the stream `dropout`.
 
         Returns:
           float [B, T, D] after the final norm, of the compute dtype; meaningless at padding.
 
         Raises:
-          ValueError: Neither or both of `input_ids` and `inputs_embeds`.
+          ValueError: Neither or both of `input_ids` and `inputs_embeds`, or a prefix without `position_ids` and `mask`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if prefix is not None and (position_ids is None or mask is None):
+            raise ValueError("after a prefix, position_ids and mask have to be given")
         x_BxTxD = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.config.dtype)
         length = x_BxTxD.shape[1]
         if position_ids is None:
@@ -376,8 +405,23 @@ class Qwen3(nn.Module):
             readable_BxTxT = (attention_mask != 0)[:, None, :] | (at[None, :] == at[:, None])[None]
             mask = (causal_TxT[None] & readable_BxTxT)[:, None]
         cos, sin = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        x_BxTxD, _ = self.layers(x_BxTxD, mask, cos, sin, deterministic)
+        x_BxTxD, _ = self.layers(x_BxTxD, mask, cos, sin, prefix, deterministic, False)
         return self.norm(x_BxTxD)
+
+    def read_prefix(self, inputs_embeds: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, KeysAndValues]:
+        """Encodes tokens that stand before all sequences of a batch, once for all of them.
+
+        Args:
+          inputs_embeds: float [1, P, D].
+          deterministic: Whether dropout is off; otherwise all sequences share what it draws.
+
+        Returns:
+          float [1, P, D] after the final norm, and every layer's keys, rotated, and values, [layers, 1, P, G, K].
+        """
+        cos, sin = rope_tables(jnp.arange(inputs_embeds.shape[1])[None], self.config.head_dim, self.config.rope_theta)
+        x_1xPxD = inputs_embeds.astype(self.config.dtype)
+        x_1xPxD, prefix = self.layers(x_1xPxD, None, cos, sin, None, deterministic, True)
+        return self.norm(x_1xPxD), prefix
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Rows of the embedding, float [..., D], of int ids [...]."""

@@ -30,6 +30,7 @@ class ItemTables:
     Attributes:
       tokens: Item query tokens, float [I, Q, E].
       vectors: Item vectors of the Item Q-Former, float [I, E].
+      fields: Whitened field vectors beside each other, float [I, F]; F may be 0.
       text: Frozen text embeddings, float [I, T]; zero rows where `has_text` is False.
       has_text: bool [I].
       trained: bool [I], whether the item is in a training event.
@@ -38,6 +39,7 @@ class ItemTables:
 
     tokens: jax.Array
     vectors: jax.Array
+    fields: jax.Array
     text: jax.Array
     has_text: jax.Array
     trained: jax.Array
@@ -74,7 +76,7 @@ class CandidateTower(nn.Module):
         Returns:
           float [R, V].
         """
-        sources = {"item": tables.vectors, "text": tables.text}
+        sources = {"item": tables.vectors, "fields": tables.fields, "text": tables.text}
         inputs = [
             nn.LayerNorm(name=f"norm_{name}", dtype=self.dtype)(sources[name].astype(self.dtype))
             for name in self.config.sources
@@ -384,11 +386,10 @@ class JointModel(nn.Module):
         """Runs the Qwen3 over the branched prompt; returns the pooled state of every branch, [B, P, D]."""
         batch, slots, per_item, _ = items_BxSxQxD.shape
         words = titles_BxSxW.shape[-1]
-        start = prompt.instruction.shape[0]
         count = users_BxPxUxD.shape[2] if users_BxPxUxD is not None else 0
-        layout = prompt_layout(start, slots, words, per_item, positions, count)
+        layout = prompt_layout(slots, words, per_item, positions, count)
 
-        # Ids of the whole prompt, with placeholders where tokens are injected.
+        # Ids of the prompt after its instruction, with placeholders where tokens are injected.
         slot_ids = jnp.concatenate(
             [
                 jnp.where(titles_BxSxW >= 0, titles_BxSxW, prompt.end),
@@ -399,7 +400,6 @@ class JointModel(nn.Module):
         branch_ids = jnp.concatenate([jnp.full((count,), prompt.placeholder, jnp.int32), prompt.end[None]])
         ids_BxL = jnp.concatenate(
             [
-                jnp.broadcast_to(prompt.instruction, (batch, start)),
                 slot_ids.reshape(batch, -1),
                 jnp.broadcast_to(jnp.tile(branch_ids, positions), (batch, positions * (count + 1))),
             ],
@@ -415,35 +415,44 @@ class JointModel(nn.Module):
             [titles_BxSxW >= 0, jnp.broadcast_to(valid_BxS[..., None], (batch, slots, per_item))], axis=-1
         )
         valid_BxL = jnp.concatenate(
-            [
-                jnp.ones((batch, start), bool),
-                valid_slot.reshape(batch, -1),
-                jnp.ones((batch, positions * (count + 1)), bool),
-            ],
-            axis=1,
+            [valid_slot.reshape(batch, -1), jnp.ones((batch, positions * (count + 1)), bool)], axis=1
         )
+        instruction_1xIxD = self.qwen3.embed(prompt.instruction[None])
+        instruction_1xIxD = self.dropout(instruction_1xIxD, deterministic=deterministic)
         if positions == 1:
-            return self._read_one(embeds, valid_BxL, deterministic)
+            return self._read_one(instruction_1xIxD, embeds, valid_BxL, deterministic)
+        start, prefix = instruction_1xIxD.shape[1], None
+        if start:
+            # Often more than half of a short history's prompt, and the same in all of them.
+            instructed_1xIxD, prefix = self.qwen3.read_prefix(instruction_1xIxD, deterministic=deterministic)
         mask_BxLxL = layout.sees[None] & valid_BxL[:, None, :]
         # A token's position is the number of tokens it sees before itself, so padding and other branches do not
         # shift it.
-        position_ids = jnp.maximum(jnp.sum(mask_BxLxL, axis=-1) - 1, 0).astype(jnp.int32)
+        position_ids = jnp.maximum(start + jnp.sum(mask_BxLxL, axis=-1) - 1, 0).astype(jnp.int32)
         hidden = self.qwen3(
             inputs_embeds=embeds,
-            attention_mask=valid_BxL,
             position_ids=position_ids,
-            mask=mask_BxLxL[:, None],
+            mask=jnp.pad(mask_BxLxL, ((0, 0), (0, 0), (start, 0)), constant_values=True)[:, None],
+            prefix=prefix,
             deterministic=deterministic,
         )
         if self.config.joint.prompt.pooling == "last":
             return hidden[:, layout.end_at]
         weights = mask_BxLxL[:, layout.end_at].astype(jnp.float32)
         total = jnp.einsum("bpl,bld->bpd", weights, hidden.astype(jnp.float32))
-        return total / jnp.sum(weights, axis=-1, keepdims=True)
+        if start:
+            total += jnp.sum(instructed_1xIxD.astype(jnp.float32), axis=1, keepdims=True)
+        return total / (start + jnp.sum(weights, axis=-1, keepdims=True))
 
-    def _read_one(self, embeds_BxLxD: jax.Array, valid_BxL: jax.Array, deterministic: bool) -> jax.Array:
+    def _read_one(
+        self, instruction_1xIxD: jax.Array, embeds_BxLxD: jax.Array, valid_BxL: jax.Array, deterministic: bool
+    ) -> jax.Array:
         """Prompts of one branch, which are plain sequences: with their padding moved to the end, causal order is all
         that attention needs, and no mask stands in memory."""
+        batch, start = len(embeds_BxLxD), instruction_1xIxD.shape[1]
+        instruction_BxIxD = jnp.broadcast_to(instruction_1xIxD, (batch, *instruction_1xIxD.shape[1:]))
+        embeds_BxLxD = jnp.concatenate([instruction_BxIxD, embeds_BxLxD], axis=1)
+        valid_BxL = jnp.pad(valid_BxL, ((0, 0), (start, 0)), constant_values=True)
         order_BxL = jnp.argsort(~valid_BxL, axis=1, stable=True)
         embeds = jnp.take_along_axis(embeds_BxLxD, order_BxL[..., None], axis=1)
         hidden = self.qwen3(inputs_embeds=embeds, deterministic=deterministic)
@@ -456,7 +465,7 @@ class JointModel(nn.Module):
 
 @struct.dataclass
 class PromptLayout:
-    """Static places in a branched prompt.
+    """Static places in a branched prompt, counted from the end of its instruction.
 
     Attributes:
       item_at: int [S * Q], where item tokens stand.
@@ -471,13 +480,10 @@ class PromptLayout:
     sees: np.ndarray
 
 
-def prompt_layout(
-    instruction: int, slots: int, words: int, per_item: int, positions: int, user_tokens: int
-) -> PromptLayout:
+def prompt_layout(slots: int, words: int, per_item: int, positions: int, user_tokens: int) -> PromptLayout:
     """Lays out a trunk of `slots` items and one branch for each of the newest `positions` slots.
 
     Args:
-      instruction: Tokens before the history.
       slots: Items in the prompt.
       words: Title tokens of an item.
       per_item: Injected tokens of an item.
@@ -485,14 +491,14 @@ def prompt_layout(
       user_tokens: User tokens of a branch; the end token follows them.
     """
     per_slot, per_branch = words + per_item, user_tokens + 1
-    trunk = instruction + slots * per_slot
+    trunk = slots * per_slot
     length = trunk + positions * per_branch
-    item_at = (instruction + np.arange(slots)[:, None] * per_slot + words + np.arange(per_item)).reshape(-1)
+    item_at = (np.arange(slots)[:, None] * per_slot + words + np.arange(per_item)).reshape(-1)
     branch_at = trunk + np.arange(positions)[:, None] * per_branch + np.arange(per_branch)
     at = np.arange(length)
     branch = np.where(at < trunk, -1, (at - trunk) // per_branch)
     # The trunk ends, for branch i, after slot `slots - positions + i`.
-    reach = instruction + (slots - positions + branch + 1) * per_slot
+    reach = (slots - positions + branch + 1) * per_slot
     reads_trunk = (at[None, :] < trunk) & np.where(
         branch[:, None] < 0, at[None, :] <= at[:, None], at[None, :] < reach[:, None]
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from nqf.config import Config, to_tree
 
-CODE_FORMAT = 3
+CODE_FORMAT = 4
 """Version of what the stages write; raise it when an old artefact must not be reused."""
 
 STARTED = "started.json"

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqf.config import ItemConfig, OptimConfig
-from nqf.fields.cache import FieldCache
-from nqf.fields.whitening import fit_whitening
+from nqf.fields.cache import CANDIDATE, FieldCache
+from nqf.fields.whitening import fit_whitening, save_whitenings
 from nqf.models.item_qformer import ItemQFormer
 from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
 from nqf.pipelines.datasets import TrainingData, pair_dataset
@@ -334,13 +334,17 @@ def write_tokens(run: Run, module: ItemQFormer, params: Any, folder: Path) -> di
 
 
 def make_tokens(run: Run) -> dict[str, Any]:
-    """Runs the tokens stage: item tokens and vectors, and the whitening of the candidates' text embeddings."""
+    """Runs the tokens stage: item tokens and vectors, and the whitenings of the fields and of the candidates' texts."""
     module, params = load_items(run)
     if not is_primary():
         return {}
     report = write_tokens(run, module, params, run.folder / "tokens")
-    if run.config.candidates.text_width and run.cache.candidates is not None:
-        whitening = fit_whitening(run.cache.candidates, run.config.candidates.text_width)
-        whitening.save(run.folder / "tokens" / WHITENING)
-        report["text_width"] = whitening.matrix.shape[1]
+    tables = {name: run.cache.table(name) for name in run.cache.names}
+    if run.cache.candidates is not None:
+        tables[CANDIDATE] = run.cache.candidates
+    # A width of 0 is for the text embeddings as they are; the fields' components then have no limit.
+    width = run.config.candidates.text_width
+    whitenings = {name: fit_whitening(table, width or table.values.shape[1]) for name, table in tables.items()}
+    save_whitenings(run.folder / "tokens" / WHITENING, whitenings)
+    report["whitened_widths"] = {name: whitening.matrix.shape[1] for name, whitening in whitenings.items()}
     return report

@@ -218,6 +218,9 @@ def _tables(run: Run, words: int) -> ItemTables:
     text = candidates.values.shape[1] if candidates is not None else 1
     if run.config.candidates.text_width and candidates is not None:
         text = min(text, run.config.candidates.text_width)
+    fields = 0
+    if "fields" in run.config.candidates.sources:
+        fields = sum(min(width, run.config.candidates.text_width or width) for width in run.cache.widths.values())
 
     def zeros(dtype: Any, *shape: int) -> np.ndarray:
         return np.broadcast_to(np.zeros((), dtype), shape)
@@ -225,6 +228,7 @@ def _tables(run: Run, words: int) -> ItemTables:
     return ItemTables(
         tokens=zeros(np.float16, items, qformer.queries, qformer.width),
         vectors=zeros(np.float16, items, qformer.width),
+        fields=zeros(np.float16, items, fields),
         text=zeros(np.float32, items, text),
         has_text=zeros(bool, items),
         trained=zeros(bool, items),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ from rich.console import Console
 from nqf.config import Config, load_config
 from nqf.data.errors import NPY_ERRORS
 from nqf.data.load import Dataset, open_dataset
-from nqf.fields.cache import FieldCache, open_cache
-from nqf.fields.whitening import Whitening, load_whitening
+from nqf.fields.cache import CANDIDATE, FieldCache, open_cache
+from nqf.fields.whitening import Whitening, field_features, load_whitenings
 from nqf.interop.encoders import encoder_factories
 from nqf.models.recommender import ItemTables
 from nqf.pipelines.histories import EventFeatures, event_features
 from nqf.training.artifacts import StageError
 
-WHITENING = "text.npz"
-"""Name of the whitening in the tokens stage's folder."""
+WHITENING = "whitening.npz"
+"""Name of the whitenings in the tokens stage's folder."""
+# Items whose field vectors are in memory as float32 at a time.
+_CHUNK = 16_384
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,16 +76,26 @@ class Run:
         return np.where(rows[:, None] >= 0, values[np.maximum(rows, 0)], 0), rows >= 0
 
     @functools.cached_property
-    def whitening(self) -> Whitening | None:
-        """What the tokens stage fitted; None where text embeddings are used as they are."""
-        if not self.config.candidates.text_width or self.cache.candidates is None:
-            return None
-        return load_whitening(self.folder / "tokens" / WHITENING)
+    def whitenings(self) -> dict[str, Whitening]:
+        """What the tokens stage fitted: of every field and of the candidates' texts."""
+        return load_whitenings(self.folder / "tokens" / WHITENING)
 
     def text_features(self, embeddings: np.ndarray, has_text: np.ndarray) -> np.ndarray:
         """What the models read of text embeddings [n, T]: float32 [n, T'], zero without text."""
-        features = embeddings if self.whitening is None else self.whitening.apply(embeddings)
+        whiten = self.config.candidates.text_width and self.cache.candidates is not None
+        features = self.whitenings[CANDIDATE].apply(embeddings) if whiten else embeddings
         return np.where(has_text[:, None], features, 0).astype(np.float32)
+
+    def field_features(self, fields: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """What the candidate tower reads of the fields' vectors, float16 [n, F]; F is 0 unless they are its source.
+
+        Args:
+          fields: Field name to vectors, float [n, width], and where there is one, bool [n].
+        """
+        names = self.cache.names
+        if "fields" not in self.config.candidates.sources:
+            return np.zeros((len(fields[names[0]][1]), 0), np.float16)
+        return field_features(self.whitenings, {name: fields[name] for name in names})
 
     def tables(self, tokens_folder: Path, titles: np.ndarray | None = None) -> ItemTables:
         """Host tables of the whole catalogue.
@@ -93,9 +106,14 @@ class Run:
         """
         text, has_text = self.text
         items = len(has_text)
+        fields = [
+            self.field_features({name: self.cache.gather(name, rows) for name in self.cache.names})
+            for rows in np.split(np.arange(items), range(_CHUNK, items, _CHUNK))
+        ]
         return ItemTables(
             tokens=_mapped(tokens_folder / "tokens.npy"),
             vectors=_mapped(tokens_folder / "vectors.npy"),
+            fields=np.concatenate(fields),
             text=self.text_features(text, has_text),
             has_text=has_text,
             trained=~self.dataset.split.cold,

@@ -159,6 +159,38 @@ def test_explicit_mask_replaces_order_and_padding(params: Any) -> None:
     np.testing.assert_allclose(found[0, 5], apply(params, IDS[:1, [0, 1, 2, 5]])[0, 3], atol=1e-5)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_shared_prefix_stands_before_every_sequence(params: Any, remat: bool) -> None:
+    ids = np.concatenate([np.repeat(IDS[:1, :2], 2, axis=0), IDS[:, 2:]], axis=1)
+    config = dataclasses.replace(SMALL, remat=remat)
+
+    def whole(params: Any) -> jax.Array:
+        return apply(params, ids)
+
+    def shared(params: Any) -> jax.Array:
+        model = Qwen3(config)
+        embeds = model.apply({"params": params}, ids, method=Qwen3.embed)
+        first, prefix = model.apply({"params": params}, embeds[:1, :2], method=Qwen3.read_prefix)
+        mask = np.tril(np.ones((6, 6), bool))[None, None, 2:]
+        rest = model.apply(
+            {"params": params},
+            inputs_embeds=embeds[:, 2:],
+            prefix=prefix,
+            mask=mask,
+            position_ids=2 + np.arange(4)[None],
+        )
+        return jnp.concatenate([jnp.repeat(first, 2, axis=0), rest], axis=1)
+
+    np.testing.assert_allclose(shared(params), whole(params), atol=1e-5)
+    # Every sequence's gradient reaches what the prefix was made with.
+    weights = np.random.default_rng(1).normal(size=whole(params).shape)
+    wanted = jax.grad(lambda params: jnp.sum(whole(params) * weights))(params)
+    found = jax.grad(lambda params: jnp.sum(shared(params) * weights))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found, wanted)
+    with pytest.raises(ValueError, match="after a prefix"):
+        apply(params, ids, prefix=(np.zeros((3, 1, 2, 2, 6)),) * 2)
+
+
 def test_positions_count_valid_tokens(params: Any) -> None:
     mask = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     positions = np.array([[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 3, 3]])
