@@ -148,7 +148,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
 
     results, unmasked = read_results(variant.folder), read_results(variant.folder, "eval-unmasked")
     ranks = model_ranks(results.frame)
-    rivals = [name for name in ranks if name not in ("joint", "user")]
+    rivals = [name for name in ranks if name not in ("joint", "joint_vectors", "user")]
     best = max(rivals, key=lambda name: results.models[name]["all"]["ndcg@10"][0])
     difference = paired_difference(ranks["joint"], ranks[best], (10,))
 

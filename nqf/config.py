@@ -402,6 +402,8 @@ class EvaluationConfig:
       new_item_weight: Factor of the frozen similarity in the score of items that training never saw, whose learned
         part says less; in recommendations too. A validation with `data.cold_share` tells what it should be: known
         items give way to new ones as it grows.
+      cooccurrence_weight: What the co-occurrence of training events counts beside the vectors of the joint stage, in
+        recommendations too; 0 for none. The table of an evaluation has the vectors alone as well.
       recent_days: Window of the recent-popularity baseline, in days before the last training event; without
         timestamps the last tenth of the training events is used.
     """
@@ -413,6 +415,8 @@ class EvaluationConfig:
     # On validation with `data.cold_share` of amazon-beauty, new items were found as often as known ones: HR@10 .101 and
     # .102 at 1.75, where 1 gave .054 and .110.
     new_item_weight: float = 1.75
+    # How large the counts are depends on the data; on the built-in catalogue every weight above 1 cost something.
+    cooccurrence_weight: float = 0.0
     recent_days: float = 30.0
 
 

@@ -22,6 +22,8 @@ class EvaluateArguments:
       protocol: `full` ranks the whole catalogue; `legacy` is the reference's 100 candidates, for comparison only.
       k: Cut-offs of HR and NDCG; by default those of the run's configuration.
       keep_seen: Leave the user's past in the ranking, as some published numbers do.
+      new_item_weight: In place of the configuration's `evaluation.new_item_weight`, to choose it on `--split valid`.
+      cooccurrence_weight: The same of `evaluation.cooccurrence_weight`.
       into: Folder inside the run for the results.
       sasrec: Also train and evaluate a SASRec, whatever the configuration says.
       debug: Show the traceback of an error.
@@ -32,6 +34,8 @@ class EvaluateArguments:
     protocol: Literal["full", "legacy"] = "full"
     k: tuple[int, ...] = ()
     keep_seen: bool = False
+    new_item_weight: float | None = None
+    cooccurrence_weight: float | None = None
     into: str = "eval"
     sasrec: bool = False
     debug: bool = False
@@ -47,9 +51,10 @@ def main(arguments: list[str]) -> None:
 
     console = terminal()
     run = open_run(options.run, console)
-    config = run.config
-    if options.keep_seen:
-        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, mask_seen=False))
+    given = {name: getattr(options, name) for name in ("new_item_weight", "cooccurrence_weight")}
+    given |= {"mask_seen": False if options.keep_seen else None}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, **given))
     if options.sasrec:
         config = dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, sasrec=True))
     run = dataclasses.replace(run, config=config)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 import polars as pl
+import scipy.sparse
 
 from nqf.config import from_tree
 from nqf.data.schema import Field
@@ -88,6 +89,8 @@ def explain(
     text_features: Callable[[np.ndarray, np.ndarray], np.ndarray],
     field_features: Callable[[Mapping[str, tuple[np.ndarray, np.ndarray]]], np.ndarray],
     item_vectors: np.ndarray,
+    pairs: Callable[[Sequence[np.ndarray]], scipy.sparse.csr_matrix],
+    older: np.ndarray,
     left_out: np.ndarray,
     review_width: int,
 ) -> Explanation:
@@ -105,6 +108,8 @@ def explain(
       text_features: `Run.text_features`, what the models read of its embeddings.
       field_features: `Run.field_features`, what the candidate tower reads of its fields.
       item_vectors: float32 [I, D].
+      pairs: What co-occurrence adds to the catalogue's scores after histories of item rows, sparse [histories, I].
+      older: Rows of the history before the items that the model reads, oldest first; they are in every variant.
       left_out: Rows that are not ranked; the explained item is, all the same.
       review_width: Width of the review embeddings that the model was trained with; 0 without.
     """
@@ -126,7 +131,9 @@ def explain(
     # The last variants are of the explained item: the whole history, one of its fields hidden.
     users = np.concatenate([users, np.repeat(users[:1], len(names), axis=0)])
     targets = np.concatenate([targets, own_vectors[1:] @ users[0]])
-    log_probabilities, ranks = _standing(users, targets, item_vectors, items.rows[-1], left_out)
+    added = pairs([np.concatenate([older, rows[slots]]) for slots in [*variants, *[whole] * len(names)]])
+    targets += added[:, [items.rows[-1]]].toarray()[:, 0]
+    log_probabilities, ranks = _standing(users, targets, item_vectors, added, items.rows[-1], left_out)
     effects = log_probabilities[0] - log_probabilities
 
     of_items, of_fields = slice(1, size), slice(size, None)
@@ -243,7 +250,12 @@ def _padded(tree: Any, size: int) -> Any:
 
 
 def _standing(
-    users_VxD: np.ndarray, targets_V: np.ndarray, item_vectors_IxD: np.ndarray, own: int, left_out: np.ndarray
+    users_VxD: np.ndarray,
+    targets_V: np.ndarray,
+    item_vectors_IxD: np.ndarray,
+    added_VxI: scipy.sparse.csr_matrix,
+    own: int,
+    left_out: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability and expected rank, float64 [V], of a target among all items that are not left out.
 
@@ -251,6 +263,7 @@ def _standing(
       users_VxD: User vectors.
       targets_V: The target's scores, which may be those of a variant of the item.
       item_vectors_IxD: The catalogue.
+      added_VxI: What is added to the inner products.
       own: The target's row, in whose place `targets_V` stand.
       left_out: Rows that are not ranked.
     """
@@ -260,8 +273,9 @@ def _standing(
     # Log of the sum of exp(score - target) over all ranked items; the target itself adds exp(0).
     log_sum = np.zeros(len(users_VxD))
     for start in range(0, len(ranked), _CHUNK):
-        chunk = item_vectors_IxD[start : start + _CHUNK][ranked[start : start + _CHUNK]]
-        ahead_VxC = (users_VxD @ chunk.T - targets_V[:, None]).astype(np.float64)
+        chunk = start + np.flatnonzero(ranked[start : start + _CHUNK])
+        scores_VxC = users_VxD @ item_vectors_IxD[chunk].T + added_VxI[:, chunk].toarray()
+        ahead_VxC = (scores_VxC - targets_V[:, None]).astype(np.float64)
         greater += (ahead_VxC > 0).sum(axis=1)
         equal += (ahead_VxC == 0).sum(axis=1)
         log_sum = np.logaddexp(log_sum, np.logaddexp.reduce(ahead_VxC, axis=1))

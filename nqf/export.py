@@ -60,7 +60,8 @@ class ExportArguments:
       run: Run folder.
       format: `peft`: the adapter of a pretrained backbone. `huggingface`: the whole backbone, adapters merged in
         float32, for transformers and sentence-transformers. `index`: item vectors and ids, for a nearest-neighbor
-        index by inner product. `parquet`: item vectors and the users' vectors as tables.
+        index by inner product, without what co-occurrence adds to the score. `parquet`: item vectors and the users'
+        vectors as tables.
       output: Folder to make.
       debug: Show the traceback of an error.
     """
@@ -211,7 +212,8 @@ def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder
             "items": len(ids),
             "width": width,
             "dtype": "float32",
-            "similarity": "inner product with a row of nqf.Recommender.encode_users",
+            "similarity": "inner product with a row of nqf.Recommender.encode_users; what co-occurrence adds to the "
+            "score (evaluation.cooccurrence_weight) is not in the vectors",
         }
         (folder / "index.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         return

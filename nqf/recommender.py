@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 import polars as pl
+import scipy.sparse
 
 from nqf.config import ConfigError
 from nqf.data.catalogue import canonical_items
-from nqf.evaluation.ranking import rank_vectors, top_k
+from nqf.evaluation.cooccurrence import newest_of_histories
+from nqf.evaluation.ranking import dense_batches, raise_some, rank_vectors, ranks_from_scores, top_k
 from nqf.explain import Explanation, Items, explain
 from nqf.fields.cache import encode_items
 from nqf.fields.overlay import read_overlay
@@ -33,15 +35,22 @@ class Recommender:
 
     Attributes:
       item_ids: Ids of all items, in the order of `item_vectors`.
-      item_vectors: float32 [items, dim]; the inner product with a row of `encode_users` ranks.
+      item_vectors: float32 [items, dim]; the inner product with a row of `encode_users` ranks, to which the joint stage
+        adds what `evaluation.cooccurrence_weight` says.
       available: bool [items], False for items that were removed: known in histories, never recommended.
     """
 
     def __init__(
-        self, run: Run, ranker: Ranker, variables: Any, items: tuple[ItemQFormer, Any], tokenizer: Any
+        self,
+        run: Run,
+        ranker: Ranker,
+        variables: Any,
+        items: tuple[ItemQFormer, Any],
+        tokenizer: Any,
+        cooccurrence_weight: float,
     ) -> None:
         self._run, self._ranker, self._variables = run, ranker, variables
-        self._items, self._tokenizer = items, tokenizer
+        self._items, self._tokenizer, self._cooccurrence_weight = items, tokenizer, cooccurrence_weight
         self.item_ids: list[str] = list(run.dataset.catalogue.item_ids)
         self._titles: list[str] = [
             title if title is not None else ""
@@ -73,10 +82,11 @@ class Recommender:
         require(opened, stage)
         if stage == "joint":
             joint, ranker, variables, items = load_joint(opened)
-            recommender = cls(opened, ranker, variables, items, joint.tokenizer)
+            weight = opened.config.evaluation.cooccurrence_weight
+            recommender = cls(opened, ranker, variables, items, joint.tokenizer, weight)
         else:
             ranker, variables = load_users(opened)
-            recommender = cls(opened, ranker, variables, load_items(opened), None)
+            recommender = cls(opened, ranker, variables, load_items(opened), None, 0.0)
         overlay = read_overlay(opened.folder / "items", opened.dataset.catalogue, opened.cache)
         recommender._put(overlay.frame, overlay.encoded)
         recommender.available = np.array([item_id not in overlay.removed for item_id in recommender.item_ids])
@@ -90,7 +100,8 @@ class Recommender:
         A known user's times, ratings and reviews are read too; a bare history has none.
 
         Returns:
-          Frame with rank (1-based), item_id, title and score (cosine-scaled inner product, float32).
+          Frame with rank (1-based), item_id, title and score (inner product with the user vector of length one, and
+          what co-occurrence adds; float32).
 
         Raises:
           ValueError: Neither or both of history and user, an empty history, or an unknown id.
@@ -100,8 +111,8 @@ class Recommender:
         if user is not None:
             vectors, seen = self._encode_known([self._user_row(user)])
         else:
-            vectors, seen = self.encode_users([history]), [self._rows(history)]
-        scores, rows = top_k(vectors, self.item_vectors, k, self._left_out(seen, mask_seen))
+            vectors, seen = self._encode_histories([history]), [self._rows(history)]
+        scores, rows = self._best(vectors, seen, k, mask_seen)
         return self._frame(rows[0], scores[0])
 
     def recommend_all(self, *, k: int = 10, mask_seen: bool = True) -> Iterable[pl.DataFrame]:
@@ -110,7 +121,7 @@ class Recommender:
         for start in range(0, len(interactions.user_ids), size):
             users = list(range(start, min(start + size, len(interactions.user_ids))))
             vectors, seen = self._encode_known(users)
-            scores, rows = top_k(vectors, self.item_vectors, k, self._left_out(seen, mask_seen))
+            scores, rows = self._best(vectors, seen, k, mask_seen)
             yield pl.concat(
                 self._frame(rows[index], scores[index]).select(
                     pl.lit(interactions.user_ids[user]).alias("user_id"), pl.all()
@@ -132,7 +143,14 @@ class Recommender:
           ValueError: An empty history or an unknown item id.
         """
         rows = self._left_out([np.unique(self._rows(ids)) for ids in left_out], True)
-        return rank_vectors(self.encode_users(histories), self.item_vectors, self._rows(item_ids), rows)
+        vectors, targets = self._encode_histories(histories), self._rows(item_ids)
+        if not self._cooccurrence_weight:
+            return rank_vectors(_unit(vectors), self.item_vectors, targets, rows)
+        pairs, ranks = self._pairs([self._rows(history) for history in histories]), []
+        for span in dense_batches(len(targets), len(self.item_ids), self._ranker.batch_size):
+            scores = vectors[span] @ self.item_vectors.T + pairs[span].toarray()
+            ranks.append(ranks_from_scores(scores, targets[span], rows[span]))
+        return np.concatenate([np.zeros(0), *ranks])
 
     def explain(self, history: Sequence[str], item_id: str) -> Explanation:
         """What speaks for an item after a history of item ids, oldest first: see `nqf.explain.Explanation`.
@@ -154,6 +172,8 @@ class Recommender:
             text_features=self._run.text_features,
             field_features=self._run.field_features,
             item_vectors=self.item_vectors,
+            pairs=self._pairs,
+            older=seen[: -self._ranker.max_history],
             left_out=self._left_out([seen], True)[0],
             review_width=0 if reviews is None else reviews.values.shape[1],
         )
@@ -187,15 +207,7 @@ class Recommender:
         Raises:
           ValueError: An empty history or an unknown item id.
         """
-        slots = self._ranker.max_history
-        reviews = self._run.features.reviews
-        width = 0 if reviews is None else reviews.values.shape[1]
-        rows = np.stack([newest(self._rows(history), slots) for history in histories])
-        parts = [
-            self._ranker.encode(self._variables, history_of_items(rows[start : start + self._ranker.batch_size], width))
-            for start in range(0, len(rows), self._ranker.batch_size)
-        ]
-        return _unit(np.concatenate(parts))
+        return _unit(self._encode_histories(histories))
 
     def encode_all_users(self) -> tuple[list[str], np.ndarray]:
         """The run's users and the vectors of their whole histories: ids and float32 [users, dim], rows of unit norm."""
@@ -203,7 +215,7 @@ class Recommender:
         parts = [
             self._encode_known(range(start, min(start + size, len(users))))[0] for start in range(0, len(users), size)
         ]
-        return list(users), np.concatenate(parts)
+        return list(users), _unit(np.concatenate(parts))
 
     def add_items(self, items: pl.DataFrame | Sequence[Mapping[str, Any]]) -> None:
         """Adds new items without retraining: encodes their fields, appends their tokens and vectors.
@@ -284,7 +296,43 @@ class Recommender:
         spans = [(interactions.offsets[user], interactions.offsets[user + 1]) for user in users]
         events = np.stack([newest(np.arange(start, stop), slots) for start, stop in spans])
         vectors = self._ranker.encode(self._variables, gather_history(self._run.features, events))
-        return _unit(vectors), [interactions.items[start:stop] for start, stop in spans]
+        return vectors, [interactions.items[start:stop] for start, stop in spans]
+
+    def _encode_histories(self, histories: Sequence[Sequence[str]]) -> np.ndarray:
+        slots = self._ranker.max_history
+        reviews = self._run.features.reviews
+        width = 0 if reviews is None else reviews.values.shape[1]
+        rows = np.stack([newest(self._rows(history), slots) for history in histories])
+        parts = [
+            self._ranker.encode(self._variables, history_of_items(rows[start : start + self._ranker.batch_size], width))
+            for start in range(0, len(rows), self._ranker.batch_size)
+        ]
+        return np.concatenate(parts)
+
+    def _best(
+        self, vectors: np.ndarray, seen: Sequence[np.ndarray], k: int, mask_seen: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the best items, given user vectors as encoded and the users' whole histories."""
+        left_out, unit = self._left_out(seen, mask_seen), _unit(vectors)
+        best = top_k(unit, self.item_vectors, k, left_out)
+        if not self._cooccurrence_weight:
+            return best
+        scale = scipy.sparse.diags(1 / np.maximum(np.linalg.norm(vectors, axis=1), 1e-12))
+        raised = (scale @ self._pairs(seen)).tocsr().astype(np.float32)
+        return raise_some(best, unit, self.item_vectors, raised, left_out)
+
+    def _pairs(self, histories: Sequence[np.ndarray]) -> scipy.sparse.csr_matrix:
+        """What co-occurrence adds to the scores of user vectors as encoded, float32 [users, items].
+
+        Args:
+          histories: Item rows, oldest first.
+        """
+        newest_BxH = newest_of_histories(histories)
+        # Items beyond the catalogue were in no training event.
+        newest_BxH = np.where(newest_BxH < len(self._run.dataset.catalogue.item_ids), newest_BxH, -1)
+        pairs = self._cooccurrence_weight * self._run.cooccurrence.scores(newest_BxH)
+        pairs.resize(len(histories), len(self.item_ids))
+        return pairs
 
     def _user_row(self, user: str) -> int:
         return self._run.dataset.interactions.user_row(user)

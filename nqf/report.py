@@ -113,7 +113,8 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
     import numpy as np
 
     from nqf.evaluation.cards import item_cards
-    from nqf.evaluation.ranking import top_k
+    from nqf.evaluation.cooccurrence import newest_of_cases
+    from nqf.evaluation.ranking import raise_some, top_k
     from nqf.evaluation.report import User
     from nqf.evaluation.results import model_ranks
     from nqf.training.artifacts import status
@@ -142,7 +143,13 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
     cases = run.dataset.split.test if results.split == "test" else run.dataset.split.valid
     vectors = ranker.encode_cases(variables, interactions, run.features, cases, which)
     pasts = [interactions.items[interactions.offsets[cases.users[case]] : cases.cuts[case]] for case in which]
-    _, rows = top_k(vectors, item_vectors, _SHOWN, pasts if results.mask_seen else None)
+    left_out = pasts if results.mask_seen else [[]] * len(pasts)
+    best = top_k(vectors, item_vectors, _SHOWN, left_out)
+    weight = run.config.evaluation.cooccurrence_weight
+    if model == "joint" and weight:
+        pairs = weight * run.cooccurrence.scores(newest_of_cases(interactions, cases, which))
+        best = raise_some(best, vectors, item_vectors, pairs, left_out)
+    rows = best[1]
     users = []
     for case, past, recommended in zip(which.tolist(), pasts, rows, strict=True):
         target = int(interactions.items[cases.cuts[case]])

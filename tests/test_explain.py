@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
+import scipy.sparse
 
 from nqf.config import QFormerConfig, load_config
 from nqf.data.synthetic import draw_world, next_topic
@@ -138,12 +139,16 @@ def test_standing_is_a_softmax_and_a_count(monkeypatch: pytest.MonkeyPatch) -> N
     rng = np.random.default_rng(0)
     users, items = rng.normal(size=(3, 5)).astype(np.float32), rng.normal(size=(11, 5)).astype(np.float32)
     items[7] = items[2]
-    logs, ranks = _standing(users, users @ items[2], items, 2, np.array([0, 5, 2]))
+    added = scipy.sparse.csr_matrix(([3.0, 2.0, 1.0], ([0, 1, 2], [4, 2, 9])), shape=(3, 11), dtype=np.float32)
+    targets = users @ items[2] + added[:, [2]].toarray()[:, 0]
+    logs, ranks = _standing(users, targets, items, added, 2, np.array([0, 5, 2]))
     kept = [row for row in range(11) if row not in (0, 5)]
-    scores = (users @ items.T).astype(np.float64)
+    scores = (users @ items.T + added.toarray()).astype(np.float64)
     expected = scores[:, 2] - np.log(np.exp(scores[:, kept]).sum(axis=1))
     np.testing.assert_allclose(logs, expected, rtol=1e-5)
-    np.testing.assert_array_equal(ranks, 1.5 + (scores[:, kept] > scores[:, [2]] + 1e-6).sum(axis=1))
+    # Item 7 is item 2 again, but what was added to 2 it lacks.
+    ahead = (scores[:, kept] > scores[:, [2]] + 1e-6).sum(axis=1)
+    np.testing.assert_array_equal(ranks, np.array([1.5, 1, 1.5]) + ahead)
 
 
 def test_nothing_changes_for_those_who_do_not_ask_for_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,18 +7,14 @@ What a baseline may count are the training events and, when the test split is ev
 from __future__ import annotations
 
 import numpy as np
-import scipy.sparse
 
 from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.splits import Cases, Split
+from nqf.evaluation.cooccurrence import count_pairs, newest_of_cases
 from nqf.evaluation.ranking import Scorer
 
 _DAY = 86_400
 _RECENT_SHARE = 0.1
-_WINDOW = 10
-_BACKWARD = 0.25
-_DAMP_HISTORY = 0.5
-_DAMP_CANDIDATE = 0.25
 
 
 def known_events(interactions: Interactions, split: Split, cases: Cases) -> np.ndarray:
@@ -89,40 +85,9 @@ def last_item_cosine(
 
 
 def cooccurrence(interactions: Interactions, split: Split, cases: Cases) -> Scorer:
-    """Items that follow, and less so precede, the newest history items in other known sequences.
-
-    Within a user's known events, an item counts 1 / distance for each of the 10 before it, and a share of that
-    backward.
-    The counts are divided by powers of both items' popularity and summed over the 10 newest history items, each weighed
-    by 1 / its distance to the target. The share and the powers were chosen on the validation cases of amazon-beauty,
-    ml-1m, ml-100k and goodbooks together.
-    """
-    items, events = len(split.cold), np.flatnonzero(known_events(interactions, split, cases))
-    user_of, item_of = interactions.users[events], interactions.items[events]
-    followed = scipy.sparse.csr_matrix((items, items), dtype=np.float32)
-    for distance in range(1, _WINDOW + 1):
-        same = user_of[distance:] == user_of[:-distance]
-        pairs = item_of[:-distance][same], item_of[distance:][same]
-        weights = np.full(len(pairs[0]), 1 / distance, np.float32)
-        followed += scipy.sparse.csr_matrix((weights, pairs), shape=(items, items))
-    counts = followed + _BACKWARD * followed.T
-    counts.setdiag(0)
-    popularity = np.maximum(np.bincount(item_of, minlength=items), 1).astype(np.float32)
-    damped = scipy.sparse.diags(popularity**-_DAMP_HISTORY) @ counts @ scipy.sparse.diags(popularity**-_DAMP_CANDIDATE)
-    damped = damped.tocsr().astype(np.float32)
-    starts = interactions.offsets[cases.users]
-
-    def score(rows: np.ndarray) -> np.ndarray:
-        at_BxH = cases.cuts[rows, None] - np.arange(1, _WINDOW + 1)
-        inside_BxH = at_BxH >= starts[rows, None]
-        row, column = np.nonzero(inside_BxH)
-        weights = (1 / (1 + column)).astype(np.float32)
-        history = scipy.sparse.csr_matrix(
-            (weights, (row, interactions.items[at_BxH[inside_BxH]])), shape=(len(rows), items), dtype=np.float32
-        )
-        return (history @ damped).toarray()
-
-    return score
+    """Items that follow, and less so precede, the newest history items in other known sequences."""
+    memory = count_pairs(interactions, known_events(interactions, split, cases), len(split.cold))
+    return lambda rows: memory.scores(newest_of_cases(interactions, cases, rows)).toarray()
 
 
 def _same_for_all(scores_I: np.ndarray, cases: Cases) -> Scorer:

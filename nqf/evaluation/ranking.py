@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 
 BATCH = 512
 # Scores that stand at a time. On a CPU they are counted while they are still in its cache: 2^21 ran at the full rate of
@@ -192,6 +193,40 @@ def top_k_from_scores(scores_NxI: np.ndarray, k: int, seen: Seen | None = None) 
     best_NxK, rows_NxK = jax.lax.top_k(_one_zero(scores_NxI), min(k, scores_NxI.shape[1]))
     best_NxK = np.asarray(best_NxK)
     return best_NxK, np.where(best_NxK > -np.inf, np.asarray(rows_NxK), -1)
+
+
+def raise_some(
+    best: tuple[np.ndarray, np.ndarray],
+    user_vectors_NxD: np.ndarray,
+    item_vectors_IxD: np.ndarray,
+    raised_NxI: scipy.sparse.csr_matrix,
+    seen: Seen,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The top-k lists after some items' scores have been raised.
+
+    Exact: whatever is among the best k and was not raised was among the best k before.
+
+    Args:
+      best: Scores, float32 [N, K], and rows, int32 [N, K], of `top_k` for these vectors.
+      user_vectors_NxD: float32.
+      item_vectors_IxD: float32.
+      raised_NxI: What is added to the inner products, sparse, nothing below zero.
+      seen: Items of each user that were left out.
+
+    Returns:
+      Scores and rows as `top_k` returns them.
+    """
+    scores_NxK, rows_NxK = (array.copy() for array in best)
+    for user, (left_out, start, stop) in enumerate(zip(seen, raised_NxI.indptr, raised_NxI.indptr[1:], strict=False)):
+        own = raised_NxI.indices[start:stop]
+        kept = ~np.isin(own, left_out)
+        own, more = own[kept], raised_NxI.data[start:stop][kept]
+        others = ~np.isin(rows_NxK[user], own)
+        scores = np.concatenate([scores_NxK[user][others], item_vectors_IxD[own] @ user_vectors_NxD[user] + more])
+        rows = np.concatenate([rows_NxK[user][others], own])
+        order = np.lexsort((rows, -scores))[: rows_NxK.shape[1]]
+        scores_NxK[user], rows_NxK[user] = scores[order], rows[order]
+    return scores_NxK, rows_NxK
 
 
 def dense_batches(users: int, items: int, batch: int = BATCH) -> Iterator[slice]:

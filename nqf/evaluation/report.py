@@ -17,7 +17,7 @@ from nqf.evaluation.metrics import paired_difference
 from nqf.evaluation.report_assets import SCRIPT, STYLE
 from nqf.evaluation.results import Results, cut_off, format_interval, model_ranks
 
-_TRAINED = ("joint", "user")
+_TRAINED = ("joint", "joint_vectors", "user")
 # Nothing may be loaded, whatever stands in an item's title.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from nqf.evaluation.results import format_interval
 
-_BASELINES = ("popular", "recent_popular", "last_item_cosine", "cooccurrence", "sasrec")
+_BASELINES = ("popular", "recent_popular", "last_item_cosine", "cooccurrence", "sasrec", "sasrec_cooccurrence")
 
 
 def write_studies(folder: Path, page: Path) -> None:
@@ -55,6 +55,9 @@ def _section(study: dict[str, Any]) -> list[str]:
             lines.append(_line(name, [first], name))
     for name, rows in variants.items():
         lines.append(_line(f"**{name}**", rows, "joint"))
+        # Rows of before there was a co-occurrence beside the vectors have no such line.
+        if "joint_vectors" in rows[0]["masked"]:
+            lines.append(_line(f"{name}: without co-occurrence", rows, "joint_vectors"))
         lines.append(_line(f"{name}: user stage alone", rows, "user"))
         if first is not rows[0] and first["segments"] != rows[0]["segments"]:
             # Other data, other baselines: they stand beside the variant.
@@ -86,7 +89,7 @@ def _line(label: str, rows: list[dict[str, Any]], model: str) -> str:
         against += rows[0]["best_baseline"]
     seconds = np.mean([sum(row["stage_seconds"].values()) for row in rows])
     made = rows[0]["provenance"]
-    trained = model in ("joint", "user")
+    trained = model in ("joint", "joint_vectors", "user")
     cells = [
         label,
         cell("masked", "all", "hr@10"),

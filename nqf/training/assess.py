@@ -16,6 +16,7 @@ import numpy as np
 from nqf.config import to_tree
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
+from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
 from nqf.evaluation.sasrec import SASRec, TrainedSASRec, train_sasrec
@@ -50,10 +51,21 @@ def assess(
     if split == "valid" and config.data.refit:
         raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
     cases = dataset.split.test if split == "test" else dataset.split.valid
-    models = {**trained_scorers(run, cases), **baseline_scorers(run, cases)}
+    evaluation, interactions = config.evaluation, dataset.interactions
+    trained, others = trained_scorers(run, cases), baseline_scorers(run, cases)
     if config.baselines.sasrec:
-        models["sasrec"] = sasrec(run).scorer(dataset.interactions, cases)
-    evaluation = config.evaluation
+        others["sasrec"] = sasrec(run).scorer(interactions, cases)
+    if evaluation.cooccurrence_weight:
+
+        def with_pairs(vectors: tuple[np.ndarray, np.ndarray]) -> Scorer:
+            return add_cooccurrence(*vectors, evaluation.cooccurrence_weight, run.cooccurrence, interactions, cases)
+
+        if "joint" in trained:
+            trained = {"joint": with_pairs(trained["joint"]), "joint_vectors": trained.pop("joint"), **trained}
+        if "sasrec" in others:
+            # A baseline gets what the joint stage gets.
+            others["sasrec_cooccurrence"] = with_pairs(others["sasrec"])
+    models = {**trained, **others}
     results = evaluate(
         models,
         dataset.interactions,
@@ -71,10 +83,10 @@ def assess(
     return results
 
 
-def trained_scorers(run: Run, cases: Cases) -> dict[str, Scorer]:
+def trained_scorers(run: Run, cases: Cases) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """User and item vectors of the stages that are finished and fresh, by name."""
     which = np.arange(len(cases.users))
-    scorers: dict[str, Scorer] = {}
+    scorers = {}
     for name in ("joint", "user"):
         reason = status(run.config, name, run.folder)
         if reason:

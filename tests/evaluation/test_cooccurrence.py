@@ -1,0 +1,108 @@
+"""Co-occurrence: what counts, what it adds to a ranking, and that no event outside of what is counted matters."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.sparse
+
+from nqf.data.interactions import Interactions
+from nqf.data.splits import Cases
+from nqf.evaluation.cooccurrence import add_cooccurrence, count_pairs, newest_of_cases, newest_of_histories
+from nqf.evaluation.ranking import raise_some, top_k, top_k_from_scores
+from nqf.recommender import Recommender
+from nqf.training.run import open_run
+
+
+def interactions(*sequences: list[int]) -> Interactions:
+    offsets = np.cumsum([0, *map(len, sequences)])
+    count = int(offsets[-1])
+    return Interactions(
+        user_ids=[str(user) for user in range(len(sequences))],
+        offsets=offsets,
+        items=np.concatenate([np.asarray(sequence, np.int32) for sequence in sequences]),
+        times=np.arange(count),
+        ratings=np.full(count, np.nan, np.float32),
+        reviews=None,
+    )
+
+
+def test_pairs_count_by_distance_direction_and_popularity() -> None:
+    pairs = count_pairs(interactions([0, 1, 2], [3, 1]), np.ones(5, bool), 5).pairs.toarray()
+    popularity = {0: 1, 1: 2, 2: 1, 3: 1}
+
+    def damped(count: float, history: int, candidate: int) -> float:
+        return count / popularity[history] ** 0.5 / popularity[candidate] ** 0.25
+
+    expected = np.zeros((5, 5))
+    for before, after, count in ((0, 1, 1), (1, 2, 1), (0, 2, 0.5), (3, 1, 1)):
+        expected[before, after] += damped(count, before, after)
+        expected[after, before] += damped(0.25 * count, after, before)
+    np.testing.assert_allclose(pairs, expected, rtol=1e-6)
+
+
+def test_only_counted_events_matter() -> None:
+    known, other = interactions([0, 1, 2], [3, 1, 4]), interactions([0, 1, 4], [3, 1, 0])
+    counted = np.array([1, 1, 0, 1, 1, 0], bool)
+    found = (count_pairs(each, counted, 5).pairs.toarray() for each in (known, other))
+    np.testing.assert_array_equal(*found)
+
+
+def test_newer_items_of_the_history_weigh_more() -> None:
+    found = interactions([0, 1, 2, 3], list(range(4, 4 + 14)))
+    cases = Cases(users=np.array([0, 1]), cuts=np.array([2, 4 + 13]))
+    newest = newest_of_cases(found, cases, np.arange(2))
+    np.testing.assert_array_equal(newest[0], [1, 0] + [-1] * 8)
+    np.testing.assert_array_equal(newest[1], np.arange(16, 6, -1))
+    histories = [found.items[:2], found.items[4:17]]
+    np.testing.assert_array_equal(newest_of_histories([*histories, []]), [*newest, [-1] * 10])
+    memory = count_pairs(found, np.ones(18, bool), 18)
+    rows = memory.pairs.toarray()
+    np.testing.assert_allclose(memory.scores(newest[:1]).toarray()[0], rows[1] + rows[0] / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_raised_lists_are_those_of_the_sums(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    users, items, k = 7, int(rng.integers(3, 60)), int(rng.integers(1, 12))
+    user_vectors, item_vectors = (rng.normal(size=(count, 4)).astype(np.float32) for count in (users, items))
+    raised = scipy.sparse.random(users, items, density=rng.choice([0.0, 0.1, 0.9]), random_state=seed, format="csr")
+    raised = (3 * raised).astype(np.float32)
+    seen = [rng.permutation(items)[: rng.integers(0, items + 1)] for _ in range(users)]
+    scores, rows = raise_some(top_k(user_vectors, item_vectors, k, seen), user_vectors, item_vectors, raised, seen)
+    expected = top_k_from_scores(user_vectors @ item_vectors.T + raised.toarray(), k, seen)
+    np.testing.assert_array_equal(rows, expected[1])
+    np.testing.assert_allclose(scores, expected[0], atol=1e-5)
+
+
+def test_a_weight_is_added_to_the_inner_products() -> None:
+    found = interactions([0, 1, 2], [1, 2, 3])
+    memory = count_pairs(found, np.ones(6, bool), 4)
+    cases = Cases(users=np.array([0, 1]), cuts=np.array([2, 5]))
+    rng = np.random.default_rng(0)
+    users, items = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
+    score = add_cooccurrence(users, items, 2.5, memory, found, cases)
+    pairs = memory.scores(newest_of_cases(found, cases, np.array([1]))).toarray()
+    np.testing.assert_allclose(score(np.array([1])), users[1:] @ items.T + 2.5 * pairs, rtol=1e-6)
+
+
+def test_what_is_recommended_ranks_first(tiny_run: Path) -> None:
+    recommender = Recommender.load(tiny_run)
+    run = open_run(tiny_run)
+    assert run.config.evaluation.cooccurrence_weight > 0
+    user = int(np.argmax(np.diff(run.dataset.interactions.offsets)))
+    start, stop = run.dataset.interactions.offsets[user : user + 2]
+    history = [recommender.item_ids[row] for row in run.dataset.interactions.items[start:stop]]
+    recommender.add_items(pl.DataFrame([{"item_id": "new", "title": "a new item"}]))
+    history.insert(len(history) - 1, "new")
+    found = recommender.recommend(history=history, k=12)
+    np.testing.assert_array_equal(
+        recommender.rank([history] * 12, found["item_id"], left_out=[history] * 12), range(1, 13)
+    )
+    # With the pairs of the training events, and their scores fall.
+    alone = recommender.encode_users([history])[0] @ recommender.item_vectors.T
+    above = found["score"].to_numpy() - alone[[recommender.item_ids.index(item) for item in found["item_id"]]]
+    assert (above >= -1e-5).all() and above.max() > 1e-3
+    assert (np.diff(found["score"]) <= 0).all()
+    assert Recommender.load(tiny_run, stage="user").recommend(history=history[:-2] + history[-1:], k=3).height == 3
