@@ -402,8 +402,8 @@ class EvaluationConfig:
       new_item_weight: Factor of the frozen similarity in the score of items that training never saw, whose learned
         part says less; in recommendations too. A validation with `data.cold_share` tells what it should be: known
         items give way to new ones as it grows.
-      cooccurrence_weight: What the co-occurrence of training events counts beside the vectors of the joint stage, in
-        recommendations too; 0 for none. The table of an evaluation has the vectors alone as well.
+      cooccurrence_weight: What the co-occurrence of known events (that of the baseline) counts beside the vectors of
+        the joint stage, in recommendations too; 0 for none. Tables then show the vectors alone as well.
       recent_days: Window of the recent-popularity baseline, in days before the last training event; without
         timestamps the last tenth of the training events is used.
     """

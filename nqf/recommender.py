@@ -51,6 +51,8 @@ class Recommender:
     ) -> None:
         self._run, self._ranker, self._variables = run, ranker, variables
         self._items, self._tokenizer, self._cooccurrence_weight = items, tokenizer, cooccurrence_weight
+        # Test targets do not count, so that trying the recommender on test users tells the truth.
+        self._cooccurrence = run.cooccurrence(run.dataset.split.test) if cooccurrence_weight else None
         self.item_ids: list[str] = list(run.dataset.catalogue.item_ids)
         self._titles: list[str] = [
             title if title is not None else ""
@@ -144,7 +146,7 @@ class Recommender:
         """
         rows = self._left_out([np.unique(self._rows(ids)) for ids in left_out], True)
         vectors, targets = self._encode_histories(histories), self._rows(item_ids)
-        if not self._cooccurrence_weight:
+        if self._cooccurrence is None:
             return rank_vectors(_unit(vectors), self.item_vectors, targets, rows)
         pairs, ranks = self._pairs([self._rows(history) for history in histories]), []
         for span in dense_batches(len(targets), len(self.item_ids), self._ranker.batch_size):
@@ -315,7 +317,7 @@ class Recommender:
         """Scores and rows of the best items, given user vectors as encoded and the users' whole histories."""
         left_out, unit = self._left_out(seen, mask_seen), _unit(vectors)
         best = top_k(unit, self.item_vectors, k, left_out)
-        if not self._cooccurrence_weight:
+        if self._cooccurrence is None:
             return best
         scale = scipy.sparse.diags(1 / np.maximum(np.linalg.norm(vectors, axis=1), 1e-12))
         raised = (scale @ self._pairs(seen)).tocsr().astype(np.float32)
@@ -327,10 +329,12 @@ class Recommender:
         Args:
           histories: Item rows, oldest first.
         """
+        if self._cooccurrence is None:
+            return scipy.sparse.csr_matrix((len(histories), len(self.item_ids)), dtype=np.float32)
         newest_BxH = newest_of_histories(histories)
         # Items beyond the catalogue were in no training event.
         newest_BxH = np.where(newest_BxH < len(self._run.dataset.catalogue.item_ids), newest_BxH, -1)
-        pairs = self._cooccurrence_weight * self._run.cooccurrence.scores(newest_BxH)
+        pairs = self._cooccurrence_weight * self._cooccurrence.scores(newest_BxH)
         pairs.resize(len(histories), len(self.item_ids))
         return pairs
 

@@ -147,7 +147,7 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
     best = top_k(vectors, item_vectors, _SHOWN, left_out)
     weight = run.config.evaluation.cooccurrence_weight
     if model == "joint" and weight:
-        pairs = weight * run.cooccurrence.scores(newest_of_cases(interactions, cases, which))
+        pairs = weight * run.cooccurrence(cases).scores(newest_of_cases(interactions, cases, which))
         best = raise_some(best, vectors, item_vectors, pairs, left_out)
     rows = best[1]
     users = []

@@ -56,9 +56,10 @@ def assess(
     if config.baselines.sasrec:
         others["sasrec"] = sasrec(run).scorer(interactions, cases)
     if evaluation.cooccurrence_weight:
+        memory = run.cooccurrence(cases)
 
         def with_pairs(vectors: tuple[np.ndarray, np.ndarray]) -> Scorer:
-            return add_cooccurrence(*vectors, evaluation.cooccurrence_weight, run.cooccurrence, interactions, cases)
+            return add_cooccurrence(*vectors, evaluation.cooccurrence_weight, memory, interactions, cases)
 
         if "joint" in trained:
             trained = {"joint": with_pairs(trained["joint"]), "joint_vectors": trained.pop("joint"), **trained}

@@ -100,7 +100,7 @@ def test_what_is_recommended_ranks_first(tiny_run: Path) -> None:
     np.testing.assert_array_equal(
         recommender.rank([history] * 12, found["item_id"], left_out=[history] * 12), range(1, 13)
     )
-    # With the pairs of the training events, and their scores fall.
+    # With the pairs of the known events, and their scores fall.
     alone = recommender.encode_users([history])[0] @ recommender.item_vectors.T
     above = found["score"].to_numpy() - alone[[recommender.item_ids.index(item) for item in found["item_id"]]]
     assert (above >= -1e-5).all() and above.max() > 1e-3
