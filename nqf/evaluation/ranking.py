@@ -215,7 +215,12 @@ def raise_some(
 
     Returns:
       Scores and rows as `top_k` returns them.
+
+    Raises:
+      ValueError: Something would be lowered.
     """
+    if raised_NxI.data.size and raised_NxI.data.min() < 0:
+        raise ValueError("scores can only be raised: a weight below zero would need all items' scores")
     scores_NxK, rows_NxK = (array.copy() for array in best)
     for user, (left_out, start, stop) in enumerate(zip(seen, raised_NxI.indptr, raised_NxI.indptr[1:], strict=False)):
         own = raised_NxI.indices[start:stop]

@@ -74,6 +74,9 @@ def test_raised_lists_are_those_of_the_sums(seed: int) -> None:
     expected = top_k_from_scores(user_vectors @ item_vectors.T + raised.toarray(), k, seen)
     np.testing.assert_array_equal(rows, expected[1])
     np.testing.assert_allclose(scores, expected[0], atol=1e-5)
+    if raised.nnz:
+        with pytest.raises(ValueError, match="only be raised"):
+            raise_some((scores, rows), user_vectors, item_vectors, -raised, seen)
 
 
 def test_a_weight_is_added_to_the_inner_products() -> None:
