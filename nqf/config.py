@@ -458,10 +458,13 @@ class BaselinesConfig:
     Attributes:
       sasrec: Whether the evaluation also trains a SASRec.
       sasrec_options: Its size and schedule.
+      sasrec_cooccurrence_weight: What co-occurrence counts beside it in a row of its own, as
+        `evaluation.cooccurrence_weight` has it beside the joint stage's vectors; 0 for no such row.
     """
 
     sasrec: bool = False
     sasrec_options: SASRecConfig = SASRecConfig()
+    sasrec_cooccurrence_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -168,12 +168,18 @@ def injected_prompts(run: Run, joint: Joint, variables: Any) -> dict[str, np.nda
             if isinstance(context.module, Qwen3) and context.method_name == "__call__":
                 inputs.update(kwargs)
                 return jnp.zeros_like(kwargs["inputs_embeds"])
+            if isinstance(context.module, Qwen3) and context.method_name == "read_prefix":
+                inputs["instruction"] = args[0]
             return call(*args, **kwargs)
 
         with nn.intercept_methods(keep_inputs):
             joint.module.apply(variables, batch.tables, batch.rows, batch.history, joint.prompt, positions=2)
         # What the end token of the newest branch, which stands last, reads is the whole prompt of inference.
-        return inputs["inputs_embeds"].astype(jnp.float32), inputs["mask"][:, 0, -1]
+        embeds = inputs["inputs_embeds"]
+        if "instruction" in inputs:
+            instruction = jnp.repeat(inputs["instruction"], len(embeds), axis=0)
+            embeds = jnp.concatenate([instruction, embeds], axis=1)
+        return embeds.astype(jnp.float32), inputs["mask"][:, 0, -1]
 
     if run.config.joint.prompt.history_items < 2:
         raise ValueError(f"{run.folder}: prompts of one item (joint.prompt.history_items) are not exported")

@@ -52,21 +52,19 @@ def assess(
         raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
     cases = dataset.split.test if split == "test" else dataset.split.valid
     evaluation, interactions = config.evaluation, dataset.interactions
-    trained, others = trained_scorers(run, cases), baseline_scorers(run, cases)
+
+    def with_pairs(vectors: tuple[np.ndarray, np.ndarray], weight: float) -> Scorer:
+        return add_cooccurrence(*vectors, weight, run.cooccurrence(cases), interactions, cases)
+
+    models = trained_scorers(run, cases)
+    if evaluation.cooccurrence_weight and "joint" in models:
+        vectors = models.pop("joint")
+        models = {"joint": with_pairs(vectors, evaluation.cooccurrence_weight), "joint_vectors": vectors, **models}
+    models |= baseline_scorers(run, cases)
     if config.baselines.sasrec:
-        others["sasrec"] = sasrec(run).scorer(interactions, cases)
-    if evaluation.cooccurrence_weight:
-        memory = run.cooccurrence(cases)
-
-        def with_pairs(vectors: tuple[np.ndarray, np.ndarray]) -> Scorer:
-            return add_cooccurrence(*vectors, evaluation.cooccurrence_weight, memory, interactions, cases)
-
-        if "joint" in trained:
-            trained = {"joint": with_pairs(trained["joint"]), "joint_vectors": trained.pop("joint"), **trained}
-        if "sasrec" in others:
-            # A baseline gets what the joint stage gets.
-            others["sasrec_cooccurrence"] = with_pairs(others["sasrec"])
-    models = {**trained, **others}
+        models["sasrec"] = sasrec(run).scorer(interactions, cases)
+        if weight := config.baselines.sasrec_cooccurrence_weight:
+            models["sasrec_cooccurrence"] = with_pairs(models["sasrec"], weight)
     results = evaluate(
         models,
         dataset.interactions,

@@ -1,17 +1,22 @@
 """Co-occurrence: what counts, what it adds to a ranking, and that no event outside of what is counted matters."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import scipy.sparse
+import yaml
 
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
 from nqf.evaluation.cooccurrence import add_cooccurrence, count_pairs, newest_of_cases, newest_of_histories
-from nqf.evaluation.ranking import raise_some, top_k, top_k_from_scores
+from nqf.evaluation.ranking import raise_some, ranks_from_scores, top_k, top_k_from_scores
+from nqf.evaluation.results import model_ranks
 from nqf.recommender import Recommender
+from nqf.report import _users
+from nqf.training.assess import assess, trained_scorers
 from nqf.training.run import open_run
 
 
@@ -90,22 +95,57 @@ def test_a_weight_is_added_to_the_inner_products() -> None:
     np.testing.assert_allclose(score(np.array([1])), users[1:] @ items.T + 2.5 * pairs, rtol=1e-6)
 
 
-def test_what_is_recommended_ranks_first(tiny_run: Path) -> None:
-    recommender = Recommender.load(tiny_run)
-    run = open_run(tiny_run)
-    assert run.config.evaluation.cooccurrence_weight > 0
-    user = int(np.argmax(np.diff(run.dataset.interactions.offsets)))
-    start, stop = run.dataset.interactions.offsets[user : user + 2]
-    history = [recommender.item_ids[row] for row in run.dataset.interactions.items[start:stop]]
+@pytest.fixture(scope="module")
+def counting_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run with co-occurrence in its score: nothing has to be trained anew."""
+    folder = tmp_path_factory.mktemp("counting") / "run"
+    shutil.copytree(tiny_run, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["evaluation"]["cooccurrence_weight"] = config["baselines"]["sasrec_cooccurrence_weight"] = 5.0
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_what_is_recommended_ranks_first(counting_run: Path) -> None:
+    recommender = Recommender.load(counting_run)
+    data = open_run(counting_run).dataset.interactions
+    user = int(np.argmax(np.diff(data.offsets)))
+    history = [recommender.item_ids[row] for row in data.items[data.offsets[user] : data.offsets[user + 1]]]
     recommender.add_items(pl.DataFrame([{"item_id": "new", "title": "a new item"}]))
     history.insert(len(history) - 1, "new")
     found = recommender.recommend(history=history, k=12)
-    np.testing.assert_array_equal(
-        recommender.rank([history] * 12, found["item_id"], left_out=[history] * 12), range(1, 13)
-    )
+    ranks = recommender.rank([history] * 12, found["item_id"], left_out=[history] * 12)
+    np.testing.assert_array_equal(ranks, range(1, 13))
+    assert [recommender.explain(history, item).rank for item in found["item_id"][:3]] == [1, 2, 3]
     # With the pairs of the known events, and their scores fall.
     alone = recommender.encode_users([history])[0] @ recommender.item_vectors.T
     above = found["score"].to_numpy() - alone[[recommender.item_ids.index(item) for item in found["item_id"]]]
     assert (above >= -1e-5).all() and above.max() > 1e-3
     assert (np.diff(found["score"]) <= 0).all()
-    assert Recommender.load(tiny_run, stage="user").recommend(history=history[:-2] + history[-1:], k=3).height == 3
+    assert Recommender.load(counting_run, stage="user").recommend(history=history[:-2], k=3).height == 3
+
+
+def test_evaluation_has_both_scores_and_the_report_the_first(counting_run: Path) -> None:
+    run = open_run(counting_run)
+    results = assess(run, into="trial")
+    assert list(results.models)[:3] == ["joint", "joint_vectors", "user"] and "sasrec_cooccurrence" in results.models
+    interactions, split = run.dataset.interactions, run.dataset.split
+    users, items = trained_scorers(run, split.test)["joint"]
+    # Test targets count for nothing.
+    counted = np.ones(len(interactions.items), bool)
+    counted[split.test.cuts] = False
+    counted[split.valid.cuts[split.cold[interactions.items[split.valid.cuts]]]] = False
+    pairs = count_pairs(interactions, counted, len(split.cold))
+    newest = newest_of_cases(interactions, split.test, np.arange(len(users)))
+    scores = users @ items.T + 5 * pairs.scores(newest).toarray()
+    cuts = zip(split.test.users, split.test.cuts, strict=True)
+    seen = [interactions.items[interactions.offsets[user] : cut] for user, cut in cuts]
+    expected = ranks_from_scores(scores, interactions.items[split.test.cuts], seen)
+    ranks = model_ranks(results.frame)
+    np.testing.assert_allclose(ranks["joint"], expected)
+    assert (ranks["joint"] != ranks["joint_vectors"]).any() and (ranks["sasrec"] != ranks["sasrec_cooccurrence"]).any()
+    shown = _users(run, results, 6)[0]
+    for user in shown:
+        first = [place for place, card in enumerate(user.recommended, 1) if card.marked]
+        rank = float(user.target.note.removeprefix("rank ").replace(",", ""))
+        assert first == ([rank] if rank <= len(user.recommended) else [])
