@@ -149,11 +149,13 @@ class TestModules:
             "position_embeddings": (cos, sin),
             "attention_mask": torch.tensor(np.where(causal, 0.0, -np.inf).astype(np.float32)),
         }
+        arguments = x, causal, our_cos, our_sin, None, True
         if whole:
-            found = DecoderLayer(loaded[0].config).apply({"params": ours}, x, causal, our_cos, our_sin, True)[0]
+            found, kept = DecoderLayer(loaded[0].config).apply({"params": ours}, *arguments, False)
+            assert kept is None
             close(found, theirs(torch.tensor(x), **options), 1e-4)
         else:
-            found = Attention(loaded[0].config).apply({"params": ours["self_attn"]}, x, causal, our_cos, our_sin, True)
+            found, _ = Attention(loaded[0].config).apply({"params": ours["self_attn"]}, *arguments)
             close(found, theirs.self_attn(torch.tensor(x), **options)[0], 1e-5)
 
 

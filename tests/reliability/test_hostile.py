@@ -564,7 +564,7 @@ def test_pickles_in_arrays_are_not_loaded(smallest_run: Path, tmp_path: Path, re
     targets = {
         run / "tokens" / "tokens.npy": "tokens",
         run / "tokens" / "vectors.npy": "tokens",
-        run / "tokens" / "text.npz": "tokens",
+        run / "tokens" / "whitening.npz": "tokens",
         run / "data" / "split.npz": "fields",
         state: None,
     }
