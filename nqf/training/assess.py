@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -52,9 +53,11 @@ def assess(
         raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
     cases = dataset.split.test if split == "test" else dataset.split.valid
     evaluation, interactions = config.evaluation, dataset.interactions
+    # Counted once, when it is first asked for.
+    memory = functools.cache(lambda: run.cooccurrence(cases))
 
     def with_pairs(vectors: tuple[np.ndarray, np.ndarray], weight: float) -> Scorer:
-        return add_cooccurrence(*vectors, weight, run.cooccurrence(cases), interactions, cases)
+        return add_cooccurrence(*vectors, weight, memory(), interactions, cases)
 
     models = trained_scorers(run, cases)
     if evaluation.cooccurrence_weight and "joint" in models:

@@ -114,14 +114,17 @@ class Run:
         """
         text, has_text = self.text
         items = len(has_text)
-        fields = [
-            self.field_features({name: self.cache.gather(name, rows) for name in self.cache.names})
-            for rows in np.split(np.arange(items), range(_CHUNK, items, _CHUNK))
-        ]
+        fields = np.zeros((items, 0), np.float16)
+        if "fields" in self.config.candidates.sources:
+            chunks = [
+                self.field_features({name: self.cache.gather(name, rows) for name in self.cache.names})
+                for rows in np.split(np.arange(items), range(_CHUNK, items, _CHUNK))
+            ]
+            fields = np.concatenate(chunks)
         return ItemTables(
             tokens=_mapped(tokens_folder / "tokens.npy"),
             vectors=_mapped(tokens_folder / "vectors.npy"),
-            fields=np.concatenate(fields),
+            fields=fields,
             text=self.text_features(text, has_text),
             has_text=has_text,
             trained=~self.dataset.split.cold,
