@@ -14,7 +14,7 @@ import scipy.sparse
 
 from nqf.config import ConfigError
 from nqf.data.catalogue import canonical_items
-from nqf.evaluation.cooccurrence import newest_of_histories
+from nqf.evaluation.cooccurrence import WINDOW
 from nqf.evaluation.ranking import dense_batches, raise_some, rank_vectors, ranks_from_scores, top_k
 from nqf.explain import Explanation, Items, explain
 from nqf.fields.cache import encode_items
@@ -331,7 +331,7 @@ class Recommender:
         """
         if self._cooccurrence is None:
             return scipy.sparse.csr_matrix((len(histories), len(self.item_ids)), dtype=np.float32)
-        newest_BxH = newest_of_histories(histories)
+        newest_BxH = np.stack([newest(history, WINDOW)[::-1] for history in histories])
         # Items beyond the catalogue were in no training event.
         newest_BxH = np.where(newest_BxH < len(self._run.dataset.catalogue.item_ids), newest_BxH, -1)
         pairs = self._cooccurrence_weight * self._cooccurrence.scores(newest_BxH)

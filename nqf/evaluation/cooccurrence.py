@@ -7,7 +7,7 @@ pairs recalls all of them. Letters: B histories, H newest items, I items.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse
@@ -76,15 +76,6 @@ def newest_of_cases(interactions: Interactions, cases: Cases, rows: np.ndarray) 
     at_BxH = cases.cuts[rows, None] - np.arange(1, WINDOW + 1)
     inside_BxH = at_BxH >= interactions.offsets[cases.users[rows], None]
     return np.where(inside_BxH, interactions.items[np.maximum(at_BxH, 0)], -1)
-
-
-def newest_of_histories(histories: Sequence[np.ndarray]) -> np.ndarray:
-    """The newest items of histories, oldest first, as int [B, WINDOW], the newest first, -1 for none."""
-    newest_BxH = np.full((len(histories), WINDOW), -1, np.int64)
-    for row, history in enumerate(histories):
-        newest = np.asarray(history, np.int64)[::-1][:WINDOW]
-        newest_BxH[row, : len(newest)] = newest
-    return newest_BxH
 
 
 def add_cooccurrence(

@@ -11,9 +11,10 @@ import yaml
 
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
-from nqf.evaluation.cooccurrence import add_cooccurrence, count_pairs, newest_of_cases, newest_of_histories
+from nqf.evaluation.cooccurrence import WINDOW, add_cooccurrence, count_pairs, newest_of_cases
 from nqf.evaluation.ranking import raise_some, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.results import model_ranks
+from nqf.pipelines.histories import newest as newest_events
 from nqf.recommender import Recommender
 from nqf.report import _users
 from nqf.training.assess import assess, trained_scorers
@@ -60,8 +61,9 @@ def test_newer_items_of_the_history_weigh_more() -> None:
     newest = newest_of_cases(found, cases, np.arange(2))
     np.testing.assert_array_equal(newest[0], [1, 0] + [-1] * 8)
     np.testing.assert_array_equal(newest[1], np.arange(16, 6, -1))
-    histories = [found.items[:2], found.items[4:17]]
-    np.testing.assert_array_equal(newest_of_histories([*histories, []]), [*newest, [-1] * 10])
+    histories = [found.items[:2], found.items[4:17], found.items[:0]]
+    of_histories = [newest_events(history, WINDOW)[::-1] for history in histories]
+    np.testing.assert_array_equal(of_histories, [*newest, [-1] * 10])
     memory = count_pairs(found, np.ones(18, bool), 18)
     rows = memory.pairs.toarray()
     np.testing.assert_allclose(memory.scores(newest[:1]).toarray()[0], rows[1] + rows[0] / 2, rtol=1e-6)
