@@ -120,16 +120,6 @@ def triplet_margin(
     return jnp.mean(jnp.maximum(gap_M, 0.0))
 
 
-def masked_mse(predicted_BxD: jax.Array, target_BxD: jax.Array, present_B: jax.Array) -> jax.Array:
-    """Mean squared error over the rows whose value is present; 0 where none is.
-
-    Returns:
-      A float32 scalar.
-    """
-    error_B = jnp.mean(jnp.square(predicted_BxD.astype(jnp.float32) - target_BxD.astype(jnp.float32)), axis=-1)
-    return weighted_mean(error_B, present_B.astype(jnp.float32))
-
-
 def weighted_mean(values_M: jax.Array, weights_M: jax.Array | None) -> jax.Array:
     """Mean of `values_M` under `weights_M` (all one by default); 0 where the weights sum to zero."""
     if weights_M is None:

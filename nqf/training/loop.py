@@ -210,7 +210,7 @@ def fit(
             pending: tuple[int, dict[str, jax.Array]] | None = None
             began = logged_at = saved_at = time.perf_counter()
             logged_step, validation_seconds, stopping = step, 0.0, False
-            running: dict[str, jax.Array] = {}
+            metrics: dict[str, jax.Array] = {}
 
             def check(metrics: dict[str, Any]) -> None:
                 if failed := int(metrics["failed"]):
@@ -234,10 +234,11 @@ def fit(
             while not (done or stopping):
                 trace.before(step - start_step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = train_step(state, frozen, place_batch(next(batches), mesh))
-                # One step waits behind the one that runs, and no more: on a CPU each of them has its temporaries.
-                jax.block_until_ready(running)
-                running = metrics
+                    batch = place_batch(next(batches), mesh)
+                    if jax.default_backend() == "cpu":
+                        # A step that waits there is given its temporaries at once, beside those of the one that runs.
+                        jax.block_until_ready(metrics)
+                    state, metrics = train_step(state, frozen, batch)
                 step += 1
                 if trace.after(step - start_step, metrics):
                     terminal.line(f"trace of {profile} steps in {folder / stage / 'profile'}; open it with xprof")

@@ -170,8 +170,8 @@ def step_memory(compiled: Any) -> dict[str, int]:
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     if jax.default_backend() == "cpu":
-        # The step that waits (see `fit`) is given its temporaries while the one that runs still has its own; an
-        # accelerator's allocator hands them on in the order of the work.
+        # The runtime gives a step's temporaries back after its results are ready, when `fit` has already given the
+        # next step its own; an accelerator's allocator hands them on in the order of the work.
         peak += memory.temp_size_in_bytes
     return {"temporaries": memory.temp_size_in_bytes, "peak": peak}
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nqf.ops.losses import full_softmax, info_nce, masked_mse, triplet_margin, unit
+from nqf.ops.losses import full_softmax, info_nce, triplet_margin, unit
 
 
 def test_info_nce_equals_cross_entropy() -> None:
@@ -52,11 +52,6 @@ def test_triplet_equals_torch() -> None:
     assert triplet_margin(jnp.asarray(a), jnp.asarray(p), jnp.asarray(n), margin=0.5) == pytest.approx(
         float(expected), rel=1e-5
     )
-
-
-def test_masked_mse_ignores_missing_rows() -> None:
-    true, made = np.zeros((3, 2), np.float32), np.array([[1, 1], [3, 3], [9, 9]], np.float32)
-    assert masked_mse(jnp.asarray(made), jnp.asarray(true), jnp.array([True, True, False])) == pytest.approx(5.0)
 
 
 def test_unit_of_zero_is_zero_with_finite_gradient() -> None:
