@@ -74,8 +74,9 @@ def nqf_tokens(sizes: dict[str, int], kind: str, ids: Any) -> tuple[Any, float]:
 
     def loss(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict]:
         variables = {"params": frozen, "lora": params["lora"]}
-        hidden = model.apply(variables, batch, deterministic=False, rngs={"dropout": key})
-        scores = unit(hidden[:, -1]) @ unit(targets).T / TEMPERATURE
+        last = np.full((1, 1), batch.shape[1] - 1)
+        pooled = model.apply(variables, batch, read_at=last, deterministic=False, rngs={"dropout": key})[:, 0]
+        scores = unit(pooled) @ unit(targets).T / TEMPERATURE
         return info_nce(scores, np.arange(len(ids))), {}
 
     optimizer = make_optimizer(OptimConfig(), 1_000)

@@ -41,9 +41,18 @@ class Attention(nn.Module):
             y = nn.Dense(self.config.width, name=name, dtype=self.dtype, dot_general=self.dot_general)(x)
             return y.reshape(*y.shape[:-1], heads, -1)
 
-        q, k, v = project("query", x_BxQxD), project("key", states_BxSxE), project("value", states_BxSxE)
+        q_BxQxHxK = project("query", x_BxQxD)
+        absorbed = self._absorbs(x_BxQxD.shape[1], states_BxSxE.shape[1])
+        if absorbed:
+            w_ExHxK, _ = self._heads("key")
+            # The bias adds the same to all states of a query, which the softmax takes out again.
+            asked_BxHxQxE = jnp.einsum("bqhk,ehk->bhqe", q_BxQxHxK, w_ExHxK)
+            logits_BxHxQxS = jnp.einsum("bhqe,bse->bhqs", asked_BxHxQxE, states_BxSxE)
+        else:
+            k_BxSxHxK, v_BxSxHxK = project("key", states_BxSxE), project("value", states_BxSxE)
+            logits_BxHxQxS = jnp.einsum("bqhk,bshk->bhqs", q_BxQxHxK, k_BxSxHxK)
         # Softmax in float32: bfloat16 has too few digits for sums over many states.
-        logits_BxHxQxS = jnp.einsum("bqhk,bshk->bhqs", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+        logits_BxHxQxS = logits_BxHxQxS.astype(jnp.float32) * q_BxQxHxK.shape[-1] ** -0.5
         if bias is not None:
             logits_BxHxQxS = logits_BxHxQxS + bias
         if mask is not None:
@@ -55,8 +64,27 @@ class Attention(nn.Module):
         # Kept only where a caller asks for the collection `intermediates`; otherwise the program is the same.
         self.sow("intermediates", "attention", weights)
         weights = dropout(weights, self.config.dropout, seed, salt).astype(self.dtype)
-        attended = jnp.einsum("bhqs,bshk->bqhk", weights, v)
+        if absorbed:
+            w_ExHxK, b_HxK = self._heads("value")
+            read_BxHxQxE = jnp.einsum("bhqs,bse->bhqe", weights, states_BxSxE)
+            attended = jnp.einsum("bhqe,ehk->bqhk", read_BxHxQxE, w_ExHxK)
+            attended += jnp.sum(weights, axis=-1).swapaxes(1, 2)[..., None] * b_HxK
+        else:
+            attended = jnp.einsum("bhqs,bshk->bqhk", weights, v_BxSxHxK)
         return _residual(self, attended.reshape(*attended.shape[:2], -1), x_BxQxD, seed, salt + 1)
+
+    def _absorbs(self, queries: int, states: int) -> bool:
+        """Whether few queries read many states, so that it is cheaper to put the maps of keys and values on the side
+        of the queries (as DeepSeek-V2 does in decoding, arXiv 2405.04434, section 2.1.2): q . (W s) = (W^T q) . s."""
+        cheaper = queries * (self.config.width + self.config.heads * states) < states * self.config.width
+        # The parameters are made by the plain way.
+        return cheaper and not self.is_initializing()
+
+    def _heads(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """Kernel [E, H, K] and bias [H, K] of the map `name`."""
+        heads, made = self.config.heads, self.variables["params"][name]
+        kernel, bias = made["kernel"].astype(self.dtype), made["bias"].astype(self.dtype)
+        return kernel.reshape(kernel.shape[0], heads, -1), bias.reshape(heads, -1)
 
 
 class FeedForward(nn.Module):

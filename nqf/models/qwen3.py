@@ -228,6 +228,11 @@ KeysAndValues = tuple[jax.Array, jax.Array]
 """Keys, rotated, and values of tokens that others read."""
 
 
+def take_tokens(x_BxTxD: jax.Array, read_at: jax.Array) -> jax.Array:
+    """The tokens [B, P, D] at the places int [B or 1, P]."""
+    return jnp.take_along_axis(x_BxTxD, read_at[..., None], axis=1)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries; queries and keys are normalized per head, then rotated.
 
@@ -246,17 +251,24 @@ class Attention(nn.Module):
         sin: jax.Array,
         prefix: KeysAndValues | None,
         deterministic: bool,
+        read_at: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysAndValues]:
-        """Returns what the tokens read, and their own keys, rotated, and values, [B, T, G, K]."""
-        config, (batch, length, _) = self.config, x_BxTxD.shape
+        """Returns what the tokens (at `read_at`) read, and the keys, rotated, and values of all, [B, T, G, K]."""
+        config, batch = self.config, x_BxTxD.shape[0]
 
-        def heads(name: str, count: int) -> jax.Array:
-            flat = _projection(config, name, count * config.head_dim)(x_BxTxD, deterministic)
-            return flat.reshape(batch, length, count, config.head_dim)
+        def heads(name: str, count: int, x: jax.Array) -> jax.Array:
+            flat = _projection(config, name, count * config.head_dim)(x, deterministic)
+            return flat.reshape(*x.shape[:2], count, config.head_dim)
 
-        q_BxTxHxK = RMSNorm(config, name="q_norm")(heads("q_proj", config.num_attention_heads))
-        k_BxTxGxK = RMSNorm(config, name="k_norm")(heads("k_proj", config.num_key_value_heads))
-        own = apply_rope(k_BxTxGxK, cos, sin), heads("v_proj", config.num_key_value_heads)
+        k_BxTxGxK = RMSNorm(config, name="k_norm")(heads("k_proj", config.num_key_value_heads, x_BxTxD))
+        own = apply_rope(k_BxTxGxK, cos, sin), heads("v_proj", config.num_key_value_heads, x_BxTxD)
+        if read_at is not None:
+            if mask is None:
+                mask = (jnp.arange(x_BxTxD.shape[1]) <= read_at[..., None])[:, None]
+            else:
+                mask = jnp.take_along_axis(mask, read_at[:, None, :, None], axis=2)
+            x_BxTxD, cos, sin = (take_tokens(x, read_at) for x in (x_BxTxD, cos, sin))
+        q_BxTxHxK = RMSNorm(config, name="q_norm")(heads("q_proj", config.num_attention_heads, x_BxTxD))
         k_BxSxGxK, v_BxSxGxK = own
         if prefix is not None:
             k_BxSxGxK, v_BxSxGxK = (
@@ -272,7 +284,7 @@ class Attention(nn.Module):
             implementation=config.attention,
         )
         o_proj = _projection(config, "o_proj", config.hidden_size)
-        return o_proj(read_BxTxHxK.reshape(batch, length, -1), deterministic), own
+        return o_proj(read_BxTxHxK.reshape(*read_BxTxHxK.shape[:2], -1), deterministic), own
 
 
 class MLP(nn.Module):
@@ -311,14 +323,16 @@ class DecoderLayer(nn.Module):
         prefix: KeysAndValues | None,
         deterministic: bool,
         keep: bool,
+        read_at: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysAndValues | None]:
-        """Returns the layer's output, which `nn.scan` carries, and to `keep` its keys and values, which it stacks."""
+        """Returns the layer's output (at `read_at`), which a scan carries, and to `keep` its keys and values, which it
+        stacks."""
         config = self.config
         drop = Dropout(config.residual_dropout, name="residual_dropout")
         with jax.named_scope("attention"):
             normed = RMSNorm(config, name="input_layernorm")(x_BxTxD)
-            read, own = Attention(config, name="self_attn")(normed, mask, cos, sin, prefix, deterministic)
-            x_BxTxD = x_BxTxD + drop(read, deterministic)
+            read, own = Attention(config, name="self_attn")(normed, mask, cos, sin, prefix, deterministic, read_at)
+            x_BxTxD = (x_BxTxD if read_at is None else take_tokens(x_BxTxD, read_at)) + drop(read, deterministic)
         with jax.named_scope("mlp"):
             normed = RMSNorm(config, name="post_attention_layernorm")(x_BxTxD)
             x_BxTxD = x_BxTxD + drop(MLP(config, name="mlp")(normed, deterministic), deterministic)
@@ -366,6 +380,7 @@ class Qwen3(nn.Module):
         position_ids: jax.Array | None = None,
         mask: jax.Array | None = None,
         prefix: KeysAndValues | None = None,
+        read_at: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Encodes sequences.
@@ -379,10 +394,13 @@ class Qwen3(nn.Module):
             Every token must read something. After a prefix [B, 1, T, P + T].
           prefix: What `read_prefix` returned for P tokens before all of these sequences; then `position_ids` and `mask`
             have to be given.
+          read_at: int [B or 1, P], the tokens whose states are wanted, by default all. The last layer is then computed
+            for them alone: nobody would read what the others get there.
           deterministic: Whether dropout is off; otherwise it draws from the stream `dropout`.
 
         Returns:
-          float [B, T, D] after the final norm, of the compute dtype; meaningless at padding.
+          float [B, T, D], or [B, P, D] with `read_at`, after the final norm, of the compute dtype; meaningless at
+          padding.
 
         Raises:
           ValueError: Neither or both of `input_ids` and `inputs_embeds`, or a prefix without `position_ids` and `mask`.
@@ -405,8 +423,45 @@ class Qwen3(nn.Module):
             readable_BxTxT = (attention_mask != 0)[:, None, :] | (at[None, :] == at[:, None])[None]
             mask = (causal_TxT[None] & readable_BxTxT)[:, None]
         cos, sin = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        x_BxTxD, _ = self.layers(x_BxTxD, mask, cos, sin, prefix, deterministic, False)
+        if read_at is None:
+            x_BxTxD, _ = self.layers(x_BxTxD, mask, cos, sin, prefix, deterministic, False)
+        elif self.is_initializing():
+            x_BxTxD, _ = self.layers(x_BxTxD, mask, cos, sin, prefix, deterministic, False)
+            x_BxTxD = take_tokens(x_BxTxD, read_at)
+        else:
+            x_BxTxD = self._some(x_BxTxD, mask, cos, sin, prefix, read_at, deterministic)
         return self.norm(x_BxTxD)
+
+    def _some(
+        self,
+        x_BxTxD: jax.Array,
+        mask: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        prefix: KeysAndValues | None,
+        read_at: jax.Array,
+        deterministic: bool,
+    ) -> jax.Array:
+        """States of some tokens, [B, P, D], before the final norm: the layers one by one, since the last differs."""
+        config, variables = self.config, self.layers.variables
+        stacked = {name: variables[name] for name in ("params", "lora") if name in variables}
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+
+        def layer(x: jax.Array, index: jax.Array | int, read_at: jax.Array | None = None) -> jax.Array:
+            # Picked from the stack here: a scan over all layers but one would copy the weights of all of them.
+            own, shared = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), (stacked, prefix)
+            )
+            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
+            module = DecoderLayer(config, parent=None)
+            return module.apply(own, x, mask, cos, sin, shared, deterministic, False, read_at, rngs=rngs)[0]
+
+        if config.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        last = config.num_hidden_layers - 1
+        with jax.named_scope("layers"):
+            x_BxTxD, _ = jax.lax.scan(lambda x, index: (layer(x, index), None), x_BxTxD, jnp.arange(last))
+            return layer(x_BxTxD, last, read_at)
 
     def read_prefix(self, inputs_embeds: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, KeysAndValues]:
         """Encodes tokens that stand before all sequences of a batch, once for all of them.

@@ -429,15 +429,17 @@ class JointModel(nn.Module):
         # A token's position is the number of tokens it sees before itself, so padding and other branches do not
         # shift it.
         position_ids = jnp.maximum(start + jnp.sum(mask_BxLxL, axis=-1) - 1, 0).astype(jnp.int32)
+        pools_last = self.config.joint.prompt.pooling == "last"
         hidden = self.qwen3(
             inputs_embeds=embeds,
             position_ids=position_ids,
             mask=jnp.pad(mask_BxLxL, ((0, 0), (0, 0), (start, 0)), constant_values=True)[:, None],
             prefix=prefix,
+            read_at=jnp.asarray(layout.end_at)[None] if pools_last else None,
             deterministic=deterministic,
         )
-        if self.config.joint.prompt.pooling == "last":
-            return hidden[:, layout.end_at]
+        if pools_last:
+            return hidden
         weights = mask_BxLxL[:, layout.end_at].astype(jnp.float32)
         total = jnp.einsum("bpl,bld->bpd", weights, hidden.astype(jnp.float32))
         if start:
@@ -455,10 +457,10 @@ class JointModel(nn.Module):
         valid_BxL = jnp.pad(valid_BxL, ((0, 0), (start, 0)), constant_values=True)
         order_BxL = jnp.argsort(~valid_BxL, axis=1, stable=True)
         embeds = jnp.take_along_axis(embeds_BxLxD, order_BxL[..., None], axis=1)
-        hidden = self.qwen3(inputs_embeds=embeds, deterministic=deterministic)
         count_Bx1 = jnp.sum(valid_BxL, axis=1, keepdims=True)
         if self.config.joint.prompt.pooling == "last":
-            return jnp.take_along_axis(hidden, count_Bx1[..., None] - 1, axis=1)
+            return self.qwen3(inputs_embeds=embeds, read_at=count_Bx1 - 1, deterministic=deterministic)
+        hidden = self.qwen3(inputs_embeds=embeds, deterministic=deterministic)
         weights_BxL = (jnp.arange(hidden.shape[1])[None] < count_Bx1).astype(jnp.float32)
         return jnp.einsum("bl,bld->bd", weights_BxL / count_Bx1, hidden.astype(jnp.float32))[:, None]
 

@@ -8,17 +8,18 @@ import pytest
 from nqf.config import QFormerConfig
 from nqf.interop.tensors import assemble, disassemble
 from nqf.interop.unirec import qformer_table
-from nqf.models.qformer import QFormer
+from nqf.models.qformer import Attention, QFormer
 
 # Cross-attention in layers 0 and 2 only; the states are narrower than the queries.
 CONFIG = QFormerConfig(width=32, layers=3, heads=4, mlp_width=48, queries=5, cross_every=2, dropout=0.3)
 STATES, STATE_WIDTH, BATCH = 7, 20, 3
 
 
-@pytest.fixture(scope="module")
-def inputs():
+# One query reads the states by maps put on its own side, five by keys and values.
+@pytest.fixture(scope="module", params=[5, 1])
+def inputs(request):
     rng = np.random.default_rng(0)
-    queries = rng.normal(size=(BATCH, CONFIG.queries, CONFIG.width)).astype(np.float32)
+    queries = rng.normal(size=(BATCH, request.param, CONFIG.width)).astype(np.float32)
     states = rng.normal(size=(BATCH, STATES, STATE_WIDTH)).astype(np.float32)
     mask = np.arange(STATES)[None] < np.array([[7], [4], [1]])
     return queries, states, mask
@@ -113,9 +114,9 @@ def test_query_that_may_read_nothing_gets_nothing(inputs, params) -> None:
 
 def test_cross_mask_and_query_mask_separate_the_queries(inputs, params) -> None:
     queries, states, _ = inputs
-    alone = np.eye(CONFIG.queries, dtype=bool)[None, None]
+    alone = np.eye(queries.shape[1], dtype=bool)[None, None]
     # Query q reads state q only, and no other query.
-    cross = np.eye(CONFIG.queries, STATES, dtype=bool)[None, None]
+    cross = np.eye(queries.shape[1], STATES, dtype=bool)[None, None]
     module = QFormer(config=CONFIG)
     gradient = jax.jacobian(
         lambda s: module.apply({"params": params}, queries, s, query_mask=alone, cross_mask=cross)[0].sum(-1)
@@ -127,7 +128,7 @@ def test_cross_mask_and_query_mask_separate_the_queries(inputs, params) -> None:
 def test_cross_bias_of_minus_infinity_is_a_mask(inputs, params) -> None:
     queries, states, mask = inputs
     bias = np.where(mask, 0, -1e9).astype(np.float32)[:, None, None, :]
-    bias = np.broadcast_to(bias, (BATCH, CONFIG.heads, CONFIG.queries, STATES))
+    bias = np.broadcast_to(bias, (BATCH, CONFIG.heads, queries.shape[1], STATES))
     module = QFormer(config=CONFIG)
     np.testing.assert_allclose(
         module.apply({"params": params}, queries, states, cross_bias=bias),
@@ -145,6 +146,30 @@ def test_one_set_of_queries_serves_the_batch_and_dropout_only_acts_in_training(i
     rngs = {"dropout": jax.random.key(0)}
     trained = module.apply({"params": params}, queries[:1], states, mask, deterministic=False, rngs=rngs)
     assert np.abs(trained - shared).max() > 1e-2
+
+
+def test_maps_on_the_side_of_the_queries_compute_the_same(inputs, params, monkeypatch) -> None:
+    queries, states, mask = inputs
+    rngs = {"dropout": jax.random.key(0)}
+
+    def loss(params, states):
+        # A fresh trace each time: the choice is made while tracing.
+        output, kept = QFormer(config=CONFIG).apply(
+            {"params": params}, queries, states, mask, deterministic=False, rngs=rngs, mutable="intermediates"
+        )
+        return jnp.sum(jnp.square(output)), (output, kept)
+
+    found = {}
+    for absorbs in (False, True):
+        monkeypatch.setattr(Attention, "_absorbs", lambda self, queries, states, absorbs=absorbs: absorbs)
+        found[absorbs] = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, states)
+    # Three post-norm layers take the last digits of float32 logits to the fifth place of a gradient, of its largest; a
+    # sum that nearly cancels has no digits of its own. Key biases have no gradient at all.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(a).max()), rtol=0),
+        found[False],
+        found[True],
+    )
 
 
 def test_bfloat16_stays_near_float32(inputs, params) -> None:

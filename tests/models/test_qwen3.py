@@ -191,6 +191,62 @@ def test_a_shared_prefix_stands_before_every_sequence(params: Any, remat: bool) 
         apply(params, ids, prefix=(np.zeros((3, 1, 2, 2, 6)),) * 2)
 
 
+@pytest.mark.parametrize(
+    ("remat", "with_mask", "read_at"),
+    [(False, False, [[1], [4]]), (False, True, [[0, 3, 5]]), (True, True, [[1], [4]]), (True, False, [[5]])],
+)
+def test_states_of_some_tokens_are_those_of_all(remat: bool, with_mask: bool, read_at: list) -> None:
+    config = dataclasses.replace(SMALL, remat=remat, lora_rank=2)
+    model, read_at = Qwen3(config), np.array(read_at)
+    variables = jax.jit(lambda key: model.init(key, IDS))(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # Adapters start at zero and hardly any layer mixes tokens then.
+    variables = tree.unflatten([x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)])
+    weights = np.random.default_rng(1).normal(size=(2, read_at.shape[1], 16))
+    options = {"mask": np.tril(np.ones((6, 6), bool))[None, None]} if with_mask else {}
+
+    def value(variables: Any, some: bool) -> tuple[jax.Array, jax.Array]:
+        if some:
+            hidden = model.apply(variables, IDS, read_at=read_at, **options)
+        else:
+            hidden = jnp.take_along_axis(model.apply(variables, IDS, **options), read_at[..., None], axis=1)
+        return jnp.sum(hidden * weights), hidden
+
+    wanted, found = (
+        jax.jit(jax.value_and_grad(value, has_aux=True), static_argnums=1)(variables, some) for some in (False, True)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(a).max())), wanted, found
+    )
+
+
+def test_the_last_layer_is_computed_for_the_wanted_tokens_alone() -> None:
+    model = Qwen3(dataclasses.replace(SMALL, num_hidden_layers=1))
+    variables = jax.eval_shape(model.init, jax.random.key(0), IDS)
+
+    def flops(**options: Any) -> float:
+        compiled = jax.jit(lambda variables: model.apply(variables, IDS, **options)).lower(variables).compile()
+        return compiled.cost_analysis()["flops"]
+
+    # Keys and values of all six tokens, and the rest of the only layer for one.
+    assert flops(read_at=np.array([[5]])) < 0.5 * flops()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_also_acts_where_some_tokens_are_read(params: Any, rate: float) -> None:
+    config = dataclasses.replace(SMALL, residual_dropout=rate)
+
+    def drawn(seed: int, **options: Any) -> jax.Array:
+        rngs = {"dropout": jax.random.key(seed)}
+        return apply(params, IDS, config=config, read_at=np.array([[5]]), rngs=rngs, **options)
+
+    exact = drawn(0)
+    np.testing.assert_array_equal(drawn(1), exact)
+    assert np.array_equal(drawn(1, deterministic=False), exact) == (rate == 0)
+    np.testing.assert_array_equal(drawn(1, deterministic=False), drawn(1, deterministic=False))
+
+
 def test_positions_count_valid_tokens(params: Any) -> None:
     mask = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     positions = np.array([[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 3, 3]])
