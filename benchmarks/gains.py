@@ -167,6 +167,57 @@ def instruction(bench: Bench) -> Pair:
     return lambda: jax.block_until_ready(first(variables)), lambda: jax.block_until_ready(second(variables))
 
 
+def pooled(bench: Bench) -> Pair:
+    """The last of two layers for the pooled tokens alone, against all layers for all tokens; with gradients."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from world import small_backbone
+
+    from nqf.models.qwen3 import Qwen3
+
+    rows, width, length = (2, 32, 8) if bench.options.quick else (128, 128, 60)
+    model = Qwen3(small_backbone(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2))
+    embeds = np.random.default_rng(bench.options.seed).standard_normal((rows, length, width), np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    # As in a history's prompt: an end token for each pair of item tokens.
+    ends = np.arange(2, length, 3)
+
+    def some(variables: Any) -> Any:
+        return jnp.mean(jnp.square(model.apply(variables, inputs_embeds=embeds, read_at=jnp.asarray(ends)[None])))
+
+    def every(variables: Any) -> Any:
+        return jnp.mean(jnp.square(model.apply(variables, inputs_embeds=embeds)[:, ends]))
+
+    first, second = jax.jit(jax.grad(some)), jax.jit(jax.grad(every))
+    return lambda: jax.block_until_ready(first(variables)), lambda: jax.block_until_ready(second(variables))
+
+
+def few_queries(bench: Bench) -> Pair:
+    """Maps of keys and values on the side of two queries, against keys and values of 14 fields; with gradients."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nqf.config import QFormerConfig
+    from nqf.models.qformer import Attention, QFormer
+
+    rows, width = (2, 32) if bench.options.quick else (256, 512)
+    config = QFormerConfig(width=width, mlp_width=4 * width, heads=8, layers=2)
+    rng, module = np.random.default_rng(bench.options.seed), QFormer(config=config)
+    queries, fields = (rng.standard_normal((rows, count, width), np.float32) for count in (2, 14))
+    params = jax.jit(module.init)(jax.random.key(0), queries[:1], fields[:1])
+
+    def side() -> Callable[[], object]:
+        loss = lambda params: jnp.mean(jnp.square(module.apply(params, queries, fields)))  # noqa: E731
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return lambda: jax.block_until_ready(compiled(params))
+
+    absorbed = side()
+    with mock.patch.object(Attention, "_absorbs", lambda self, queries, states: False):
+        return absorbed, side()
+
+
 def masks(bench: Bench) -> Pair:
     """Dropout masks by a hash, against masks of `jax.random.bernoulli`; a small Qwen3 with adapters."""
     import jax
@@ -300,7 +351,8 @@ def main() -> None:
     bench = begin(__file__, __doc__, arguments)
     rows, limit = [], product()
     rates: list[float] = []
-    every = (buckets, distinct, instruction, tables, frozen, adapters, masks, donated, late, softmax, products)
+    every = (buckets, distinct, instruction, pooled, few_queries, tables, frozen, adapters, masks, donated, late)
+    every += (softmax, products)
     for make in every:
         if bench.options.only and make.__name__ not in bench.options.only:
             continue
