@@ -9,6 +9,7 @@ Letters: B batch, T length, D width, H query heads, G key-value heads, K head wi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -224,6 +225,10 @@ def _projection(config: Qwen3Config, name: str, features: int) -> LoRADense:
     )
 
 
+_FEW_LAYERS = 8
+"""Layers up to which the last one is computed for the wanted tokens alone. Of more it is a small share, and the weights
+that each layer picks from the stack would be kept for the gradient, all of them a second time."""
+
 KeysAndValues = tuple[jax.Array, jax.Array]
 """Keys, rotated, and values of tokens that others read."""
 
@@ -325,8 +330,8 @@ class DecoderLayer(nn.Module):
         keep: bool,
         read_at: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysAndValues | None]:
-        """Returns the layer's output (at `read_at`), which a scan carries, and to `keep` its keys and values, which it
-        stacks."""
+        """Returns the layer's output (at `read_at`), which `nn.scan` carries, and to `keep` its keys and values,
+        which it stacks."""
         config = self.config
         drop = Dropout(config.residual_dropout, name="residual_dropout")
         with jax.named_scope("attention"):
@@ -394,8 +399,8 @@ class Qwen3(nn.Module):
             Every token must read something. After a prefix [B, 1, T, P + T].
           prefix: What `read_prefix` returned for P tokens before all of these sequences; then `position_ids` and `mask`
             have to be given.
-          read_at: int [B or 1, P], the tokens whose states are wanted, by default all. The last layer is then computed
-            for them alone: nobody would read what the others get there.
+          read_at: int [B or 1, P], the tokens whose states are wanted, by default all. The last of a few layers is then
+            computed for them alone: nobody would read what the others get there.
           deterministic: Whether dropout is off; otherwise it draws from the stream `dropout`.
 
         Returns:
@@ -423,45 +428,24 @@ class Qwen3(nn.Module):
             readable_BxTxT = (attention_mask != 0)[:, None, :] | (at[None, :] == at[:, None])[None]
             mask = (causal_TxT[None] & readable_BxTxT)[:, None]
         cos, sin = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        if read_at is None:
+        if read_at is None or self.is_initializing() or self.config.num_hidden_layers > _FEW_LAYERS:
             x_BxTxD, _ = self.layers(x_BxTxD, mask, cos, sin, prefix, deterministic, False)
-        elif self.is_initializing():
-            x_BxTxD, _ = self.layers(x_BxTxD, mask, cos, sin, prefix, deterministic, False)
-            x_BxTxD = take_tokens(x_BxTxD, read_at)
-        else:
-            x_BxTxD = self._some(x_BxTxD, mask, cos, sin, prefix, read_at, deterministic)
-        return self.norm(x_BxTxD)
-
-    def _some(
-        self,
-        x_BxTxD: jax.Array,
-        mask: jax.Array | None,
-        cos: jax.Array,
-        sin: jax.Array,
-        prefix: KeysAndValues | None,
-        read_at: jax.Array,
-        deterministic: bool,
-    ) -> jax.Array:
-        """States of some tokens, [B, P, D], before the final norm: the layers one by one, since the last differs."""
-        config, variables = self.config, self.layers.variables
-        stacked = {name: variables[name] for name in ("params", "lora") if name in variables}
+            return self.norm(x_BxTxD if read_at is None else take_tokens(x_BxTxD, read_at))
+        stacked = {name: tree for name, tree in self.layers.variables.items() if name in ("params", "lora")}
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-
-        def layer(x: jax.Array, index: jax.Array | int, read_at: jax.Array | None = None) -> jax.Array:
-            # Picked from the stack here: a scan over all layers but one would copy the weights of all of them.
-            own, shared = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), (stacked, prefix)
-            )
+        # Unrolled, because the last layer differs.
+        for index in range(self.config.num_hidden_layers):
+            own, shared = jax.tree.map(lambda leaf, index=index: leaf[index], (stacked, prefix))
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
-            module = DecoderLayer(config, parent=None)
-            return module.apply(own, x, mask, cos, sin, shared, deterministic, False, read_at, rngs=rngs)[0]
-
-        if config.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        last = config.num_hidden_layers - 1
-        with jax.named_scope("layers"):
-            x_BxTxD, _ = jax.lax.scan(lambda x, index: (layer(x, index), None), x_BxTxD, jnp.arange(last))
-            return layer(x_BxTxD, last, read_at)
+            last = index == self.config.num_hidden_layers - 1
+            layer = functools.partial(DecoderLayer(self.config, parent=None).apply, rngs=rngs)
+            if self.config.remat:
+                layer = jax.checkpoint(layer, static_argnums=(6, 7))
+            with jax.named_scope(f"layer_{index}"):
+                x_BxTxD, _ = layer(
+                    own, x_BxTxD, mask, cos, sin, shared, deterministic, False, read_at if last else None
+                )
+        return self.norm(x_BxTxD)
 
     def read_prefix(self, inputs_embeds: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, KeysAndValues]:
         """Encodes tokens that stand before all sequences of a batch, once for all of them.
