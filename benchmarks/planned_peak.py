@@ -116,14 +116,14 @@ def main() -> None:
     found[name] = joint_step(bench.options.users, min(repeats, 3), **small)
     rows = []
     for what, (planned, measured) in found.items():
-        middle = statistics.median(measured)
-        sizes = (planned, middle, min(measured), max(measured))
-        rows.append([what, *(size / 2**20 for size in sizes), planned / middle])
+        # A run has to fit at its worst step: of what was measured the most counts.
+        sizes = (planned, statistics.median(measured), min(measured), max(measured))
+        rows.append([what, *(size / 2**20 for size in sizes), planned / max(measured)])
     bench.finish(
         [
             {
                 "title": "Peak memory of a step, MiB",
-                "columns": ["what", "planned", "measured, median", "least", "most", "planned over measured"],
+                "columns": ["what", "planned", "measured, median", "least", "most", "planned over most"],
                 "rows": rows,
             }
         ],
