@@ -31,8 +31,7 @@ def start(
     folder: Path, *options: str, module: str = "nqf.train", devices: int = 1, **environment: str
 ) -> subprocess.Popen:
     """Starts a command on simulated devices; its output goes to the pipe of the returned process."""
-    # These programs run for milliseconds; optimizing them takes most of a test's time.
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"  # As in conftest.py.
     return subprocess.Popen(
         command(folder, *options, module=module),
         cwd=ROOT,
