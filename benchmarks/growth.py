@@ -22,7 +22,7 @@ def one(
     import numpy as np
     from world import configuration, make_world, training
 
-    from nqf.training.plan import step_memory
+    from nqf.stages.plan import step_memory
 
     world = make_world(items=items, lengths=np.full(batch, history + 1), seed=bench.options.seed)
     config = configuration(

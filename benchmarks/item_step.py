@@ -115,7 +115,7 @@ def nqf_own(bench: Bench, sizes: dict[str, int], dtype: str) -> tuple[Any, float
     from nqf.config import ItemConfig, OptimConfig
     from nqf.models.item_qformer import ItemQFormer
     from nqf.pipelines.pairs import PairSource, pair_batch
-    from nqf.training.item_stage import make_item_loss
+    from nqf.stages.item import make_item_loss
     from nqf.training.optimizer import make_optimizer
 
     width, batch, items = sizes["width"], sizes["batch"], 4_096

@@ -61,10 +61,10 @@ def item_step(folder: str, repeats: int) -> tuple[int, list[int]]:
     """The planner's peak of the widened item step, and the measured ones."""
     import jax
 
+    from nqf.stages.plan import plan, program_of
+    from nqf.stages.run import open_run
     from nqf.training.loop import make_state, make_train_step
     from nqf.training.optimizer import make_optimizer
-    from nqf.training.plan import plan, program_of
-    from nqf.training.run import open_run
 
     run = open_run(folder)
     item = run.config.item
@@ -86,7 +86,7 @@ def joint_step(users: int, repeats: int, **sizes: Any) -> tuple[int, list[int]]:
     from world import configuration, make_world, training
 
     from nqf.models.qwen3 import Qwen3Config
-    from nqf.training.plan import step_memory
+    from nqf.stages.plan import step_memory
 
     world = make_world(items=1_000, lengths=np.full(users, 21), seed=0)
     config = configuration(batch=users, history=20, negatives="in-batch")

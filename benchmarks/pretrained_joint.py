@@ -69,11 +69,11 @@ def main() -> None:
 
     from nqf import export, train
     from nqf.interop.tensors import folder_digest
-    from nqf.training import joint_stage
+    from nqf.stages import joint
 
     # Vectors are compared with those of another library.
     jax.config.update("jax_default_matmul_precision", "float32")
-    digests, fit = [], joint_stage.fit
+    digests, fit = [], joint.fit
 
     def digest(tree: object) -> str:
         found = hashlib.sha256()
@@ -87,7 +87,7 @@ def main() -> None:
         digests.append(digest(arguments["frozen"]["params"]["qwen3"]))
         return result
 
-    joint_stage.fit = watched
+    joint.fit = watched
     with tempfile.TemporaryDirectory() as temporary:
         base, run, adapter = (Path(temporary) / name for name in ("base", "run", "adapter"))
         make(base, bench.options.layers, bench.options.seed)

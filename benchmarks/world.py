@@ -19,10 +19,10 @@ from nqf.models.qwen3 import Qwen3Config
 from nqf.models.recommender import ItemTables, JointModel, PromptIds, UserModel
 from nqf.pipelines.datasets import TrainingData, history_dataset
 from nqf.pipelines.histories import EventFeatures, event_features, history_of_items, training_windows
-from nqf.training.joint_stage import make_joint_loss
+from nqf.stages.joint import make_joint_loss
+from nqf.stages.user import make_user_loss
 from nqf.training.loop import make_state, make_train_step
 from nqf.training.optimizer import make_optimizer
-from nqf.training.user_stage import make_user_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 from nqf.config import load_config
-from nqf.training.artifacts import STAGES, read_artifact
+from nqf.stages.artifacts import STAGES, read_artifact
 
 
 def main(config: str, run: str) -> None:

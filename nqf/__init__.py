@@ -10,7 +10,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"Recommender": ("nqf.recommender", "Recommender"), "load_qwen3": ("nqf.interop.huggingface", "load_qwen3")}
+_LAZY = {
+    "Recommender": ("nqf.serving.recommender", "Recommender"),
+    "load_qwen3": ("nqf.interop.huggingface", "load_qwen3"),
+}
 
 __all__ = ["Recommender", "interop", "load_qwen3"]
 

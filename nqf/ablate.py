@@ -98,7 +98,7 @@ def load_study(path: Path, runs: Path, seeds: tuple[int, ...], only: tuple[str, 
 
 def take_over(variant: Variant, others: list[Path]) -> None:
     """Copies finished stages of other runs that this variant would make again."""
-    from nqf.training.artifacts import STAGES, made_from, parts_of, read_artifact
+    from nqf.stages.artifacts import STAGES, made_from, parts_of, read_artifact
 
     variant.folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
@@ -144,7 +144,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
     """What is kept of a finished run."""
     from nqf.evaluation.metrics import paired_difference
     from nqf.evaluation.results import model_ranks, read_results
-    from nqf.training.artifacts import STAGES, read_artifact
+    from nqf.stages.artifacts import STAGES, read_artifact
 
     results, unmasked = read_results(variant.folder), read_results(variant.folder, "eval-unmasked")
     ranks = model_ranks(results.frame)
@@ -184,8 +184,8 @@ def row_of(variant: Variant) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = tyro.cli(AblateArguments, args=arguments, prog="python -m nqf.ablate")
-    from nqf.evaluation.study import write_studies
-    from nqf.training.artifacts import write_json
+    from nqf.stages.artifacts import write_json
+    from nqf.tools.study import write_studies
 
     runs = options.runs or Path("runs") / options.study.stem
     variants = load_study(options.study, runs, options.seeds, options.only)

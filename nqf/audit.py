@@ -15,7 +15,7 @@ from nqf.config import load_config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nqf.data.audit import Audit
+    from nqf.tools.audit import Audit
 
 LEAK = 3
 """Exit status; 1 is an error and 2 a wrong option."""
@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> None:
     data = load_config(options.config).data
     import tempfile
 
-    from nqf.data.audit import audit
     from nqf.data.load import prepare
     from nqf.data.unirec import read_samples
+    from nqf.tools.audit import audit
 
     console = terminal()
     samples = []

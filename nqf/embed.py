@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     texts = read_catalogue(options.input) if options.input.suffix == ".json" else read_lines(options.input)
 
     from nqf.interop.encoders import load_text_embedder
-    from nqf.interop.unirec_json import write_candidate_embeddings
+    from nqf.interop.unirec.embeddings import write_candidate_embeddings
 
     embedder = load_text_embedder(
         options.model,

@@ -45,9 +45,10 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m nqf.evaluate")
     from nqf.evaluation.results import print_results
-    from nqf.training.assess import assess
-    from nqf.training.lock import lock_run
-    from nqf.training.run import open_run
+    from nqf.stages.assess import assess
+    from nqf.stages.lock import lock_run
+    from nqf.stages.run import open_run
+    from nqf.tools.card import write_card
 
     console = terminal()
     run = open_run(options.run, console)
@@ -59,9 +60,10 @@ def main(arguments: list[str]) -> None:
         config = dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, sasrec=True))
     run = dataclasses.replace(run, config=config)
     with lock_run(run.folder):
-        print_results(
-            assess(run, split=options.split, protocol=options.protocol, ks=options.k, into=options.into), console
-        )
+        results = assess(run, split=options.split, protocol=options.protocol, ks=options.k, into=options.into)
+        if options.into == "eval":
+            write_card(run, results)
+        print_results(results, console)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import tyro
 from nqf.cli import guard
 
 if TYPE_CHECKING:
-    from nqf.training.joint_stage import Joint
-    from nqf.training.run import Run
+    from nqf.stages.joint import Joint
+    from nqf.stages.run import Run
 
 # Users and titles in the golden files.
 _GOLDEN_ROWS = 4
@@ -108,9 +108,9 @@ def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], fo
     from nqf.interop.huggingface import export_merged
     from nqf.interop.peft import export_adapter
     from nqf.models.qwen3 import Qwen3
-    from nqf.training.joint_stage import load_joint
-    from nqf.training.run import open_run
-    from nqf.training.stages import require
+    from nqf.stages.graph import require
+    from nqf.stages.joint import load_joint
+    from nqf.stages.run import open_run
 
     run = open_run(run_folder)
     config = run.config.joint
@@ -202,7 +202,7 @@ def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder
     """
     import polars as pl
 
-    from nqf.recommender import Recommender
+    from nqf.serving.recommender import Recommender
 
     recommender = Recommender.load(run_folder)
     vectors = recommender.item_vectors[recommender.available]

@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> None:
     import polars as pl
 
     from nqf.data.errors import DataError
-    from nqf.data.inspect import open_table
-    from nqf.fields import overlay
-    from nqf.training.run import open_run
+    from nqf.serving import overlay
+    from nqf.stages.run import open_run
+    from nqf.tools.inspect import open_table
 
     console = terminal()
     run = open_run(options.run, console)

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     import polars as pl
 
     from nqf.evaluation.table import print_table
-    from nqf.recommender import Recommender
+    from nqf.serving.recommender import Recommender
 
     console = terminal()
     recommender = Recommender.load(options.run, stage=options.stage)

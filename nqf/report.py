@@ -14,9 +14,9 @@ from nqf.cli import guard, terminal
 if TYPE_CHECKING:
     import numpy as np
 
-    from nqf.evaluation.report import Map, User
     from nqf.evaluation.results import Results
-    from nqf.training.run import Run
+    from nqf.stages.run import Run
+    from nqf.tools.report.page import Map, User
 
 _POINTS = 3_000
 _SHOWN = 8
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
 
     if importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError("the report needs Matplotlib: pip install 'nqf[viz]'")
-    from nqf.training.run import open_run
+    from nqf.stages.run import open_run
 
     console = terminal()
     page = make_page(open_run(options.run, console), users=options.users)
@@ -70,9 +70,9 @@ def make_page(run: Run, *, users: int = 6) -> str:
     import yaml
 
     from nqf.config import to_tree
-    from nqf.evaluation.report import Report, render
     from nqf.evaluation.results import read_results
-    from nqf.training.artifacts import STAGES, differences, read_artifact
+    from nqf.stages.artifacts import STAGES, differences, read_artifact
+    from nqf.tools.report.page import Report, render
 
     results = read_results(run.folder)
     config, dataset = run.config, run.dataset
@@ -112,14 +112,14 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
     """Sample users of the best trained model, and its item vectors by a name."""
     import numpy as np
 
-    from nqf.evaluation.cards import item_cards
     from nqf.evaluation.cooccurrence import newest_of_cases
     from nqf.evaluation.ranking import raise_some, top_k
-    from nqf.evaluation.report import User
     from nqf.evaluation.results import model_ranks
-    from nqf.training.artifacts import status
-    from nqf.training.joint_stage import load_joint
-    from nqf.training.user_stage import load_users
+    from nqf.stages.artifacts import status
+    from nqf.stages.joint import load_joint
+    from nqf.stages.user import load_users
+    from nqf.tools.report.cards import item_cards
+    from nqf.tools.report.page import User
 
     ranks = model_ranks(results.frame)
     model = next((name for name in ("joint", "user") if name in ranks), None)
@@ -179,7 +179,7 @@ def _map(run: Run, vectors: dict[str, Any]) -> Map | None:
     import polars as pl
     from sklearn.decomposition import PCA
 
-    from nqf.evaluation.report import Map
+    from nqf.tools.report.page import Map
 
     path = run.folder / "tokens" / "vectors.npy"
     if path.is_file():

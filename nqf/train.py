@@ -117,10 +117,11 @@ def main(arguments: list[str]) -> None:
     import jax
 
     from nqf.evaluation.results import print_results
-    from nqf.training.assess import assess
-    from nqf.training.lock import lock_run
+    from nqf.stages.assess import assess
+    from nqf.stages.graph import STAGES, open_for_training, run_stage
+    from nqf.stages.lock import lock_run
+    from nqf.tools.card import write_card
     from nqf.training.mesh import barrier, is_primary, join_processes
-    from nqf.training.stages import STAGES, open_for_training, run_stage
 
     config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
     if config.training.compilation_cache:
@@ -133,8 +134,8 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("nqf").setLevel(logging.INFO if is_primary() else logging.ERROR)
     folder, stages = options.run or Path("runs") / config.name, STAGES if options.stage == "all" else (options.stage,)
     if options.plan:
-        from nqf.training.plan import device_memory, print_plans
-        from nqf.training.run import Run
+        from nqf.stages.plan import device_memory, print_plans
+        from nqf.stages.run import Run
 
         memory = int(options.memory_gib * 2**30) or device_memory()
         print_plans(Run(folder=folder, config=config, console=console), stages, memory, console)
@@ -145,7 +146,9 @@ def main(arguments: list[str]) -> None:
         for stage in stages:
             run_stage(run, stage, restart=options.restart)
         if options.stage == "all" and is_primary():
-            print_results(assess(run, split="test"), console)
+            results = assess(run, split="test")
+            write_card(run, results)
+            print_results(results, console)
         barrier("evaluated")
 
 

@@ -12,11 +12,11 @@ import yaml
 
 from nqf.ablate import load_study
 from nqf.config import ConfigError
-from nqf.recommender import Recommender
-from nqf.training.artifacts import StageError, read_artifact
-from nqf.training.assess import assess
-from nqf.training.joint_stage import train_joint
-from nqf.training.run import open_run
+from nqf.serving.recommender import Recommender
+from nqf.stages.artifacts import StageError, read_artifact
+from nqf.stages.assess import assess
+from nqf.stages.joint import train_joint
+from nqf.stages.run import open_run
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = {

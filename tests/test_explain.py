@@ -15,9 +15,9 @@ import scipy.sparse
 
 from nqf.config import QFormerConfig, load_config
 from nqf.data.synthetic import draw_world, next_topic
-from nqf.explain import _standing, faithfulness
 from nqf.models.qformer import QFormer, cross_attention
-from nqf.recommender import Recommender
+from nqf.serving.explain import _standing, faithfulness
+from nqf.serving.recommender import Recommender
 
 TESTS = Path(__file__).parent
 NEW = {
@@ -135,7 +135,7 @@ def test_a_model_without_user_tokens_has_no_user_attention(tiny: Recommender, mo
 
 
 def test_standing_is_a_softmax_and_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nqf.explain._CHUNK", 4)
+    monkeypatch.setattr("nqf.serving.explain._CHUNK", 4)
     rng = np.random.default_rng(0)
     users, items = rng.normal(size=(3, 5)).astype(np.float32), rng.normal(size=(11, 5)).astype(np.float32)
     items[7] = items[2]

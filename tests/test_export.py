@@ -17,7 +17,7 @@ import pytest
 from nqf import export
 from nqf.interop.huggingface import golden_difference, load_qwen3
 from nqf.interop.tokenizer import load_tokenizer
-from nqf.recommender import Recommender
+from nqf.serving.recommender import Recommender
 
 pytestmark = pytest.mark.slow
 

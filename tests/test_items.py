@@ -15,11 +15,11 @@ import pytest
 
 from nqf import Recommender, items
 from nqf.data.errors import DataError
-from nqf.fields import overlay
 from nqf.fields.cache import encode_items
 from nqf.fields.encoder import CacheError
-from nqf.training.artifacts import STAGES, status
-from nqf.training.run import Run, open_run
+from nqf.serving import overlay
+from nqf.stages.artifacts import STAGES, status
+from nqf.stages.run import Run, open_run
 
 pytestmark = pytest.mark.slow
 
@@ -176,7 +176,8 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from nqf import items
-from nqf.fields import overlay, tables
+from nqf.fields import tables
+from nqf.serving import overlay
 
 name, real = sys.argv[1], os.replace
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import nqf
-from nqf.evaluation.cards import cards_html, item_cards
-from nqf.training.run import open_run
+from nqf.tools.report.cards import cards_html, item_cards
+from nqf.stages.run import open_run
 
 run, recommender = open_run(sys.argv[1]), nqf.Recommender.load(sys.argv[1])
 catalogue, interactions, cases = run.dataset.catalogue, run.dataset.interactions, run.dataset.split.test

@@ -7,6 +7,6 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("huggingface", "peft", "unirec", "unirec_json", "tokenizer", "bert", "clip", "encoders"):
+    if name in ("huggingface", "peft", "unirec", "tokenizer", "bert", "clip", "encoders"):
         return importlib.import_module(f"nqf.interop.{name}")
     raise AttributeError(f"module 'nqf.interop' has no attribute {name!r}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nqf.training.artifacts import write_whole
+from nqf.stages.artifacts import write_whole
 
 
 class Writer:

@@ -15,10 +15,10 @@ from nqf.evaluation.cooccurrence import WINDOW, add_cooccurrence, count_pairs, n
 from nqf.evaluation.ranking import raise_some, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.results import model_ranks
 from nqf.pipelines.histories import newest as newest_events
-from nqf.recommender import Recommender
 from nqf.report import _users
-from nqf.training.assess import assess, trained_scorers
-from nqf.training.run import open_run
+from nqf.serving.recommender import Recommender
+from nqf.stages.assess import assess, trained_scorers
+from nqf.stages.run import open_run
 
 
 def interactions(*sequences: list[int]) -> Interactions:

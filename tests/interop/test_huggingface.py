@@ -37,7 +37,7 @@ from nqf.interop.huggingface import (  # noqa: E402
     text_inputs,
 )
 from nqf.interop.tokenizer import load_tokenizer, train_byte_bpe  # noqa: E402
-from nqf.interop.unirec_json import read_candidate_embeddings  # noqa: E402
+from nqf.interop.unirec.embeddings import read_candidate_embeddings  # noqa: E402
 from nqf.models.lora import LoRADense  # noqa: E402
 from nqf.models.qwen3 import MLP, Attention, DecoderLayer, Qwen3, RMSNorm  # noqa: E402
 from nqf.ops.rope import apply_rope, rope_tables  # noqa: E402

@@ -196,7 +196,7 @@ def test_item_qformer_equals_the_reference(item, item_path) -> None:
 
 def test_reference_equals_the_item_qformer_from_our_weights(item, item_path) -> None:
     from nqf.interop.tensors import disassemble, linear
-    from nqf.interop.unirec import qformer_table
+    from nqf.interop.unirec.checkpoint import qformer_table
 
     module, params, _ = nqf.interop.unirec.load_item_qformer(item_path)
     table = {"query_embeddings": ("query_embeddings",)} | qformer_table(

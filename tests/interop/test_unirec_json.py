@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nqf.data.errors import DataError
-from nqf.interop.unirec_json import read_candidate_embeddings, write_candidate_embeddings
+from nqf.interop.unirec.embeddings import read_candidate_embeddings, write_candidate_embeddings
 
 
 def test_embeddings_are_read_in_order(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from nqf.config import LossConfig
 from nqf.pipelines.datasets import TrainingData, history_dataset, pair_dataset
 from nqf.pipelines.histories import training_windows
 from nqf.pipelines.pairs import pair_source
-from nqf.training.item_stage import gather_fields
+from nqf.stages.item import gather_fields
+from nqf.stages.run import Run, open_run
 from nqf.training.mesh import WHOLE, leaf_name
-from nqf.training.run import Run, open_run
 
 
 @pytest.fixture(scope="module")

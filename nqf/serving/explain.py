@@ -1,0 +1,352 @@
+"""Why an item stands where it stands: occlusion of history items and fields, and what both Q-Formers attend to.
+
+An effect is the item's log-probability under a softmax over the catalogue minus that without the evidence, in nats:
+positive evidence speaks for the item. Letters: N history items, F fields, V variants, R rows of the variants' tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+import polars as pl
+import scipy.sparse
+
+from nqf.config import from_tree
+from nqf.data.schema import Field
+from nqf.evaluation.metrics import mean_intervals
+from nqf.fields.cache import CANDIDATE, FieldCache, candidate_fields, candidate_text, encode_column
+from nqf.models.item_qformer import ItemOutput, ItemQFormer
+from nqf.models.qformer import cross_attention
+from nqf.models.recommender import ItemTables
+from nqf.pipelines.histories import bucket_of, history_of_items, newest, slot_buckets
+from nqf.stages.ranker import Ranker
+
+if TYPE_CHECKING:
+    from nqf.serving.recommender import Recommender
+
+# Item vectors scored at a time.
+_CHUNK = 65_536
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Explanation:
+    """What speaks for an item after a history.
+
+    Attributes:
+      item_id: The explained item.
+      title: Its title.
+      rank: Its expected rank under ties, 1 for the best, the history left out of the ranking.
+      log_probability: Its log-probability under a softmax over the same items, in nats.
+      history: One row per history item that the model reads, oldest first: position (1-based in the given history),
+        item_id, title, effect (nats, of removing the item), rank_without, attention (share of the User Q-Former's
+        cross-attention, mean over layers, heads and user tokens; null if the model reads no user tokens).
+      fields: One row per field and side: side (`history`: hidden in all its items; `item`: hidden in the explained
+        item), field, effect (nats), rank_without, attention (share of the Item Q-Former's cross-attention, mean over
+        layers, heads, query tokens and the side's items that have the field).
+      user_attention: float32 [layers, heads, user tokens, N, item tokens], or None.
+      item_attention: float32 [N + 1, layers, heads, query tokens, F]; the explained item is the last.
+    """
+
+    item_id: str
+    title: str
+    rank: float
+    log_probability: float
+    history: pl.DataFrame
+    fields: pl.DataFrame
+    user_attention: np.ndarray | None
+    item_attention: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Items:
+    """The history's items and, last, the explained one, as the Item Q-Former reads them.
+
+    Attributes:
+      rows: int64 [N + 1], their rows in the ranker's tables.
+      frame: Canonical values, N + 1 rows.
+      values: Field name to float32 [N + 1, width].
+      present: Field name to bool [N + 1].
+    """
+
+    rows: np.ndarray
+    frame: pl.DataFrame
+    values: Mapping[str, np.ndarray]
+    present: Mapping[str, np.ndarray]
+
+
+def explain(
+    items: Items,
+    *,
+    ranker: Ranker,
+    variables: Any,
+    item_qformer: tuple[ItemQFormer, Any],
+    cache: FieldCache,
+    text_features: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    field_features: Callable[[Mapping[str, tuple[np.ndarray, np.ndarray]]], np.ndarray],
+    item_vectors: np.ndarray,
+    pairs: Callable[[Sequence[np.ndarray]], scipy.sparse.csr_matrix],
+    older: np.ndarray,
+    left_out: np.ndarray,
+    review_width: int,
+) -> Explanation:
+    """Explains the last of the items after the others; `Recommender.explain` calls it.
+
+    All variants go through the Item Q-Former in one call, through the user or joint model in one, and through the
+    candidate tower in one.
+
+    Args:
+      items: The newest history items that the model reads, and the explained item.
+      ranker: The model.
+      variables: Its variables.
+      item_qformer: Module and parameters of the Item Q-Former.
+      cache: Encoders of the candidate text.
+      text_features: `Run.text_features`, what the models read of its embeddings.
+      field_features: `Run.field_features`, what the candidate tower reads of its fields.
+      item_vectors: float32 [I, D].
+      pairs: What co-occurrence adds to the catalogue's scores after histories of item rows, sparse [histories, I].
+      older: Rows of the history before the items that the model reads, oldest first; they are in every variant.
+      left_out: Rows that are not ranked; the explained item is, all the same.
+      review_width: Width of the review embeddings that the model was trained with; 0 without.
+    """
+    names, size = list(cache.names), len(items.rows)
+    buckets = slot_buckets(ranker.max_history)
+    slots = buckets[bucket_of(np.array(size - 1), buckets)]
+    # Rows of the tables: all items as they are, then with one field hidden after another.
+    tables, item_attention = _hide_fields(
+        items, ranker.tables, item_qformer, cache, text_features, field_features, slots
+    )
+    rows = np.tile(items.rows, 1 + len(names)).astype(np.int32)
+    whole = np.arange(size - 1)
+    variants = [whole, *(np.delete(whole, slot) for slot in whole)]
+    variants += [whole + size * (1 + field) for field in range(len(names))]
+    users, attention = _encode(ranker, variables, tables, rows, variants, slots, review_width)
+    own = np.arange(size - 1, len(rows), size)
+    own_vectors = np.asarray(ranker.items(variables, tables.take(own), rows[own]), np.float32)
+    targets = users @ own_vectors[0]
+    # The last variants are of the explained item: the whole history, one of its fields hidden.
+    users = np.concatenate([users, np.repeat(users[:1], len(names), axis=0)])
+    targets = np.concatenate([targets, own_vectors[1:] @ users[0]])
+    added = pairs([np.concatenate([older, rows[slots]]) for slots in [*variants, *[whole] * len(names)]])
+    targets += added[:, [items.rows[-1]]].toarray()[:, 0]
+    log_probabilities, ranks = _standing(users, targets, item_vectors, added, items.rows[-1], left_out)
+    effects = log_probabilities[0] - log_probabilities
+
+    of_items, of_fields = slice(1, size), slice(size, None)
+    slot_shares = [None] * (size - 1)
+    if attention is not None:
+        attention = attention[..., -(size - 1) * tables.tokens.shape[1] :]
+        attention = attention.reshape(*attention.shape[:3], size - 1, -1)
+        slot_shares = attention.sum(axis=-1).mean(axis=(0, 1, 2))
+    field_shares = item_attention.mean(axis=(1, 2, 3))
+    there = np.stack([items.present[name] for name in names], axis=1)
+    return Explanation(
+        item_id=items.frame["item_id"][-1],
+        title=items.frame["title"][-1] or "",
+        rank=float(ranks[0]),
+        log_probability=float(log_probabilities[0]),
+        history=pl.DataFrame(
+            {
+                "item_id": items.frame["item_id"][:-1],
+                "title": items.frame["title"][:-1],
+                "effect": effects[of_items],
+                "rank_without": ranks[of_items],
+                "attention": pl.Series(slot_shares, dtype=pl.Float32),
+            }
+        ),
+        fields=pl.DataFrame(
+            {
+                "side": ["history"] * len(names) + ["item"] * len(names),
+                "field": names * 2,
+                "effect": effects[of_fields],
+                "rank_without": ranks[of_fields],
+                "attention": np.concatenate(
+                    [
+                        field_shares[side].sum(axis=0) / np.maximum(there[side].sum(axis=0), 1)
+                        for side in (slice(-1), slice(-1, None))
+                    ]
+                ).astype(np.float32),
+            }
+        ),
+        user_attention=attention,
+        item_attention=item_attention,
+    )
+
+
+def _hide_fields(
+    items: Items,
+    tables: ItemTables,
+    item_qformer: tuple[ItemQFormer, Any],
+    cache: FieldCache,
+    text_features: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    field_features: Callable[[Mapping[str, tuple[np.ndarray, np.ndarray]]], np.ndarray],
+    slots: int,
+) -> tuple[ItemTables, np.ndarray]:
+    """Tables of all items with no field hidden, then with one after another, and the attention with none hidden."""
+    names, size = list(cache.names), len(items.rows)
+    fields = [from_tree(Field, field) for field in cache.manifest["fields"]]
+    title, spoken = cache.manifest["title"], {field.name for field in candidate_fields(fields)}
+    values = {name: np.tile(items.values[name], (1 + len(names), 1)) for name in names}
+    present = {name: np.tile(items.present[name], 1 + len(names)) for name in names}
+    old = tables.take(np.tile(items.rows, 1 + len(names)))
+    text, has_text, titles = old.text.copy(), old.has_text.copy(), old.titles.copy()
+    for index, name in enumerate(names):
+        at = slice(size * (1 + index), size * (2 + index))
+        present[name][at] = False
+        if name == title:
+            titles[at] = -1
+        if name in spoken and cache.candidates is not None:
+            frame = items.frame.with_columns(pl.lit(None, dtype=items.frame.schema[name]).alias(name))
+            words = candidate_text(frame, fields, title)
+            said = words.is_not_null().to_numpy()
+            vectors, readable = encode_column(cache.encoder(CANDIDATE), words.fill_null(""))
+            has_text[at] = said & readable
+            text[at] = text_features(vectors, has_text[at])
+    output, attention = _read_fields(*item_qformer, *_padded((values, present), (slots + 1) * (1 + len(names))))
+    hidden = ItemTables(
+        tokens=np.asarray(output.tokens, old.tokens.dtype)[: len(text)],
+        vectors=np.asarray(output.vector, old.vectors.dtype)[: len(text)],
+        fields=field_features({name: (values[name], present[name]) for name in names}),
+        text=text,
+        has_text=has_text,
+        trained=old.trained,
+        titles=titles,
+    )
+    return hidden, np.moveaxis(np.asarray(attention), 1, 0)[:size]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read_fields(module: ItemQFormer, params: Any, values: Any, present: Any) -> tuple[ItemOutput, jax.Array]:
+    output, state = module.apply({"params": params}, values, present, mutable=["intermediates"])
+    return output, cross_attention(state["intermediates"], ("qformer",))
+
+
+def _encode(
+    ranker: Ranker,
+    variables: Any,
+    tables: ItemTables,
+    rows: np.ndarray,
+    variants: Sequence[np.ndarray],
+    slots: int,
+    review_width: int,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """User vectors of histories of table rows, float32 [V, D], and the first one's attention, [layers, heads, ...]."""
+    items_VxS = np.stack([newest(variant, slots) for variant in variants])
+    most = len(variants) - len(variants[0]) + slots
+    history = history_of_items(_padded(items_VxS, most), review_width)
+    tables, rows = _padded((tables, rows), len(rows) // (len(variants[0]) + 1) * (slots + 1))
+    users, attention = ranker.explained(variables, tables, rows, history)
+    users = np.asarray(users, np.float32)[: len(variants)]
+    return users, None if attention is None else np.asarray(attention[:, 0], np.float32)
+
+
+def _padded(tree: Any, size: int) -> Any:
+    """Repeats the last row of every array, so that histories of one bucket share their programs."""
+    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]), tree)
+
+
+def _standing(
+    users_VxD: np.ndarray,
+    targets_V: np.ndarray,
+    item_vectors_IxD: np.ndarray,
+    added_VxI: scipy.sparse.csr_matrix,
+    own: int,
+    left_out: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability and expected rank, float64 [V], of a target among all items that are not left out.
+
+    Args:
+      users_VxD: User vectors.
+      targets_V: The target's scores, which may be those of a variant of the item.
+      item_vectors_IxD: The catalogue.
+      added_VxI: What is added to the inner products.
+      own: The target's row, in whose place `targets_V` stand.
+      left_out: Rows that are not ranked.
+    """
+    ranked = np.ones(len(item_vectors_IxD), bool)
+    ranked[left_out] = ranked[own] = False
+    greater, equal = np.zeros(len(users_VxD)), np.zeros(len(users_VxD))
+    # Log of the sum of exp(score - target) over all ranked items; the target itself adds exp(0).
+    log_sum = np.zeros(len(users_VxD))
+    for start in range(0, len(ranked), _CHUNK):
+        chunk = start + np.flatnonzero(ranked[start : start + _CHUNK])
+        scores_VxC = users_VxD @ item_vectors_IxD[chunk].T + added_VxI[:, chunk].toarray()
+        ahead_VxC = (scores_VxC - targets_V[:, None]).astype(np.float64)
+        greater += (ahead_VxC > 0).sum(axis=1)
+        equal += (ahead_VxC == 0).sum(axis=1)
+        log_sum = np.logaddexp(log_sum, np.logaddexp.reduce(ahead_VxC, axis=1))
+    return -log_sum, 1.0 + greater + 0.5 * equal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Faithfulness:
+    """Whether the evidence that explanations name matters more than other parts of the history.
+
+    Attributes:
+      cases: One row per case: item_id, rank (with the whole history), rank_named (without the named evidence),
+        rank_random (geometric mean without as much random evidence that was not named).
+      named: Mean of log2(rank_named / rank) with its 95 % interval: how often the rank doubles.
+      random: The same of rank_random.
+      difference: `named` minus `random`, paired; above zero the explanations are faithful.
+    """
+
+    cases: pl.DataFrame
+    named: list[float]
+    random: list[float]
+    difference: list[float]
+
+
+def faithfulness(
+    recommender: Recommender,
+    cases: Sequence[tuple[Sequence[str], str]],
+    *,
+    by: Literal["effect", "attention"] = "effect",
+    remove: int = 2,
+    draws: int = 5,
+    seed: int = 0,
+) -> Faithfulness:
+    """Deletes the named evidence from histories, and random evidence, and compares what it does to the rank.
+
+    Deletion as a test of explanations: DeYoung et al. 2020 (ERASER, arXiv 1911.03429, comprehensiveness).
+
+    Args:
+      recommender: Explains and ranks.
+      cases: Histories of item ids, oldest first, longer than `remove`, each with the item to explain.
+      by: What names the evidence.
+      remove: History items that are removed at once.
+      draws: Random removals per case.
+      seed: Seed of the random removals and of the bootstrap.
+
+    Raises:
+      ValueError: A history that is too short, or an unknown item id.
+    """
+    rng = np.random.default_rng(seed)
+    histories: list[Sequence[str]] = []
+    for history, item_id in cases:
+        if len(history) <= remove:
+            raise ValueError(f"a history of {len(history)} items cannot lose {remove} and be compared with others")
+        explanation = recommender.explain(history, item_id)
+        named = explanation.history.sort(by, descending=True)["position"][:remove].to_numpy() - 1
+        others = np.setdiff1d(np.arange(len(history)), named)
+        removed = [named, *(rng.choice(others, min(remove, len(others)), replace=False) for _ in range(draws))]
+        histories.append(history)
+        histories += [[item for at, item in enumerate(history) if at not in gone] for gone in removed]
+    # All of them in one call: the whole history, without the named evidence, without each random draw.
+    whole = [case for case in cases for _ in range(2 + draws)]
+    ranks = recommender.rank(histories, [item for _, item in whole], left_out=[history for history, _ in whole])
+    ranks = ranks.reshape(len(cases), 2 + draws)
+    frame = pl.DataFrame(
+        {
+            "item_id": [item_id for _, item_id in cases],
+            "rank": ranks[:, 0],
+            "rank_named": ranks[:, 1],
+            "rank_random": np.exp2(np.log2(ranks[:, 2:]).mean(axis=1)),
+        }
+    )
+    drops = {name: np.log2(frame[f"rank_{name}"] / frame["rank"]).to_numpy() for name in ("named", "random")}
+    drops["difference"] = drops["named"] - drops["random"]
+    return Faithfulness(cases=frame, **mean_intervals(drops, bootstrap=1_000, seed=seed))

@@ -1,0 +1,350 @@
+"""Item stage and tokens stage: train the Item Q-Former, then write the catalogue's tokens and vectors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nqf.config import ItemConfig, OptimConfig
+from nqf.fields.cache import CANDIDATE, FieldCache
+from nqf.fields.whitening import fit_whitening, save_whitenings
+from nqf.models.item_qformer import ItemQFormer
+from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
+from nqf.pipelines.datasets import TrainingData, pair_dataset
+from nqf.pipelines.pairs import PairBatch, PairSource, pair_source
+from nqf.stages.artifacts import read_artifact
+from nqf.stages.ranker import compute_dtype
+from nqf.stages.run import WHITENING, Run
+from nqf.training.checkpoint import restore_params
+from nqf.training.loop import FitResult, fit
+from nqf.training.mesh import batch_shard, is_primary
+
+ENCODE_CHUNK = 4_096
+VALIDATION_ITEMS = 4_096
+"""Held-out items that a validation reads at most; more would only narrow its error, which is below 2 % by then."""
+
+
+def item_module(run: Run) -> ItemQFormer:
+    """The Item Q-Former that fits the run's field cache and configuration."""
+    cache = run.cache
+    return ItemQFormer(
+        fields=tuple((name, cache.modalities[name], cache.widths[name]) for name in cache.names),
+        config=run.config.item.qformer,
+        fusion=run.config.item.fusion,
+        dtype=compute_dtype(run.config.training.dtype),
+    )
+
+
+def empty_fields(cache: FieldCache, count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values and presence of `count` items without any field, for shapes."""
+    values = {name: np.zeros((count, cache.widths[name]), np.float32) for name in cache.names}
+    return values, {name: np.zeros(count, bool) for name in cache.names}
+
+
+def gather_fields(cache: FieldCache, items: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values float32 [B, W] and presence bool [B] of some items, read on the host."""
+    pairs = {name: cache.gather(name, items) for name in cache.names}
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+
+def device_fields(cache: FieldCache) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Each field's value table and row index, to be put on the device."""
+    return {name: (np.asarray(cache.table(name).values), np.asarray(cache.table(name).rows)) for name in cache.names}
+
+
+def take_fields(
+    tables: dict[str, tuple[jax.Array, jax.Array]], items: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """`gather_fields` on the device."""
+    values, present = {}, {}
+    for name, (table, index) in tables.items():
+        rows = index[items]
+        present[name] = rows >= 0
+        values[name] = jnp.where(present[name][:, None], table[jnp.maximum(rows, 0)].astype(jnp.float32), 0)
+    return values, present
+
+
+def tables_on_device(run: Run, size: int) -> bool:
+    """Whether tables of `size` bytes go to the device, by `training.tables`."""
+    training = run.config.training
+    return training.tables == "device" or (training.tables == "auto" and size <= training.device_table_gib * 2**30)
+
+
+def hide_fields(present: dict[str, jax.Array], rate: float, key: jax.Array) -> dict[str, jax.Array]:
+    """Hides each present field with probability `rate`, but never all fields of an item."""
+    names = list(present)
+    mask_BxF = jnp.stack([present[name] for name in names], axis=1)
+    keep_key, last_key = jax.random.split(key)
+    draw = jax.random.uniform(keep_key, mask_BxF.shape)
+    shown = mask_BxF & (draw >= rate)
+    # Where everything would be hidden, one present field drawn at random stays.
+    order = jnp.where(mask_BxF, jax.random.uniform(last_key, mask_BxF.shape), -1.0)
+    spared = jax.nn.one_hot(jnp.argmax(order, axis=1), len(names), dtype=bool) & mask_BxF
+    shown = jnp.where(jnp.any(shown, axis=1, keepdims=True), shown, spared)
+    return {name: shown[:, index] for index, name in enumerate(names)}
+
+
+def make_item_loss(
+    module: ItemQFormer, config: ItemConfig, field_weights: dict[str, float], variances: dict[str, float]
+) -> Any:
+    """Masked reconstruction plus the contrastive loss.
+
+    Args:
+      module: The Item Q-Former.
+      config: Weights and kinds of the losses.
+      field_weights: Weight of each field in the reconstruction.
+      variances: Mean squared error of each field's mean vector: every error is in units of it, so that 1 is the
+        reconstruction loss of predicting the means, whatever the fields' widths and scales.
+    """
+    total = sum(field_weights.values())
+
+    def loss_fn(params: Any, frozen: Any, batch: PairBatch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hide_key, dropout_key = jax.random.split(key)
+        # Only the triplet reads the drawn negatives; InfoNCE takes the other pairs of the batch.
+        lists = [0, 1, 2, 3] if config.contrastive == "triplet" else [0, 1, 3]
+        if batch.values is not None:
+            # [B, 4, ...] to the lists one after the other.
+            values, present = jax.tree.map(
+                lambda x: x[:, np.array(lists)].swapaxes(0, 1).reshape(-1, *x.shape[2:]), (batch.values, batch.present)
+            )
+        else:
+            items = [batch.anchors, batch.positives, batch.negatives, batch.catalogue]
+            values, present = take_fields(frozen, jnp.concatenate([items[which] for which in lists]))
+        count = batch.anchors.shape[0]
+        visible = hide_fields(present, config.field_dropout, hide_key)
+        output = module.apply({"params": params}, values, visible, deterministic=False, rngs={"dropout": dropout_key})
+
+        # Every field that is present has to come back, hidden or not.
+        errors = {}
+        for name, weight in field_weights.items():
+            error_B = jnp.mean(jnp.square(output.reconstructions[name].astype(jnp.float32) - values[name]), axis=-1)
+            errors[name] = weight * weighted_mean(error_B, present[name]) / variances[name]
+        reconstruction = sum(errors.values()) / total
+        metrics = {"reconstruction": reconstruction}
+        loss = config.reconstruction_weight * reconstruction
+        anchors, positives = output.vector[:count], output.vector[count : 2 * count]
+        if config.contrastive == "infonce":
+            scores = unit(anchors) @ unit(positives).T / config.temperature
+            # An item that the anchor's user also met is no negative, whoever it came from.
+            contrastive = info_nce(scores, jnp.arange(count), allowed_MxC=~batch.known)
+        elif config.contrastive == "triplet":
+            contrastive = triplet_margin(anchors, positives, output.vector[2 * count : 3 * count], margin=config.margin)
+        else:
+            return loss, metrics
+        metrics["contrastive"] = contrastive
+        return loss + config.contrastive_weight * contrastive, metrics
+
+    return loss_fn
+
+
+def held_out_items(run: Run) -> np.ndarray:
+    """bool [items], the share of items with a training event that the item stage keeps for validation."""
+    warm = np.flatnonzero(~run.dataset.split.cold)
+    count = max(1, round(run.config.item.held_out_share * len(warm))) if run.config.item.held_out_share else 0
+    held = np.zeros(len(run.dataset.catalogue.item_ids), bool)
+    held[np.random.default_rng(run.config.seed).permutation(warm)[:count]] = True
+    return held
+
+
+def field_means(cache: FieldCache, items: np.ndarray) -> dict[str, tuple[np.ndarray, float]]:
+    """Per field the mean vector over some items' present values, and its mean squared error over the same items."""
+    means = {}
+    for name in cache.names:
+        total, squares, count = np.zeros(cache.widths[name]), 0.0, 0
+        for start in range(0, len(items), ENCODE_CHUNK):
+            values, present = cache.gather(name, items[start : start + ENCODE_CHUNK])
+            kept = values[present].astype(np.float64)
+            total += kept.sum(axis=0)
+            squares += float(np.square(kept).sum())
+            count += len(kept)
+        mean = total / max(count, 1)
+        variance = (squares / max(count, 1) - float(np.square(mean).sum())) / cache.widths[name]
+        means[name] = (mean.astype(np.float32), max(variance, 0.0))
+    return means
+
+
+def reconstruction_report(
+    values: dict[str, np.ndarray],
+    present: dict[str, np.ndarray],
+    reconstructions: dict[str, np.ndarray],
+    means: dict[str, tuple[np.ndarray, float]],
+    value_rows: dict[str, np.ndarray],
+) -> dict[str, dict[str, float]]:
+    """Per field: mse, cosine, mean_mse (the mean vector's error), retrieval@1 among the distinct values, count.
+
+    Retrieval@1 is the share of items whose reconstruction is nearer, by cosine, to their own value than to every
+    other value that occurs among these items; equal values share a row and cannot be told apart.
+    """
+    report = {}
+    for name, (mean, _) in means.items():
+        kept = present[name]
+        if not kept.any():
+            continue
+        true, made = values[name][kept], reconstructions[name][kept]
+        rows, own = np.unique(value_rows[name][kept], return_inverse=True)
+        table = np.zeros((len(rows), true.shape[1]), np.float32)
+        table[own] = true
+        similarity = _unit(made) @ _unit(table).T
+        report[name] = {
+            "mse": float(np.square(true - made).mean()),
+            "mean_mse": float(np.square(true - mean).mean()),
+            "cosine": float((_unit(true) * _unit(made)).sum(axis=1).mean()),
+            "retrieval@1": float((similarity.argmax(axis=1) == own).mean()),
+            "count": int(kept.sum()),
+        }
+    return report
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def item_data(run: Run, source: PairSource, optim: OptimConfig) -> tuple[Any, TrainingData]:
+    """The field tables if training keeps them on the device, else None, and the batches of all epochs."""
+    config, cache = run.config, run.cache
+    frozen = None
+    if tables_on_device(run, sum(cache.table(name).values.nbytes for name in cache.names)):
+        frozen = device_fields(cache)
+    data = pair_dataset(
+        source,
+        batch_size=optim.batch_size,
+        epochs=optim.epochs,
+        seed=config.seed,
+        workers=config.training.workers,
+        gather=None if frozen is not None else lambda items: gather_fields(cache, items),
+        shard=batch_shard(config.training.mesh),
+    )
+    return frozen, data
+
+
+def train_items(run: Run) -> dict[str, Any]:
+    """Runs the item stage.
+
+    Returns:
+      Best step, metrics, throughput and the per-field report on the held-out items.
+    """
+    config, cache, dataset = run.config, run.cache, run.dataset
+    held = held_out_items(run)
+    module = item_module(run)
+    source = pair_source(dataset.interactions, dataset.split, len(held), held)
+    means = field_means(cache, source.trainable)
+    # A field with one value only has no variance and nothing to learn.
+    variances = {name: variance for name, (_, variance) in means.items() if variance > 1e-12}
+    schema = dataset.catalogue.schema.fields
+    field_weights = {field.name: field.weight for field in schema if field.name in variances}
+
+    frozen, data = item_data(run, source, config.item.optim)
+    params = jax.jit(module.init)(jax.random.key(config.seed), *empty_fields(cache, 1))["params"]
+
+    # Without held-out items the report is on training items and says so.
+    checked = np.flatnonzero(held) if held.any() else source.trainable
+    checked = checked[:VALIDATION_ITEMS]
+    values, present = gather_fields(cache, checked)
+    rows = {name: np.asarray(cache.table(name).rows)[checked] for name in cache.names}
+    encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
+
+    def report_of(params: Any) -> dict[str, dict[str, float]]:
+        reconstructions = jax.device_get(encode(params, values, present).reconstructions)
+        return reconstruction_report(values, present, reconstructions, means, rows)
+
+    def validate(params: Any) -> dict[str, float]:
+        report = report_of(params)
+        ratios = [
+            entry["mse"] / max(entry["mean_mse"], 1e-12) for name, entry in report.items() if name in field_weights
+        ]
+        explained = 1.0 - float(np.mean(ratios))
+        return {"explained": explained} | {
+            f"{name}/{key}": value for name, entry in report.items() for key, value in entry.items() if key != "count"
+        }
+
+    result: FitResult = fit(
+        folder=run.folder,
+        stage="item",
+        data=data,
+        optim=config.item.optim,
+        params=params,
+        frozen=frozen,
+        loss_fn=make_item_loss(module, config.item, field_weights, variances),
+        validate=validate,
+        score="explained",
+        seed=config.seed,
+        training=config.training,
+        console=run.console,
+        profile=run.profile,
+    )
+    return {
+        "best_step": result.best_step,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "items_per_second": round(result.items_per_second, 1),
+        "explained": result.metrics["explained"],
+        "validated_on": "held-out items" if held.any() else "training items",
+        "reconstruction": report_of(result.params),
+    }
+
+
+def load_items(run: Run) -> tuple[ItemQFormer, Any]:
+    """The trained Item Q-Former: module and best parameters."""
+    module = item_module(run)
+    artifact = read_artifact(run.folder, "item")
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"]
+    return module, restore_params(run.folder / "item" / "checkpoints", artifact.result["best_step"], shapes)
+
+
+def encode_chunks(
+    module: ItemQFormer, params: Any, cache: FieldCache, items: int
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Tokens [n, Q, D] and vectors [n, D] of the catalogue, float32, chunk by chunk."""
+    encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
+    for start in range(0, items, ENCODE_CHUNK):
+        stop = min(start + ENCODE_CHUNK, items)
+        # The last chunk is padded with its last item, so that there is one compilation.
+        rows = np.minimum(np.arange(start, start + min(ENCODE_CHUNK, items)), stop - 1)
+        output = encode(params, *gather_fields(cache, rows))
+        count = stop - start
+        yield (
+            slice(start, stop),
+            np.asarray(output.tokens, np.float32)[:count],
+            np.asarray(output.vector, np.float32)[:count],
+        )
+
+
+def write_tokens(run: Run, module: ItemQFormer, params: Any, folder: Path) -> dict[str, Any]:
+    """Writes `tokens.npy` (float16 [I, Q, D]) and `vectors.npy` (float16 [I, D]) atomically, in bounded memory."""
+    items = len(run.dataset.catalogue.item_ids)
+    queries, width = run.config.item.qformer.queries, run.config.item.qformer.width
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {"tokens": (items, queries, width), "vectors": (items, width)}
+    files = {
+        name: np.lib.format.open_memmap(folder / f"{name}-{jax.process_index()}.tmp", "w+", np.float16, shape)
+        for name, shape in shapes.items()
+    }
+    for where, tokens, vectors in encode_chunks(module, params, run.cache, items):
+        files["tokens"][where], files["vectors"][where] = tokens, vectors
+    for name, file in files.items():
+        file.flush()
+        os.replace(folder / f"{name}-{jax.process_index()}.tmp", folder / f"{name}.npy")
+    return {"items": items, "queries": queries, "width": width}
+
+
+def make_tokens(run: Run) -> dict[str, Any]:
+    """Runs the tokens stage: item tokens and vectors, and the whitenings of the fields and of the candidates' texts."""
+    module, params = load_items(run)
+    if not is_primary():
+        return {}
+    report = write_tokens(run, module, params, run.folder / "tokens")
+    tables = {name: run.cache.table(name) for name in run.cache.names}
+    if run.cache.candidates is not None:
+        tables[CANDIDATE] = run.cache.candidates
+    # A width of 0 is for the text embeddings as they are; the fields' components then have no limit.
+    width = run.config.candidates.text_width
+    whitenings = {name: fit_whitening(table, width or table.values.shape[1]) for name, table in tables.items()}
+    save_whitenings(run.folder / "tokens" / WHITENING, whitenings)
+    report["whitened_widths"] = {name: whitening.matrix.shape[1] for name, whitening in whitenings.items()}
+    return report

@@ -1,0 +1,152 @@
+"""A run folder opened for work: configuration, data, field cache and item tables, each read when first asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from nqf.config import Config, load_config
+from nqf.data.errors import NPY_ERRORS
+from nqf.data.load import Dataset, open_dataset
+from nqf.data.splits import Cases
+from nqf.evaluation.baselines import known_events
+from nqf.evaluation.cooccurrence import Cooccurrence, count_pairs
+from nqf.fields.cache import CANDIDATE, FieldCache, open_cache
+from nqf.fields.whitening import Whitening, field_features, load_whitenings
+from nqf.interop.encoders import encoder_factories
+from nqf.models.recommender import ItemTables
+from nqf.pipelines.histories import EventFeatures, event_features
+from nqf.stages.artifacts import StageError
+
+WHITENING = "whitening.npz"
+"""Name of the whitenings in the tokens stage's folder."""
+# Items whose field vectors are in memory as float32 at a time.
+_CHUNK = 16_384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+      folder: `runs/<name>`.
+      config: The resolved configuration.
+      console: Terminal.
+      profile: Steps of each training stage to trace.
+      verify: Whether the field cache is read whole and its checksums compared; else only sizes and headers.
+    """
+
+    folder: Path
+    config: Config
+    console: Console
+    profile: int = 0
+    verify: bool = False
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """Catalogue, interactions and split."""
+        return open_dataset(self.folder / "data")
+
+    @functools.cached_property
+    def cache(self) -> FieldCache:
+        """The field cache, checked against the catalogue."""
+        return open_cache(
+            self.folder / "fields",
+            item_ids=self.dataset.catalogue.item_ids,
+            verify=self.verify,
+            factories=encoder_factories(self.config.fields),
+        )
+
+    @functools.cached_property
+    def features(self) -> EventFeatures:
+        """Features of every interaction."""
+        return event_features(self.dataset.interactions, self.dataset.split, self.cache.reviews)
+
+    def cooccurrence(self, cases: Cases) -> Cooccurrence:
+        """Pairs of items in the events that are known before some cases, those that the baseline counts."""
+        interactions, split = self.dataset.interactions, self.dataset.split
+        return count_pairs(interactions, known_events(interactions, split, cases), len(split.cold))
+
+    @functools.cached_property
+    def text(self) -> tuple[np.ndarray, np.ndarray]:
+        """Candidate text embeddings as encoded, float32 [I, T], zero without text, and bool [I] where there is text."""
+        table = self.cache.candidates
+        if table is None:
+            items = len(self.dataset.catalogue.item_ids)
+            return np.zeros((items, 1), np.float32), np.zeros(items, bool)
+        rows = np.asarray(table.rows)
+        values = np.asarray(table.values, np.float32)
+        return np.where(rows[:, None] >= 0, values[np.maximum(rows, 0)], 0), rows >= 0
+
+    @functools.cached_property
+    def whitenings(self) -> dict[str, Whitening]:
+        """What the tokens stage fitted: of every field and of the candidates' texts."""
+        return load_whitenings(self.folder / "tokens" / WHITENING)
+
+    def text_features(self, embeddings: np.ndarray, has_text: np.ndarray) -> np.ndarray:
+        """What the models read of text embeddings [n, T]: float32 [n, T'], zero without text."""
+        whiten = self.config.candidates.text_width and self.cache.candidates is not None
+        features = self.whitenings[CANDIDATE].apply(embeddings) if whiten else embeddings
+        return np.where(has_text[:, None], features, 0).astype(np.float32)
+
+    def field_features(self, fields: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """What the candidate tower reads of the fields' vectors, float16 [n, F]; F is 0 unless they are its source.
+
+        Args:
+          fields: Field name to vectors, float [n, width], and where there is one, bool [n].
+        """
+        names = self.cache.names
+        if "fields" not in self.config.candidates.sources:
+            return np.zeros((len(fields[names[0]][1]), 0), np.float16)
+        return field_features(self.whitenings, {name: fields[name] for name in names})
+
+    def tables(self, tokens_folder: Path, titles: np.ndarray | None = None) -> ItemTables:
+        """Host tables of the whole catalogue.
+
+        Args:
+          tokens_folder: Folder with tokens.npy and vectors.npy.
+          titles: Token ids of the titles, int32 [I, S]; default none.
+        """
+        text, has_text = self.text
+        items = len(has_text)
+        fields = np.zeros((items, 0), np.float16)
+        if "fields" in self.config.candidates.sources:
+            chunks = [
+                self.field_features({name: self.cache.gather(name, rows) for name in self.cache.names})
+                for rows in np.split(np.arange(items), range(_CHUNK, items, _CHUNK))
+            ]
+            fields = np.concatenate(chunks)
+        return ItemTables(
+            tokens=_mapped(tokens_folder / "tokens.npy"),
+            vectors=_mapped(tokens_folder / "vectors.npy"),
+            fields=fields,
+            text=self.text_features(text, has_text),
+            has_text=has_text,
+            trained=~self.dataset.split.cold,
+            titles=np.zeros((items, 0), np.int32) if titles is None else titles,
+        )
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except NPY_ERRORS as error:
+        raise StageError(f"{path}: not readable ({error}); delete its stage.json and run --stage all") from error
+
+
+def open_run(folder: str | Path, console: Console | None = None) -> Run:
+    """Opens a run folder by what it holds.
+
+    Raises:
+      StageError: The folder does not exist or holds no run.
+    """
+    folder = Path(folder)
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise StageError(f"{folder}: no run here (no config.yaml); train one with python -m nqf.train --run {folder}")
+    return Run(folder=folder, config=load_config(path), console=console or Console())

@@ -1,0 +1,145 @@
+"""`python -m nqf.data`: fetch public data by name, and look at tables before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from nqf.cli import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FetchArguments:
+    """Downloads a public data set from its publisher and writes tables, schema and configuration, ready to train.
+
+    A download that breaks off goes on where it stopped when the command is given again.
+
+    Attributes:
+      dataset: `ml-100k`, `ml-1m`, `goodbooks`, or `amazon-2023:CATEGORY` such as amazon-2023:All_Beauty.
+      output: Folder to write; `data/DATASET` by default.
+      base_url: Address to take the files from instead of the publisher's: a mirror, or a server of your own.
+      debug: Show the traceback of an error.
+    """
+
+    dataset: Annotated[str, tyro.conf.Positional]
+    output: Path | None = None
+    base_url: str | None = None
+    debug: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """Shows the columns of an item table, how interactions are spread, and a schema to start from.
+
+    Attributes:
+      table: Item table: CSV, TSV, JSONL (plain or .gz), Parquet, RecBole's .item, Amazon 2023 metadata, or the
+        reference system's item dictionary (.json).
+      interactions: Interaction table, of the same kinds.
+      output: Write the suggested schema.yaml, and with interactions a config.yaml, into this folder.
+      debug: Show the traceback of an error.
+    """
+
+    table: Annotated[Path, tyro.conf.Positional]
+    interactions: Path | None = None
+    output: Path | None = None
+    debug: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    options = tyro.cli(
+        Annotated[FetchArguments, tyro.conf.subcommand("fetch")]
+        | Annotated[InspectArguments, tyro.conf.subcommand("inspect")],
+        args=arguments,
+        prog="python -m nqf.data",
+    )
+    console = terminal()
+    if isinstance(options, FetchArguments):
+        run_fetch(options, console)
+    else:
+        run_inspect(options, console)
+
+
+def run_fetch(options: FetchArguments, console: Console) -> None:
+    """Fetches, with a bar on a terminal and a line per file elsewhere; then says what may be done with the data."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from nqf.tools.fetch import fetch, source_of
+
+    source_of(options.dataset)
+    output = options.output or Path("data") / options.dataset.replace(":", "-")
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    tasks = {}
+
+    def progress(name: str, done: int, total: int | None) -> None:
+        if name not in tasks:
+            tasks[name] = bars.add_task(name, total=total)
+            if not console.is_terminal:
+                size = f"{total:,} bytes" if total else "size not stated"
+                console.print(f"{name}: {size}, {done:,} there", markup=False)
+        bars.update(tasks[name], completed=done, total=total)
+
+    with bars:
+        source = fetch(options.dataset, output, base=options.base_url, progress=progress)
+    console.print(f"\n{source.license}\n", markup=False)
+    console.print(
+        f"The data is in {output}. Train with: python -m nqf.train --config {output / 'config.yaml'}", markup=False
+    )
+
+
+def run_inspect(options: InspectArguments, console: Console) -> None:
+    """Prints what the tables hold and what schema fits."""
+    import polars as pl
+
+    from nqf.evaluation.table import print_table
+    from nqf.tools import inspect
+
+    with tempfile.TemporaryDirectory() as scratch:
+        columns = inspect.inspect_items(options.table, Path(scratch))
+        header = ["column", "type", "filled", "distinct", "suggested", "example"]
+        rows = [
+            [
+                column.name,
+                column.kind,
+                f"{column.filled:.1%}",
+                f"{column.distinct:,}",
+                column.options.get("modality", "-"),
+                column.example,
+            ]
+            for column in columns
+        ]
+        short = (header[:-1], [row[:-1] for row in rows])
+        print_table(console, [(header, rows), short], title=str(options.table), left=(0, 1, 4, 5))
+        if options.interactions is not None:
+            ids = None
+            if "item_id" in [column.name for column in columns]:
+                ids = inspect.open_table(options.table, Path(scratch)).select(pl.col("item_id").cast(pl.String))
+                ids = ids.collect()["item_id"]
+            lines = inspect.inspect_interactions(options.interactions, Path(scratch), ids)
+            console.print()
+            print_table(console, [(["interactions", ""], lines)], title=str(options.interactions), left=(0, 1))
+    schema = inspect.suggest_schema(columns)
+    console.print("\nA schema to start from:\n", markup=False)
+    console.print(schema, markup=False)
+    if options.output is None:
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    texts = {"schema.yaml": schema}
+    if options.interactions is not None:
+        texts["config.yaml"] = inspect.suggest_config(options.table, options.interactions, options.output)
+    for name, text in texts.items():
+        path = options.output / name
+        if path.exists():
+            raise FileExistsError(f"{path}: there already; move it away or give another --output")
+        path.write_text(text, encoding="utf-8")
+        console.print(f"wrote {path}", markup=False)

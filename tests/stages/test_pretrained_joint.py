@@ -1,0 +1,221 @@
+"""The joint stage on a pretrained backbone, from training to the adapter in peft and the model in transformers."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+import transformers  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
+from nqf import export, train  # noqa: E402
+from nqf.interop.huggingface import golden_difference, load_qwen3  # noqa: E402
+from nqf.interop.peft import load_adapter  # noqa: E402
+from nqf.interop.tensors import folder_digest  # noqa: E402
+from nqf.interop.tokenizer import load_tokenizer, train_byte_bpe  # noqa: E402
+from nqf.models.qwen3 import Qwen3  # noqa: E402
+from nqf.serving.recommender import Recommender  # noqa: E402
+from nqf.stages import joint as joint_stage  # noqa: E402
+from nqf.stages.run import open_run  # noqa: E402
+from nqf.training.checkpoint import restore_params  # noqa: E402
+
+pytestmark = pytest.mark.slow
+OPTIONS = {
+    "joint.backbone.lora-rank": 4,
+    "joint.prompt.title-tokens": 2,
+    "joint.optim.epochs": 8,
+    "joint.optim.learning-rate": 3e-3,
+    "joint.optim.adapter-learning-rate": 1e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the hub's: random weights in bfloat16 and a tokenizer with fewer tokens than the embedding's rows."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=340,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
+    model = transformers.Qwen3Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Embeddings as small as the published ones; projections that mix tokens although the model is small.
+            spread = 0.03 if parameter.shape[0] == config.vocab_size else 0.2
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, spread)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    train_byte_bpe(["a lamp for the deep sea", "the old garden chair"] * 3, 300).save(folder)
+    return folder
+
+
+def train_on(base: Path, tiny_run: Path, run: Path, **options: Any) -> dict[str, list[bytes]]:
+    """Runs the joint stage on a copy of a finished run; returns the base's bits before and after training."""
+    shutil.copytree(tiny_run, run)
+    bits = {}
+    fit = joint_stage.fit
+
+    def watched(**arguments: Any) -> Any:
+        bits["before"] = [np.asarray(x).tobytes() for x in jax.tree.leaves(arguments["frozen"]["params"]["qwen3"])]
+        result = fit(**arguments)
+        bits["after"] = [np.asarray(x).tobytes() for x in jax.tree.leaves(arguments["frozen"]["params"]["qwen3"])]
+        return result
+
+    options = OPTIONS | {"joint.backbone.path": base} | options
+    arguments = [part for name, value in options.items() for part in (f"--{name}", *str(value).split())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint_stage, "fit", watched)
+        train.main(["--run", str(run), "--stage", "joint", *arguments])
+    return bits
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    """The run folder, the base's bits before and after, and the digest of its files before."""
+    digest = folder_digest(base)
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    return run, train_on(base, tiny_run, run), digest
+
+
+def exported(run: Path, format: str, folder: Path) -> Path:
+    export.main([str(run), "--format", format, "--output", str(folder)])
+    return folder
+
+
+def run_readme(folder: Path) -> float:
+    """Runs the program in a folder's README; returns the difference that it prints."""
+    program = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(program, {})
+    return float(printed.getvalue())
+
+
+def test_adapters_learn_and_the_base_does_not(trained: tuple[Path, dict, str], base: Path) -> None:
+    run, bits, digest = trained
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["stage"] == "joint" and "loss" in line]
+    assert len(losses) == 8 and max(losses[-2:]) < min(losses[:2]) - 0.1
+    # Bit for bit, in memory and on disk.
+    assert bits["before"] == bits["after"] and len(bits["before"]) == 13
+    assert folder_digest(base) == digest
+    assert bits["before"] == [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load_qwen3(base)[1])]
+    # Nothing of the base is in the checkpoint; all of the adapters is, and B has left zero everywhere.
+    opened = open_run(run)
+    joint = joint_stage.build_joint(opened, run / "tokens")
+    shapes = jax.eval_shape(lambda: joint_stage.init_joint(opened, joint))
+    assert "qwen3" not in shapes["params"] and set(shapes["lora"]) == {"qwen3"}
+    step = json.loads((run / "joint" / "stage.json").read_text())["result"]["best_step"]
+    lora = restore_params(run / "joint" / "checkpoints", step, shapes)["lora"]["qwen3"]
+    layers = lora["layers"]
+    assert {name for block in layers.values() for name in block} == set(opened.config.joint.backbone.lora_targets)
+    assert all(np.abs(tree["lora_b"]).max() > 1e-4 for block in layers.values() for tree in block.values())
+
+
+@pytest.fixture(scope="module")
+def adapter(trained: tuple[Path, dict, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(trained[0], "peft", tmp_path_factory.mktemp("export") / "adapter")
+
+
+def test_peft_makes_the_user_vectors(adapter: Path, trained: tuple[Path, dict, str], base: Path) -> None:
+    run = trained[0]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base) and config["r"] == 4
+    assert run_readme(adapter) < 1e-4
+    assert load_tokenizer(adapter).encode(["lamp"], add_eos=True) == load_tokenizer(base).encode(["lamp"], add_eos=True)
+    # By hand, up to the user vectors that rank.
+    golden = {name: torch.tensor(array) for name, array in load_file(adapter / "golden.safetensors").items()}
+    model = peft.AutoPeftModelForFeatureExtraction.from_pretrained(adapter, dtype=torch.float32).eval()
+    assert len(set(golden["attention_mask"].sum(1).tolist())) > 1, "all prompts are of one length"
+
+    def pooled(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model(inputs_embeds=golden["inputs_embeds"], attention_mask=golden["attention_mask"])
+        last = golden["attention_mask"].sum(1) - 1
+        return hidden.last_hidden_state[torch.arange(len(last)), last]
+
+    states = pooled(model).numpy()
+
+    def states_of_peft(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+        if isinstance(context.module, Qwen3) and context.method_name == "__call__":
+            # At every token, so wherever the state is picked.
+            return jnp.zeros_like(kwargs["inputs_embeds"]).at[: len(states)].set(states[:, None])
+        return call(*args, **kwargs)
+
+    recommender = Recommender.load(run)
+    with nn.intercept_methods(states_of_peft):
+        found = recommender.encode_all_users()[1]
+    ids, expected = Recommender.load(run).encode_all_users()
+    assert ids == open_run(run).dataset.interactions.user_ids
+    np.testing.assert_allclose(found[: len(states)], expected[: len(states)], atol=1e-4)
+    assert np.abs(found[len(states) :] - expected[len(states) :]).max() > 1e-2  # States of nobody make other vectors.
+    # And it is the adapter that makes them.
+    with model.disable_adapter():
+        vectors = torch.nn.functional.normalize(pooled(model), dim=1)
+    assert (vectors - golden["vectors"]).abs().max() > 1e-2
+
+
+def test_exports_read_back(adapter: Path, trained: tuple[Path, dict, str], base: Path, tmp_path: Path) -> None:
+    model, params = load_qwen3(base)
+    config, lora = load_adapter(adapter, model.config)
+    assert golden_difference(adapter, Qwen3(config), {"params": params, "lora": lora}) < 1e-5
+    merged = exported(trained[0], "huggingface", tmp_path / "merged")
+    assert run_readme(merged) < 1e-4
+    # The same prompts, and vectors that differ by the rounding of the merge alone.
+    ours, theirs = (load_file(folder / "golden.safetensors") for folder in (merged, adapter))
+    np.testing.assert_array_equal(ours["inputs_embeds"], theirs["inputs_embeds"])
+    np.testing.assert_allclose(ours["vectors"], theirs["vectors"], atol=1e-4)
+    again, params = load_qwen3(merged)
+    assert golden_difference(merged, again, {"params": params}, name="golden_texts.safetensors") < 1e-5
+    # transformers, as sentence-transformers runs it by the folder's modules.
+    from safetensors import safe_open
+
+    with safe_open(merged / "golden_texts.safetensors", framework="pt") as file:
+        texts, expected = json.loads(file.metadata()["texts"]), file.get_tensor("vectors")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
+    model = transformers.AutoModel.from_pretrained(merged, dtype=torch.float32).eval()
+    pooling = json.loads((merged / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode_lasttoken"] and len(texts) == 4
+    for text, vector in zip(texts, expected, strict=True):
+        with torch.no_grad():
+            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+        assert (torch.nn.functional.normalize(hidden, dim=0) - vector).abs().max() < 1e-4
+
+
+def test_item_qformer_learns_on_beside_a_pretrained_backbone(base: Path, tiny_run: Path, tmp_path: Path) -> None:
+    options = {
+        "joint.train-item-qformer": "",
+        "joint.backbone.lora-targets": "q_proj v_proj",
+        "joint.loss.negatives": "sampled",
+        "joint.loss.samples": 64,
+        "joint.optim.epochs": 1,
+    }
+    bits = train_on(base, tiny_run, tmp_path / "run", **options)
+    assert bits["before"] == bits["after"]
+    run = open_run(tmp_path / "run")
+    start, (_, learned) = joint_stage.load_items(run)[1], joint_stage.load_joint(run)[3]
+    moved = jax.tree.map(lambda old, new: float(np.abs(old - new).max()), start, learned)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    # What ranks are the tokens of the Item Q-Former that learned on.
+    new, old = (np.load(run.folder / part / "tokens.npy").astype(np.float32) for part in ("joint/tokens", "tokens"))
+    assert np.abs(new - old).max() > 1e-3
+    frame = Recommender.load(run.folder).recommend(user=run.dataset.interactions.user_ids[0], k=3)
+    assert len(frame) == 3
