@@ -1,0 +1,165 @@
+"""Whole files and locks: under a name stands what was there before or what is there now, never a part of it.
+
+Only this file replaces files and locks folders (Orbax's checkpoints apart, which have their own whole writes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+
+PARTIAL = ".nqf-partial"
+"""End of the name of a file that is being written; a killed process leaves it, and the next writer removes it."""
+
+
+class InUseError(RuntimeError):
+    """A folder that another process works on, or whose file system has no locks; the message says which."""
+
+
+@contextlib.contextmanager
+def whole(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Opens a file to be written; it takes its place when the block ends well, also if the power fails.
+
+    A link in its place is replaced, not followed. Text is UTF-8. Missing folders above it are made.
+
+    Args:
+      path: The file.
+      mode: `wb` or `w`.
+
+    Raises:
+      OSError: Not writable, or the disk is full; names the file. What was there stays, and nothing is left beside it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = partial(path)
+    try:
+        with temporary.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        publish(temporary, path)
+    except OSError as error:
+        raise _named(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def partial(path: str | Path) -> Path:
+    """Where this process writes a file before `publish` puts it in its place.
+
+    What an earlier process of this machine left behind for the same file, and can not be writing any more, is removed.
+    """
+    path = Path(path)
+    head = f".{path.name[:150]}.{socket.gethostname()[:50]}-"
+    for left in path.parent.glob(f"{_literal(head)}*{PARTIAL}"):
+        process = left.name[len(head) : -len(PARTIAL)]
+        if process.isdecimal() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
+            left.unlink(missing_ok=True)
+    return path.with_name(f"{head}{os.getpid()}{PARTIAL}")
+
+
+def publish(temporary: str | Path, path: str | Path) -> None:
+    """Puts a finished file (or a folder, where none is) in its place, on the same file system, and on the disk."""
+    temporary, path = Path(temporary), Path(path)
+    if temporary.is_file():
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # The name is on the disk only when its folder is. Some file systems cannot do that for folders.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file whole: see `whole`."""
+    with whole(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: str | Path, tree: Any) -> None:
+    """Writes JSON whole: see `whole`."""
+    write_text(path, json.dumps(tree, indent=2))
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal; read once per version of it (size, times and inode) in a process."""
+    status = os.stat(path)
+    return _sha256(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _sha256(path: str, *version: int) -> str:
+    # The version is there to make the digest of a changed file another one.
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a folder, which is made if missing, for this process. The lock is the kernel's and goes with its owner.
+
+    `NQF_LOCKS=off` in the environment leaves locks out, for file systems that have none.
+
+    Args:
+      folder: The folder; `.lock` in it is the lock, and `.lock-owner` says whose it is.
+      wait: Wait until it is free; otherwise refuse at once.
+
+    Raises:
+      InUseError: Another process holds it, or the file system has no locks.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("NQF_LOCKS") == "off":
+        yield
+        return
+    owner = folder / ".lock-owner"
+    lock = filelock.FileLock(folder / ".lock", timeout=-1 if wait else 0, is_singleton=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        with contextlib.suppress(OSError):
+            named = " ".join(owner.read_text(encoding="utf-8", errors="replace")[:1_000].split())
+            raise InUseError(
+                f"{folder}: in use by {named or 'another process'}; wait until it has finished, or end it. Its lock "
+                "goes with it"
+            ) from None
+        raise InUseError(f"{folder}: in use by another process; wait until it has finished, or end it") from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise InUseError(
+            f"{folder / '.lock'}: its file system has no locks ({error}); make sure that nothing else works on "
+            f"{folder} and set NQF_LOCKS=off in the environment, or use a folder on a local disk"
+        ) from error
+    try:
+        write_text(owner, f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.orig_argv)})"[:900])
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _literal(name: str) -> str:
+    """A name as a pattern that matches it alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, f"{error.strerror or error}: nothing was written", str(path))
