@@ -16,7 +16,8 @@ from nqf.config import Config, JointConfig, LossConfig, OptimConfig, PromptConfi
 from nqf.data.interactions import Interactions
 from nqf.data.splits import leave_one_out
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.recommender import ItemTables, JointModel, PromptIds, UserModel
+from nqf.models.rank_model import JointModel, PromptIds, UserModel
+from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.datasets import TrainingData, history_dataset
 from nqf.pipelines.histories import EventFeatures, event_features, history_of_items, training_windows
 from nqf.stages.joint import make_joint_loss

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -96,35 +95,16 @@ def load_study(path: Path, runs: Path, seeds: tuple[int, ...], only: tuple[str, 
     return variants
 
 
-def take_over(variant: Variant, others: list[Path]) -> None:
-    """Copies finished stages of other runs that this variant would make again."""
-    from nqf.stages.artifacts import STAGES, made_from, parts_of, read_artifact
-
-    variant.folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        if read_artifact(variant.folder, stage) is not None:
-            continue
-        wanted = parts_of(variant.config, stage, variant.folder)
-        for other in others:
-            if made_from(other, stage, wanted):
-                for name in (stage, "data") if stage == "fields" else (stage,):
-                    shutil.copytree(other / name, variant.folder / name)
-                if stage == "fields" and (other / "sasrec").is_dir():
-                    # It is checked against its own fingerprint when it is used.
-                    shutil.copytree(other / "sasrec", variant.folder / "sasrec")
-                break
-        else:
-            return
-
-
 def run_variant(variant: Variant, others: list[Path]) -> dict[str, Any]:
     """Trains and tests a variant, seen items masked and kept; its row of the table.
 
     Raises:
       RuntimeError: The run failed; names its log.
     """
+    from nqf.stages.graph import take_over
+
     done = [other for other in others if other != variant.folder and (other / "eval" / "results.json").is_file()]
-    take_over(variant, done)
+    take_over(variant.config, variant.folder, done)
     settings = variant.folder.with_suffix(".yaml")
     save_config(variant.config, settings)
     log = variant.folder.with_suffix(".log")
@@ -132,7 +112,7 @@ def run_variant(variant: Variant, others: list[Path]) -> dict[str, Any]:
     with log.open("w") as file:
         for command in (
             ["nqf.train", "--config", str(settings), "--run", run, "--stage", "all"],
-            ["nqf.evaluate", run, "--keep-seen", "--into", "eval-unmasked"],
+            ["nqf.evaluate", run, "--keep-seen"],
         ):
             code = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT).returncode
             if code:
@@ -144,9 +124,11 @@ def row_of(variant: Variant) -> dict[str, Any]:
     """What is kept of a finished run."""
     from nqf.evaluation.metrics import paired_difference
     from nqf.evaluation.results import model_ranks, read_results
-    from nqf.stages.artifacts import STAGES, read_artifact
+    from nqf.stages.artifacts import read_artifact
+    from nqf.stages.graph import NAMES
 
-    results, unmasked = read_results(variant.folder), read_results(variant.folder, "eval-unmasked")
+    artifacts = {name: read_artifact(variant.folder, name) for name in NAMES}
+    results, unmasked = read_results(variant.folder), read_results(variant.folder, "eval/test-keep-seen")
     ranks = model_ranks(results.frame)
     rivals = [name for name in ranks if name not in ("joint", "joint_vectors", "user")]
     best = max(rivals, key=lambda name: results.models[name]["all"]["ndcg@10"][0])
@@ -174,7 +156,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
         "unmasked": shown(unmasked.models),
         "best_baseline": best,
         "joint_minus_best_baseline": {metric: difference[metric] for metric in METRICS},
-        "stage_seconds": {stage: read_artifact(variant.folder, stage).result["wall_seconds"] for stage in STAGES},
+        "stage_seconds": {name: found.result["wall_seconds"] for name, found in artifacts.items() if found},
         # The folder of a model is often called "model".
         "text_encoder": "/".join(Path(variant.config.fields.text_encoder).parts[-2:]),
         "provenance": results.provenance,
@@ -184,7 +166,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = tyro.cli(AblateArguments, args=arguments, prog="python -m nqf.ablate")
-    from nqf.stages.artifacts import write_json
+    from nqf.files import write_json
     from nqf.tools.study import write_studies
 
     runs = options.runs or Path("runs") / options.study.stem

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m nqf.evaluate")
     from nqf.evaluation.results import print_results
     from nqf.stages.assess import assess
-    from nqf.stages.lock import lock_run
+    from nqf.stages.graph import lock_run
     from nqf.stages.run import open_run
     from nqf.tools.card import write_card
 

@@ -16,7 +16,7 @@ import tyro
 from nqf.cli import guard
 
 if TYPE_CHECKING:
-    from nqf.stages.joint import Joint
+    from nqf.stages.rank import RankParts
     from nqf.stages.run import Run
 
 # Users and titles in the golden files.
@@ -120,9 +120,10 @@ def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], fo
             "use --format huggingface"
         )
     require(run, "joint")
-    joint, _, variables, _ = load_joint(run)
+    trained = load_joint(run)
+    joint, variables = trained.parts, trained.variables
     # Golden vectors are those of float32, which every other implementation can be held to.
-    model = Qwen3(dataclasses.replace(joint.module.backbone, dtype=jnp.float32, attention="xla"))
+    model = Qwen3(dataclasses.replace(joint.module.reader.qwen3, dtype=jnp.float32, attention="xla"))
     qwen3 = {name: tree["qwen3"] for name, tree in variables.items() if "qwen3" in tree}
     prompts, pooling = injected_prompts(run, joint, variables), config.prompt.pooling
     if format == "peft":
@@ -140,7 +141,7 @@ def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], fo
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def injected_prompts(run: Run, joint: Joint, variables: Any) -> dict[str, np.ndarray]:
+def injected_prompts(run: Run, joint: RankParts, variables: Any) -> dict[str, np.ndarray]:
     """Prompts of the first users as the Qwen3 reads them, without the padding inside: inputs of `Qwen3.__call__`.
 
     Returns:
@@ -152,7 +153,8 @@ def injected_prompts(run: Run, joint: Joint, variables: Any) -> dict[str, np.nda
     import jax.numpy as jnp
 
     from nqf.models.qwen3 import Qwen3
-    from nqf.pipelines.histories import HistoryBatch, gather_history, newest, number_by_rows
+    from nqf.pipelines.batches import HistoryBatch
+    from nqf.pipelines.histories import gather_history, newest, number_by_rows
 
     spans = itertools.pairwise(run.dataset.interactions.offsets[: _GOLDEN_ROWS + 1])
     events = np.stack([newest(np.arange(start, stop), run.config.user.max_history) for start, stop in spans])

@@ -11,8 +11,12 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import socket
+import sqlite3
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +25,11 @@ import filelock
 
 PARTIAL = ".nqf-partial"
 """End of the name of a file that is being written; a killed process leaves it, and the next writer removes it."""
+
+
+# A file that changed a moment ago may change again within the tick of the file system's clock.
+_SETTLED_NS = 2_000_000_000
+_digests_lock = threading.RLock()
 
 
 class InUseError(RuntimeError):
@@ -54,7 +63,7 @@ def whole(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def partial(path: str | Path) -> Path:
-    """Where this process writes a file before `publish` puts it in its place.
+    """Where this process writes a file or folder before `publish` puts it in its place.
 
     What an earlier process of this machine left behind for the same file, and can not be writing any more, is removed.
     """
@@ -63,7 +72,7 @@ def partial(path: str | Path) -> Path:
     for left in path.parent.glob(f"{_literal(head)}*{PARTIAL}"):
         process = left.name[len(head) : -len(PARTIAL)]
         if process.isdecimal() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return path.with_name(f"{head}{os.getpid()}{PARTIAL}")
 
 
@@ -99,16 +108,54 @@ def write_json(path: str | Path, tree: Any) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal; read once per version of it (size, times and inode) in a process."""
+    """SHA-256 of a file, in hexadecimal.
+
+    It is read once per version of the file (device, inode, size and times of change): digests are remembered in
+    `$NQF_CACHE/digests.sqlite`, by default in the user's cache folder, and in the process where that cannot be written.
+    """
+    path = os.path.abspath(path)
     status = os.stat(path)
-    return _sha256(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    version = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+    return _sha256(path, version, abs(time.time_ns() - status.st_ctime_ns) > _SETTLED_NS)
 
 
 @functools.lru_cache(maxsize=65_536)
-def _sha256(path: str, *version: int) -> str:
-    # The version is there to make the digest of a changed file another one.
+def _sha256(path: str, version: str, settled: bool) -> str:
+    if found := _remembered(path, version):
+        return found
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if settled:
+        _remembered(path, version, digest)
+    return digest
+
+
+def _remembered(path: str, version: str, digest: str | None = None) -> str | None:
+    """The remembered digest of a version of a file, after `digest` has been remembered where that is given."""
+    try:
+        with _digests_lock, _open_digests(str(cache_folder() / "digests.sqlite")) as known:
+            if digest:
+                known.execute("insert or replace into digests values (?, ?, ?)", (path, version, digest))
+            select = "select digest from digests where path = ? and version = ?"
+            row = known.execute(select, (path, version)).fetchone()
+    except (sqlite3.Error, OSError):
+        # Nothing depends on it: what is not remembered is read again.
+        return None
+    return row[0] if row else None
+
+
+@functools.lru_cache(maxsize=4)
+def _open_digests(path: str) -> sqlite3.Connection:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, timeout=2, check_same_thread=False)
+    connection.execute("create table if not exists digests (path text primary key, version text, digest text)")
+    return connection
+
+
+def cache_folder() -> Path:
+    """Where nqf keeps what it can make again: `$NQF_CACHE`, by default `nqf` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NQF_CACHE") or Path(base) / "nqf")
 
 
 @contextlib.contextmanager

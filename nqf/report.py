@@ -71,12 +71,13 @@ def make_page(run: Run, *, users: int = 6) -> str:
 
     from nqf.config import to_tree
     from nqf.evaluation.results import read_results
-    from nqf.stages.artifacts import STAGES, differences, read_artifact
+    from nqf.stages.artifacts import differences, read_artifact
+    from nqf.stages.graph import NAMES
     from nqf.tools.report.page import Report, render
 
     results = read_results(run.folder)
     config, dataset = run.config, run.dataset
-    artifacts = {stage: read_artifact(run.folder, stage) for stage in STAGES}
+    artifacts = {stage: read_artifact(run.folder, stage) for stage in NAMES}
     stages = {stage: artifact.result for stage, artifact in artifacts.items() if artifact is not None}
     log = run.folder / "metrics.jsonl"
     item = stages.get("item", {})
@@ -116,6 +117,7 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
     from nqf.evaluation.ranking import raise_some, top_k
     from nqf.evaluation.results import model_ranks
     from nqf.stages.artifacts import status
+    from nqf.stages.graph import stage_of
     from nqf.stages.joint import load_joint
     from nqf.stages.user import load_users
     from nqf.tools.report.cards import item_cards
@@ -125,11 +127,12 @@ def _users(run: Run, results: Results, count: int) -> tuple[list[User], dict[str
     model = next((name for name in ("joint", "user") if name in ranks), None)
     if model is None or count < 1:
         return [], {}
-    reason = status(run.config, model, run.folder)
+    reason = status(run.config, stage_of(model), run.folder)
     if reason:
         run.console.print(f"[yellow]warning[/yellow]  no sample users: stage '{model}' has changed since: {reason}")
         return [], {}
-    ranker, variables = load_joint(run)[1:3] if model == "joint" else load_users(run)
+    trained = load_joint(run) if model == "joint" else load_users(run)
+    ranker, variables = trained.ranker, trained.variables
     item_vectors = ranker.item_vectors(variables)
 
     rng = np.random.default_rng(0)

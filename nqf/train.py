@@ -31,7 +31,7 @@ class TrainArguments(Config):
     """
 
     config: Path | None = None
-    stage: Literal["fields", "item", "tokens", "user", "joint", "all"] = "all"
+    stage: Literal["fields", "item", "tokens", "user", "joint", "sasrec", "all"] = "all"
     run: Path | None = None
     restart: bool = False
     plan: bool = False
@@ -118,8 +118,7 @@ def main(arguments: list[str]) -> None:
 
     from nqf.evaluation.results import print_results
     from nqf.stages.assess import assess
-    from nqf.stages.graph import STAGES, open_for_training, run_stage
-    from nqf.stages.lock import lock_run
+    from nqf.stages.graph import lock_run, open_for_training, run_stage, wanted
     from nqf.tools.card import write_card
     from nqf.training.mesh import barrier, is_primary, join_processes
 
@@ -132,7 +131,10 @@ def main(arguments: list[str]) -> None:
     # The attention kernel and its reason, and images that could not be had, are told by loggers.
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("nqf").setLevel(logging.INFO if is_primary() else logging.ERROR)
-    folder, stages = options.run or Path("runs") / config.name, STAGES if options.stage == "all" else (options.stage,)
+    folder, stages = (
+        options.run or Path("runs") / config.name,
+        wanted(config) if options.stage == "all" else (options.stage,),
+    )
     if options.plan:
         from nqf.stages.plan import device_memory, print_plans
         from nqf.stages.run import Run

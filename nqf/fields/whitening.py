@@ -9,12 +9,12 @@ cosine to a decayed mean of the history found 7.7 % of the targets among the fir
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from nqf import files
 from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS
 from nqf.fields.encoder import CacheError
 from nqf.fields.tables import FieldTable
@@ -49,10 +49,8 @@ def save_whitenings(path: Path, whitenings: Mapping[str, Whitening]) -> None:
     arrays = {"names": np.array(list(whitenings), np.str_)}
     for index, whitening in enumerate(whitenings.values()):
         arrays |= {f"mean_{index}": whitening.mean, f"matrix_{index}": whitening.matrix}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with files.whole(path) as file:
         np.savez(file, **arrays)
-    os.replace(temporary, path)
 
 
 def load_whitenings(path: Path) -> dict[str, Whitening]:

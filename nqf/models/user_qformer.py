@@ -14,37 +14,15 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from nqf.config import QFormerConfig
 from nqf.models.dropout import Dropout
 from nqf.models.qformer import QFormer
+from nqf.pipelines.batches import RATING_BUCKETS, History
 
-RATING_BUCKETS = 12
 GAP_BUCKETS = 34
 """log2 of a gap in seconds: 0 for below one second, 1..32 for powers of two, 33 for an unknown time."""
 RECENCY_BUCKETS = 32
-
-
-@struct.dataclass
-class History:
-    """Slots of a batch of histories, oldest to newest; padding stands before the oldest.
-
-    Attributes:
-      items: int32 [B, N], row of the item, -1 in padding.
-      calendar: int32 [B, N, 3], hour of day (0-23), day of week (0-6), month (0-11) in UTC; -1 where unknown.
-      age: int32 [B, N], seconds from the slot's time to the newest slot's; -1 where unknown.
-      ratings: int32 [B, N], rating bucket 0..RATING_BUCKETS-1, -1 where unknown.
-      reviews: float [B, N, R] embedding of the review; R may be 0.
-      has_review: bool [B, N].
-    """
-
-    items: jax.Array
-    calendar: jax.Array
-    age: jax.Array
-    ratings: jax.Array
-    reviews: jax.Array
-    has_review: jax.Array
 
 
 def gap_bucket(seconds: jax.Array) -> jax.Array:

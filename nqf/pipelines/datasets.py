@@ -10,10 +10,9 @@ import grain
 import numpy as np
 
 from nqf.config import LossConfig
-from nqf.models.recommender import ItemTables
+from nqf.pipelines.batches import HistoryBatch, ItemTables, PairBatch
 from nqf.pipelines.histories import (
     EventFeatures,
-    HistoryBatch,
     TrainingWindows,
     bucket_of,
     gather_history,
@@ -24,7 +23,7 @@ from nqf.pipelines.histories import (
     usual_places,
     window_events,
 )
-from nqf.pipelines.pairs import PairBatch, PairSource, pair_batch
+from nqf.pipelines.pairs import PairSource, pair_batch
 
 UNKNOWN_SHARE = 0.1
 """Share of the training histories whose times, ratings and reviews are hidden, so that histories of bare items,

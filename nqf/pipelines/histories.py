@@ -8,44 +8,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from flax import struct
 
 from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.splits import Cases, Split
 from nqf.fields.cache import FieldTable
-from nqf.models.recommender import ItemTables
-from nqf.models.user_qformer import RATING_BUCKETS, History
-
-
-@struct.dataclass
-class HistoryBatch:
-    """One training batch.
-
-    Attributes:
-      history: The slots; `history.items` index `rows` where that is given, else the catalogue.
-      targets: int32 [B, P], the item after each of the newest P slots in the same numbering, -1 for none.
-      supervised: int32 [M], the places in `targets.ravel()` that hold a target, -1 in padding. A loss over them alone
-        does not score the positions of short histories that have none.
-      rows: int32 [R] catalogue rows of the batch's distinct items, -1 in padding; None if items are numbered by
-        the catalogue.
-      negatives: int32 [S], sampled negatives in the same numbering; None without sampling.
-      given: int32 [B, P, K], further negatives of each target alone, -1 for none; None without such.
-      tables: Gathered tables of `rows`; None if the tables are on the device.
-    """
-
-    history: History
-    targets: np.ndarray
-    supervised: np.ndarray
-    rows: np.ndarray | None = None
-    negatives: np.ndarray | None = None
-    given: np.ndarray | None = None
-    tables: ItemTables | None = None
-
-    def items(self) -> np.ndarray:
-        """Catalogue rows of the batch's items, int32; -1 in padding."""
-        if self.rows is not None:
-            return self.rows
-        return np.concatenate([self.history.items.ravel(), self.targets.ravel()])
+from nqf.pipelines.batches import RATING_BUCKETS, History, HistoryBatch, ItemTables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

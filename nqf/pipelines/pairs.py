@@ -5,37 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from flax import struct
 
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Split
-
-
-@struct.dataclass
-class PairBatch:
-    """One training batch of the item stage; all items are catalogue rows.
-
-    Attributes:
-      anchors: int32 [B], item t of a user.
-      positives: int32 [B], item t + 1 of the same user.
-      negatives: int32 [B], items that the user never met.
-      catalogue: int32 [B], items drawn evenly from those that may be trained on.
-      known: bool [B, B], True where `positives` of column j is among the items of row i's user.
-      values: Field name to float [B, 4, W], gathered for the four lists in that order; None on-device.
-      present: Field name to bool [B, 4]; None on-device.
-    """
-
-    anchors: np.ndarray
-    positives: np.ndarray
-    negatives: np.ndarray
-    catalogue: np.ndarray
-    known: np.ndarray
-    values: dict[str, np.ndarray] | None = None
-    present: dict[str, np.ndarray] | None = None
-
-    def items(self) -> np.ndarray:
-        """The four lists side by side, int32 [B, 4]."""
-        return np.stack([self.anchors, self.positives, self.negatives, self.catalogue], axis=1)
+from nqf.pipelines.batches import PairBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from nqf.evaluation.metrics import mean_intervals
 from nqf.fields.cache import CANDIDATE, FieldCache, candidate_fields, candidate_text, encode_column
 from nqf.models.item_qformer import ItemOutput, ItemQFormer
 from nqf.models.qformer import cross_attention
-from nqf.models.recommender import ItemTables
+from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.histories import bucket_of, history_of_items, newest, slot_buckets
 from nqf.stages.ranker import Ranker
 

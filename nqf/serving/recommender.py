@@ -17,15 +17,14 @@ from nqf.data.catalogue import canonical_items
 from nqf.evaluation.cooccurrence import WINDOW
 from nqf.evaluation.ranking import dense_batches, raise_some, rank_vectors, ranks_from_scores, top_k
 from nqf.fields.cache import encode_items
-from nqf.models.item_qformer import ItemQFormer
-from nqf.models.recommender import ItemTables
+from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.histories import gather_history, history_of_items, newest
 from nqf.serving.explain import Explanation, Items, explain
 from nqf.serving.overlay import read_overlay
 from nqf.stages.graph import require
-from nqf.stages.item import ENCODE_CHUNK, load_items
+from nqf.stages.item import ENCODE_CHUNK
 from nqf.stages.joint import load_joint, title_tokens
-from nqf.stages.ranker import Ranker
+from nqf.stages.rank import Trained
 from nqf.stages.run import Run, open_run
 from nqf.stages.user import load_users
 
@@ -40,17 +39,10 @@ class Recommender:
       available: bool [items], False for items that were removed: known in histories, never recommended.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        ranker: Ranker,
-        variables: Any,
-        items: tuple[ItemQFormer, Any],
-        tokenizer: Any,
-        cooccurrence_weight: float,
-    ) -> None:
-        self._run, self._ranker, self._variables = run, ranker, variables
-        self._items, self._tokenizer, self._cooccurrence_weight = items, tokenizer, cooccurrence_weight
+    def __init__(self, run: Run, trained: Trained, cooccurrence_weight: float) -> None:
+        self._run, self._ranker, self._variables = run, trained.ranker, trained.variables
+        self._tokenizer, self._cooccurrence_weight = trained.parts.tokenizer, cooccurrence_weight
+        self._items = trained.load_item_qformer()
         # Test targets do not count, so that trying the recommender on test users tells the truth.
         self._cooccurrence = run.cooccurrence(run.dataset.split.test) if cooccurrence_weight else None
         self.item_ids: list[str] = list(run.dataset.catalogue.item_ids)
@@ -60,7 +52,7 @@ class Recommender:
             for title in chunk["title"]
         ]
         self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids)}
-        self.item_vectors: np.ndarray = ranker.item_vectors(variables)
+        self.item_vectors: np.ndarray = self._ranker.item_vectors(self._variables)
         self.available = np.ones(len(self.item_ids), bool)
         # Row of an item that was added or updated to its place in a frame, and its encoded fields.
         self._changed: dict[int, tuple[int, pl.DataFrame, Mapping[str, tuple[np.ndarray, np.ndarray]]]] = {}
@@ -82,13 +74,9 @@ class Recommender:
         if stage not in ("joint", "user"):
             raise ConfigError(f"stage {stage!r} ranks nothing; use 'joint' or 'user'")
         require(opened, stage)
-        if stage == "joint":
-            joint, ranker, variables, items = load_joint(opened)
-            weight = opened.config.evaluation.cooccurrence_weight
-            recommender = cls(opened, ranker, variables, items, joint.tokenizer, weight)
-        else:
-            ranker, variables = load_users(opened)
-            recommender = cls(opened, ranker, variables, load_items(opened), None, 0.0)
+        trained = load_joint(opened) if stage == "joint" else load_users(opened)
+        weight = opened.config.evaluation.cooccurrence_weight if stage == "joint" else 0.0
+        recommender = cls(opened, trained, weight)
         overlay = read_overlay(opened.folder / "items", opened.dataset.catalogue, opened.cache)
         recommender._put(overlay.frame, overlay.encoded)
         recommender.available = np.array([item_id not in overlay.removed for item_id in recommender.item_ids])

@@ -1,4 +1,4 @@
-"""Stage folders: fingerprints of what made them, and whether they are missing, stale or fresh."""
+"""Records of finished stages: fingerprints of what made them, digests of what they wrote, and whether both hold."""
 
 from __future__ import annotations
 
@@ -7,31 +7,27 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
+import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+from nqf import __version__, files
 from nqf.config import Config, to_tree
+from nqf.data.schema import load_schema
+from nqf.stages.stage import Stage, StageError
+from nqf.training.checkpoint import restore_params
 
 CODE_FORMAT = 4
 """Version of what the stages write; raise it when an old artefact must not be reused."""
 
 STARTED = "started.json"
-STAGES = ("fields", "item", "tokens", "user", "joint")
-
-_CONFIG_OF = {
-    "fields": ("data", "fields"),
-    "item": ("seed", "item"),
-    "tokens": ("candidates.text_width",),
-    "user": ("seed", "candidates", "user", "joint.prompt.history_items"),
-    "joint": ("seed", "joint"),
-}
-_MODELS_OF = {"fields": ("fields.text_encoder", "fields.image_encoder"), "joint": ("joint.backbone.path",)}
-_INPUTS_OF = {"fields": (), "item": ("fields",), "tokens": ("item",), "user": ("tokens",), "joint": ("user",)}
-
-
-class StageError(RuntimeError):
-    """A stage that cannot run; the message says what is missing or stale and which command mends it."""
+RECORD = "stage.json"
+# Parts that records of before version 0.2 lack.
+_LATER = ("pictures", "test samples")
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,54 +48,75 @@ def source_digest(config: Config) -> str:
     digest = hashlib.sha256()
     for name in (config.data.items, config.data.interactions, config.data.schema):
         # A missing file is reported by the reader, with advice.
-        if name is not None and Path(name).is_file():
-            digest.update(_file_digest(Path(name)))
+        for path in _source_files(name):
+            digest.update(bytes.fromhex(files.sha256(path)))
     return digest.hexdigest()
 
 
-def _file_digest(path: Path) -> bytes:
-    # Every stage asks for those of the stages before.
-    status = path.stat()
-    return _read_digest(path, status.st_size, status.st_mtime_ns)
+def _source_files(name: str | None) -> list[Path]:
+    if name is None:
+        return []
+    path = Path(name)
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
 
 
-@functools.lru_cache
-def _read_digest(path: Path, size: int, changed: int) -> bytes:
-    # Size and time are there to make the cached digest of a changed file another one.
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _test_samples(config: Config) -> str | None:
+    """SHA-256 of UniRec's test samples, which the reader takes from beside the training samples."""
+    path = Path(config.data.interactions or "")
+    path = path.with_name(path.name.replace("_train", "_test")) if "_train" in path.name else path
+    if config.data.format != "unirec" or str(path) == config.data.interactions or not path.is_file():
+        return None
+    return files.sha256(path)
+
+
+def pictures_digest(run: Path) -> str | None:
+    """SHA-256 over the local pictures that the run's catalogue names; None where it names none.
+
+    A picture that is replaced in place changes it: the field cache knows pictures by their content.
+    """
+    items, schema = run / "data" / "items.parquet", run / "data" / "schema.yaml"
+    if not items.is_file() or not schema.is_file():
+        return None
+    names = [field.name for field in load_schema(schema).fields if field.modality == "image"]
+    columns = [name for name in names if name in pl.read_parquet_schema(items)]
+    paths = pl.read_parquet(items, columns=columns).unpivot()["value"].drop_nulls().unique().sort() if columns else []
+    digest, found = hashlib.sha256(), False
+    for path in paths:
+        if not path.startswith(("http://", "https://")) and Path(path).is_file():
+            digest.update(f"{path}|{files.sha256(path)}|".encode())
+            found = True
+    return digest.hexdigest() if found else None
 
 
 def model_digest(name: str) -> str | None:
-    """Of a local model folder: SHA-256 over names, sizes and first bytes of its files; None for anything else.
-
-    The first mebibyte holds a weight file's index and the start of its tensors; reading gigabytes at every start
-    would cost more than it tells.
-    """
+    """SHA-256 over the names and contents of a local model folder's files; None for anything else."""
     folder = Path(name)
     if not name or not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted(path for suffix in ("json", "safetensors", "txt") for path in folder.glob(f"*.{suffix}")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}|{path.stat().st_size}|".encode() + file.read(2**20))
+    for path in sorted(
+        path for suffix in ("json", "safetensors", "txt", "bin") for path in folder.rglob(f"*.{suffix}")
+    ):
+        digest.update(f"{path.relative_to(folder)}|{files.sha256(path)}|".encode())
     return digest.hexdigest()
 
 
-def parts_of(config: Config, stage: str, run: Path) -> dict[str, Any]:
+def parts_of(config: Config, stage: Stage, run: Path) -> dict[str, Any]:
     """What a stage depends on: its configuration, its inputs' fingerprints, the data and the code format."""
-    parts: dict[str, Any] = {"code_format": CODE_FORMAT, "stage": stage}
-    for key in _CONFIG_OF[stage]:
+    parts: dict[str, Any] = {"code_format": CODE_FORMAT, "stage": stage.name}
+    for key in stage.reads:
         parts[key] = to_tree(_value(config, key))
-    for name in _INPUTS_OF[stage]:
+    for name in stage.after:
         artifact = read_artifact(run, name)
         parts[f"input {name}"] = artifact.fingerprint if artifact else None
-    if stage == "fields":
+    if not stage.after:
         parts["data files"] = source_digest(config)
-    for model in _MODELS_OF.get(stage, ()):
-        digest = model_digest(_value(config, model))
+        for key, found in (("pictures", pictures_digest(run)), ("test samples", _test_samples(config))):
+            parts |= {} if found is None else {key: found}
+    for key in stage.model_folders:
+        digest = model_digest(_value(config, key))
         if digest is not None:
-            parts[f"files of {model}"] = digest
+            parts[f"weights of {key}"] = digest
     return parts
 
 
@@ -113,16 +130,21 @@ def fingerprint(parts: dict[str, Any]) -> str:
 
 
 def read_artifact(run: Path, stage: str) -> Artifact | None:
-    """The finished stage, or None if it has not been finished."""
-    tree = _read_stage(run, stage)
+    """The finished stage of a name, or None if it has not been finished."""
+    tree = read_record(run / stage)
     return None if tree is None else Artifact(fingerprint=tree["fingerprint"], result=tree["result"])
 
 
-def _read_stage(run: Path, stage: str) -> dict[str, Any] | None:
-    path = run / stage / "stage.json"
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The whole record in a finished stage's folder, or None if there is none.
+
+    Raises:
+      StageError: It is not readable, or was altered.
+    """
+    path = folder / RECORD
     if not path.is_file():
         return None
-    advice = f"delete {path} and run stage '{stage}' again"
+    advice = f"delete {path} and run stage '{folder.name}' again"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -137,95 +159,107 @@ def _read_stage(run: Path, stage: str) -> dict[str, Any] | None:
     return tree
 
 
-def write_artifact(run: Path, stage: str, parts: dict[str, Any], result: dict[str, Any]) -> None:
+def write_artifact(run: Path, stage: Stage, parts: dict[str, Any], result: dict[str, Any]) -> None:
     """Marks a stage as finished. The file is the last thing that a stage writes, and appears whole or not at all."""
-    tree = {"fingerprint": fingerprint(parts), "parts": parts, "result": result, "files": _digests(run, stage)}
+    tree = {"fingerprint": fingerprint(parts), "parts": parts, "result": result, "versions": versions()}
     # As it reads in the file, where all keys are strings.
-    tree = json.loads(json.dumps(tree))
-    write_json(run / stage / "stage.json", tree | {"sha256": fingerprint(tree)})
+    tree = json.loads(json.dumps(tree | {"files": _digests(run, stage, result)}))
+    files.write_json(run / stage.name / RECORD, tree | {"sha256": fingerprint(tree)})
 
 
-def _digests(run: Path, stage: str) -> dict[str, str]:
-    """SHA-256 of the files that later commands read of a stage and that have no checksums of their own."""
-    patterns = {"fields": "data/*.*", "tokens": "tokens/*.np?", "joint": "joint/t*/*.*"}
-    paths = sorted(run.glob(patterns[stage])) if stage in patterns else []
-    return {str(path.relative_to(run)): _file_digest(path).hex() for path in paths if path.is_file()}
+def versions() -> dict[str, str]:
+    """Versions of nqf, Python and the libraries that can change a number."""
+    found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"nqf": __version__, "python": platform.python_version(), **found}
+
+
+def _digests(run: Path, stage: Stage, result: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files that later commands read of a stage."""
+    patterns = [pattern.replace("BEST", str(result.get("best_step"))) for pattern in stage.checked]
+    paths = sorted({path for pattern in patterns for path in run.glob(pattern) if path.is_file()})
+    return {str(path.relative_to(run)): files.sha256(path) for path in paths}
 
 
 def check_files(run: Path, stage: str) -> None:
-    """Compares what a finished stage wrote with what its record says.
+    """Compares what a finished stage wrote with what its record says; a file is read once per version of it.
 
     Raises:
       StageError: A file is missing or was altered.
     """
-    for name, digest in ((_read_stage(run, stage) or {}).get("files") or {}).items():
-        if not (run / name).is_file() or _file_digest(run / name).hex() != digest:
+    for name, digest in ((read_record(run / stage) or {}).get("files") or {}).items():
+        if not (run / name).is_file() or files.sha256(run / name) != digest:
             raise StageError(
-                f"{run / name}: missing or altered since stage '{stage}' finished; delete {run / stage / 'stage.json'} "
+                f"{run / name}: missing or altered since stage '{stage}' finished; delete {run / stage / RECORD} "
                 f"and run python -m nqf.train --run {run} --stage all"
             )
 
 
+def restore_best(run: Path, stage: str, init: Callable[[], Any]) -> Any:
+    """The best parameters of a finished training stage, after its files have been checked.
+
+    Args:
+      run: Run folder.
+      stage: Name of the stage.
+      init: Makes parameters of the same shapes; only traced.
+
+    Raises:
+      StageError: The stage is not finished, or a file of it was altered.
+      CheckpointError: The checkpoint does not fit the shapes.
+    """
+    import jax
+
+    check_files(run, stage)
+    artifact = read_artifact(run, stage)
+    if artifact is None:
+        raise StageError(f"{run / stage}: this stage has not been run; run python -m nqf.train --run {run} --stage all")
+    return restore_params(run / stage / "checkpoints", artifact.result["best_step"], jax.eval_shape(init))
+
+
 def started(parts: dict[str, Any]) -> dict[str, Any]:
-    """What a stage that is cut off must find again to go on: its parts, and the library that orders its data."""
+    """What a stage that is cut off must find again to resume: its parts, and the library that orders its data."""
     return {**parts, "data order": f"grain {importlib.metadata.version('grain')}"}
 
 
-def cut_off(run: Path, stage: str) -> dict[str, Any] | None:
-    """What `started` was of a stage that began and has not finished; None if there is no such record."""
-    path = run / stage / STARTED
-    if (run / stage / "stage.json").exists() or not path.is_file():
+def cut_off(folder: Path) -> dict[str, Any] | None:
+    """What was written when the stage in a folder began, if it has not finished; None if there is no such record."""
+    path = folder / STARTED
+    if (folder / RECORD).exists() or not path.is_file():
         return None
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return _comparable(tree, stage) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else None
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Writes JSON atomically, also if the power fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(tree, indent=2))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file atomically, also if the power fails; a link in its place is replaced, not followed."""
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    with temporary.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def status(config: Config, stage: str, run: Path) -> str:
+def status(config: Config, stage: Stage, run: Path) -> str:
     """Empty if the stage is finished and fresh; else the reason why it has to run."""
-    stored = _read_stage(run, stage)
-    if stored is None:
-        return "it has not been run"
-    reasons = differences(_comparable(stored["parts"], stage), parts_of(config, stage, run))
+    reasons = stale(read_record(run / stage.name), parts_of(config, stage, run), stage)
     return "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
 
 
-def made_from(run: Path, stage: str, parts: dict[str, Any]) -> bool:
-    """Whether a stage is finished and was made from these parts."""
-    stored = _read_stage(run, stage)
-    return stored is not None and not differences(_comparable(stored["parts"], stage), parts)
+def stale(record: dict[str, Any] | None, parts: dict[str, Any], stage: Stage) -> list[str]:
+    """Why a record does not stand for what these parts would make; empty if it does."""
+    if record is None:
+        return ["it has not been run"]
+    return differences(comparable(record["parts"], stage, parts), parts)
 
 
-def _comparable(stored: dict[str, Any], stage: str) -> dict[str, Any]:
-    # The number of workers was once a part; it changes nothing.
-    stored = {key: value for key, value in stored.items() if key != "workers"}
-    return _with_defaults(stored, {key: to_tree(_value(Config(), key)) for key in _CONFIG_OF[stage]})
+def comparable(stored: dict[str, Any], stage: Stage, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Stored parts with what later versions of nqf have added to them.
+
+    Keys of the configuration that did not exist stand at their defaults: a default is what the code did before there
+    was the key; where it is not, `CODE_FORMAT` has to be raised.
+    """
+    # The number of workers was once a part and changes nothing; of model folders, the first bytes of files were.
+    stored = {key: value for key, value in stored.items() if key != "workers" and not key.startswith("files of ")}
+    for key in wanted:
+        if key not in stored and (key in _LATER or key.startswith("weights of ")):
+            stored[key] = wanted[key]
+    return _with_defaults(stored, {key: to_tree(_value(Config(), key)) for key in stage.reads})
 
 
 def _with_defaults(stored: Any, defaults: Any) -> Any:
-    """Stored settings with the keys that the configuration has got since then, at their defaults.
-
-    A default is what the code did before there was the key; where it is not, `CODE_FORMAT` has to be raised.
-    """
     if not isinstance(stored, dict) or not isinstance(defaults, dict):
         return stored
     return defaults | {key: _with_defaults(value, defaults.get(key)) for key, value in stored.items()}
@@ -240,6 +274,6 @@ def differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
         return lines
     if stored == wanted:
         return []
-    if path.startswith(("input ", "files of ")) or path == "data files":
+    if path.startswith(("input ", "weights of ")) or path in ("data files", *_LATER):
         return [f"{path} changed"]
     return [f"{path} was {stored!r} and is {wanted!r}"]

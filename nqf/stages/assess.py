@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import sys
-import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nqf.config import to_tree
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
 from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
-from nqf.stages.artifacts import StageError, fingerprint, read_artifact, status, write_artifact
-from nqf.stages.joint import load_joint
+from nqf.stages.artifacts import status
+from nqf.stages.graph import JOINT, SASREC, USER, run_stage
 from nqf.stages.run import Run
-from nqf.stages.sasrec import SASRec, TrainedSASRec, train_sasrec
-from nqf.stages.user import load_users
+from nqf.stages.stage import Stage, StageError
 
 
 def assess(
@@ -58,13 +52,15 @@ def assess(
     def with_pairs(vectors: tuple[np.ndarray, np.ndarray], weight: float) -> Scorer:
         return add_cooccurrence(*vectors, weight, memory(), interactions, cases)
 
-    models = trained_scorers(run, cases)
+    models: dict[str, Scorer] = dict(trained_vectors(run, cases))
     if evaluation.cooccurrence_weight and "joint" in models:
         vectors = models.pop("joint")
         models = {"joint": with_pairs(vectors, evaluation.cooccurrence_weight), "joint_vectors": vectors, **models}
     models |= baseline_scorers(run, cases)
     if config.baselines.sasrec:
-        models["sasrec"] = sasrec(run).scorer(interactions, cases)
+        # Trained here where `--stage all` did not.
+        run_stage(run, SASREC.name)
+        models["sasrec"] = vectors_of(run, SASREC, cases)
         if weight := config.baselines.sasrec_cooccurrence_weight:
             models["sasrec_cooccurrence"] = with_pairs(models["sasrec"], weight)
     results = evaluate(
@@ -82,19 +78,21 @@ def assess(
     return results
 
 
-def trained_scorers(run: Run, cases: Cases) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """User and item vectors of the stages that are finished and fresh, by name."""
-    which = np.arange(len(cases.users))
-    scorers = {}
-    for name in ("joint", "user"):
-        reason = status(run.config, name, run.folder)
-        if reason:
-            run.console.print(f"[bold]{name}[/bold]  left out of the evaluation: {reason}", highlight=False)
-            continue
-        ranker, variables = load_joint(run)[1:3] if name == "joint" else load_users(run)
-        users = ranker.encode_cases(variables, run.dataset.interactions, run.features, cases, which)
-        scorers[name] = (users, ranker.item_vectors(variables))
-    return scorers
+def trained_vectors(run: Run, cases: Cases) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """User and item vectors of the stages that rank, are finished and fresh, by name, the last stage first."""
+    vectors = {}
+    for stage in (JOINT, USER):
+        if reason := status(run.config, stage, run.folder):
+            run.console.print(f"[bold]{stage.name}[/bold]  left out of the evaluation: {reason}", highlight=False)
+        else:
+            vectors[stage.name] = vectors_of(run, stage, cases)
+    return vectors
+
+
+def vectors_of(run: Run, stage: Stage, cases: Cases) -> tuple[np.ndarray, np.ndarray]:
+    """User and item vectors of a finished stage that ranks."""
+    assert stage.vectors is not None
+    return stage.vectors(run, cases)
 
 
 def baseline_scorers(run: Run, cases: Cases) -> dict[str, Scorer]:
@@ -107,53 +105,6 @@ def baseline_scorers(run: Run, cases: Cases) -> dict[str, Scorer]:
         "last_item_cosine": baselines.last_item_cosine(interactions, cases, text, has_text),
         "cooccurrence": baselines.cooccurrence(interactions, split, cases),
     }
-
-
-def sasrec(run: Run) -> TrainedSASRec:
-    """The run's SASRec: trained once, kept in `sasrec/params.npz`, and trained anew when data or options change."""
-    config, dataset, folder = run.config, run.dataset, run.folder / "sasrec"
-    parts = {
-        "options": to_tree(config.baselines.sasrec_options),
-        "seed": config.seed,
-        "input fields": read_artifact(run.folder, "fields").fingerprint,
-    }
-    model = SASRec(config=config.baselines.sasrec_options, items=len(dataset.split.cold))
-    stored = read_artifact(run.folder, "sasrec")
-    if stored is not None and stored.fingerprint == fingerprint(parts):
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        with np.load(folder / "params.npz", allow_pickle=False) as arrays:
-            params = jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], shapes)
-        return TrainedSASRec(model=model, params=params, history=stored.result["history"])
-
-    def report(entry: dict[str, float]) -> None:
-        text = f"epoch {entry['epoch']:>3}  loss {entry['loss']:.4f}"
-        text += f"  ndcg@10 {entry['ndcg@10']:.4f}" if "ndcg@10" in entry else ""
-        run.console.print(f"[bold]sasrec[/bold]  {text}", highlight=False)
-
-    started = time.perf_counter()
-    trained = train_sasrec(
-        dataset.interactions,
-        dataset.split,
-        config.baselines.sasrec_options,
-        seed=config.seed,
-        select=not config.data.refit,
-        report=report,
-    )
-    folder.mkdir(exist_ok=True)
-    # A kill in between must not leave new parameters under an old record.
-    (folder / "stage.json").unlink(missing_ok=True)
-    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(trained.params)[0]}
-    temporary = folder / "params.tmp"
-    with temporary.open("wb") as file:
-        np.savez(file, **leaves)
-    os.replace(temporary, folder / "params.npz")
-    result = {"history": trained.history, "wall_seconds": round(time.perf_counter() - started, 1)}
-    write_artifact(run.folder, "sasrec", parts, result)
-    return trained
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(part.key for part in path)
 
 
 def command_line() -> str:

@@ -1,79 +1,84 @@
-"""The stages as a graph: what is missing or stale, why, and running it."""
+"""The stages as a graph: what is missing or stale and why, running it, and restoring what is finished."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from nqf import files
 from nqf.config import Config, config_text, load_config
-from nqf.data.load import prepare
-from nqf.fields.build import build
-from nqf.interop.encoders import encoder_factories
+from nqf.stages import folder as folders
 from nqf.stages.artifacts import (
-    STAGES,
     STARTED,
-    StageError,
     check_files,
+    comparable,
     cut_off,
     differences,
     parts_of,
     read_artifact,
+    read_record,
+    stale,
     started,
     status,
+    versions,
     write_artifact,
-    write_json,
-    write_whole,
 )
-from nqf.stages.item import make_tokens, train_items
-from nqf.stages.joint import train_joint
+from nqf.stages.fields import FIELDS
+from nqf.stages.item import ITEM
+from nqf.stages.joint import JOINT
 from nqf.stages.run import Run
-from nqf.stages.user import train_users
+from nqf.stages.sasrec import SASREC
+from nqf.stages.stage import Stage, StageError
+from nqf.stages.tokens import TOKENS
+from nqf.stages.user import USER
 from nqf.training.mesh import barrier, is_primary
-from nqf.training.writer import Encoding
+
+STAGES = (FIELDS, ITEM, TOKENS, USER, JOINT, SASREC)
+NAMES = tuple(stage.name for stage in STAGES)
 
 
-def build_fields(run: Run) -> dict[str, Any]:
-    """Runs the fields stage: reads and splits the tables, then encodes what the cache lacks."""
-    dataset = prepare(run.config.data, run.folder / "data")
-    with Encoding(run.console) as encoding:
-        cache = build(
-            dataset.catalogue,
-            run.folder / "fields",
-            run.config.fields,
-            factories=encoder_factories(run.config.fields),
-            reviews=dataset.interactions.reviews,
-            progress=encoding.step,
-        )
-    for warning in (*dataset.split.warnings, *cache.warnings):
-        run.console.print(f"[yellow]warning[/yellow]  {warning}", highlight=False)
-    return {
-        "items": len(dataset.catalogue.item_ids),
-        "users": len(dataset.interactions.user_ids),
-        "interactions": len(dataset.interactions.items),
-        "fields": {name: {"modality": cache.modalities[name], "width": cache.widths[name]} for name in cache.names},
-        "data": dataset.report,
-    }
+def stage_of(name: str) -> Stage:
+    """The stage of a name."""
+    return next(stage for stage in STAGES if stage.name == name)
 
 
-_TRAINED = ("item", "user", "joint")
-_RUN = {
-    "fields": build_fields,
-    "item": train_items,
-    "tokens": make_tokens,
-    "user": train_users,
-    "joint": train_joint,
-}
+def up_to(name: str) -> tuple[Stage, ...]:
+    """A stage and all that it builds on, first things first."""
+    stage = stage_of(name)
+    needed = {stage.name}.union(*({earlier.name for earlier in up_to(after)} for after in stage.after))
+    return tuple(stage for stage in STAGES if stage.name in needed)
+
+
+def wanted(config: Config) -> tuple[str, ...]:
+    """Names of the stages that `--stage all` runs."""
+    return tuple(name for name in NAMES if name != SASREC.name or config.baselines.sasrec)
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Holds a run folder, which is made if missing; of several processes of one run, the first holds it for all.
+
+    Raises:
+      StageError: The folder is somebody else's.
+      InUseError: Another process holds it; names that process.
+    """
+    if not is_primary():
+        yield
+        return
+    folders.check_run_folder(folder)
+    with files.locked(folder):
+        yield
 
 
 def open_for_training(
-    config: Config, folder: Path, console: Console, *, stages: Sequence[str] = STAGES, restart: bool = False
+    config: Config, folder: Path, console: Console, *, stages: Sequence[str] = NAMES, restart: bool = False
 ) -> Run:
     """Makes the run folder and saves the resolved configuration in it.
 
@@ -85,122 +90,201 @@ def open_for_training(
       restart: Whether starts under other settings are to be discarded.
 
     Raises:
-      StageError: One of the stages was cut off under other settings; the folder stays as it is.
+      StageError: The folder is somebody else's, or one of the stages was cut off under other settings; nothing changes.
     """
     paths = {key: getattr(config.data, key) for key in ("items", "interactions", "schema")}
     paths = {key: str(Path(path).resolve()) for key, path in paths.items() if path is not None}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+    folders.check_run_folder(folder)
     if not restart:
-        for stage in stages:
-            _refuse_other_settings(config, folder, stage)
+        for name in stages:
+            _refuse_other_settings(config, folder, stage_of(name))
     if is_primary():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", config_text(config))
+        folders.mark_run_folder(folder)
+        files.write_text(folder / "config.yaml", config_text(config))
     barrier("config")
     # Read back, so that training sees exactly what later commands will see.
-    return Run(folder=folder, config=load_config(folder / "config.yaml"), console=console, verify=True)
+    return Run(folder=folder, config=load_config(folder / "config.yaml"), console=console)
 
 
-def run_stage(run: Run, stage: str, *, restart: bool = False) -> bool:
+def run_stage(run: Run, name: str, *, restart: bool = False) -> bool:
     """Runs one stage if it is missing or stale.
 
-    A stage that was cut off goes on from its newest checkpoint. A stale one, and a start whose inputs are there no
-    more, is deleted first.
+    A stage that was cut off resumes from its newest checkpoint. What a finished one wrote under other settings moves
+    to `previous/` and goes when the new one has finished; it comes back when it is what the settings ask for again.
 
     Args:
       run: The run.
-      stage: Name of the stage.
-      restart: Begin anew what was cut off.
+      name: Name of the stage.
+      restart: Begin again what was cut off.
 
     Returns:
       Whether anything was run.
 
     Raises:
-      StageError: A stage before it is missing or stale, or it was cut off under other settings.
+      StageError: A stage before it is missing or stale, it was cut off under other settings, or its folder is
+        somebody else's.
     """
-    for earlier in STAGES[: STAGES.index(stage)]:
-        reason = status(run.config, earlier, run.folder)
-        if reason:
+    stage = stage_of(name)
+    for earlier in up_to(name)[:-1]:
+        if reason := status(run.config, earlier, run.folder):
             raise StageError(
-                f"stage '{stage}' needs stage '{earlier}', but {_because(reason)}. "
-                f"Run --stage {earlier} first, or --stage all to run everything that is missing or stale."
+                f"stage '{name}' needs stage '{earlier.name}', but {_because(reason)}. "
+                f"Run --stage {earlier.name} first, or --stage all to run everything that is missing or stale."
             )
-        check_files(run.folder, earlier)
+        check_files(run.folder, earlier.name)
+    reason = status(run.config, stage, run.folder)
+    if reason and is_primary() and folders.bring_back(run.folder, name, lambda folder: _usable(run, stage, folder)):
+        run.console.print(f"[bold]{name}[/bold]  its previous version is what these settings make", highlight=False)
+    barrier(f"{name} is looked at")
     reason = status(run.config, stage, run.folder)
     if not reason:
-        run.console.print(f"[bold]{stage}[/bold]  up to date", highlight=False)
+        run.console.print(f"[bold]{name}[/bold]  up to date", highlight=False)
         return False
     if not restart:
         _refuse_other_settings(run.config, run.folder, stage)
-    run.console.print(f"[bold]{stage}[/bold]  running: {reason}", highlight=False)
+    run.console.print(f"[bold]{name}[/bold]  running: {reason}", highlight=False, markup=True)
     parts = parts_of(run.config, stage, run.folder)
     if is_primary():
-        _clear(run, stage, restart)
-        write_json(run.folder / stage / STARTED, started(parts))
-    barrier(f"{stage} begins")
+        _make_room(run, stage, restart)
+        files.write_json(run.folder / name / STARTED, started(parts) | {"versions": versions()})
+    barrier(f"{name} begins")
     begun = time.perf_counter()
-    # The fields are made by one process for all.
-    result = _RUN[stage](run) if stage != "fields" or is_primary() else {}
+    result = _make(run, stage)
     result["wall_seconds"] = round(time.perf_counter() - begun, 1)
     result["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if is_primary():
-        write_artifact(run.folder, stage, parts, result)
-    barrier(f"{stage} ends")
-    run.console.print(f"[bold]{stage}[/bold]  done in {result['wall_seconds']:.1f} s", highlight=False)
+        # Which pictures the catalogue names is known now.
+        write_artifact(run.folder, stage, parts if stage.after else parts_of(run.config, stage, run.folder), result)
+        folders.remove_stage(run.folder / folders.PREVIOUS / name, stage.writes)
+    barrier(f"{name} ends")
+    run.console.print(f"[bold]{name}[/bold]  done in {result['wall_seconds']:.1f} s", highlight=False)
     return True
 
 
-def _refuse_other_settings(config: Config, folder: Path, stage: str) -> None:
-    """Refuses to go on with a stage that was cut off under other settings, which would lose what it learned.
+def _make(run: Run, stage: Stage) -> dict[str, Any]:
+    if stage.make is not None:
+        # The fields are made by one process for all.
+        return stage.make(run) if stage.after or is_primary() else {}
+    # The trainer brings Grain and optax along, which whoever restores a stage need not wait for.
+    from nqf.training.loop import fit
 
-    Changed inputs are no reason: the ones that it could go on with are there no more.
+    assert stage.program is not None
+    program = stage.program(run, False)
+    result = fit(program, run.folder, stage.name, training=run.config.training, console=run.console, ids=run.ids,
+                 profile=run.profile)  # fmt: skip
+    return {
+        "best_step": result.best_step,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "items_per_second": round(result.items_per_second, 1),
+        **program.report(result.params, result.metrics),
+    }
+
+
+def _begun(run: Path, stage: Stage, parts: dict[str, Any], folder: Path) -> list[str] | None:
+    """What differs between a start that was cut off in a folder and what is wanted; None if there is no such start."""
+    left = cut_off(folder)
+    if left is None:
+        return None
+    left = {key: value for key, value in left.items() if key != "versions"}
+    return differences(comparable(left, stage, parts), started(parts))
+
+
+def _refuse_other_settings(config: Config, folder: Path, stage: Stage) -> None:
+    """Refuses to resume a stage that was cut off under other settings, which would lose what it learned.
+
+    Changed inputs are no reason: the ones that it could resume with are there no more. Nor is it one where what was
+    there before is what the settings ask for.
     """
-    left = cut_off(folder, stage)
-    if left is None or not (folder / stage / "checkpoints").is_dir():
+    parts = parts_of(config, stage, folder)
+    differing = _begun(folder, stage, parts, folder / stage.name)
+    if differing is None or not (folder / stage.name / "checkpoints").is_dir():
         return
-    lines = [line for line in differences(left, started(parts_of(config, stage, folder))) if "input " not in line]
-    if lines:
+    lines = [line for line in differing if "input " not in line]
+    previous = folder / folders.PREVIOUS / stage.name
+    if lines and stale(read_record(previous), parts, stage):
         raise StageError(
-            f"{folder / stage}: this stage was cut off under other settings, which would change its data or its model: "
-            f"{'; '.join(lines)}. Restore them to go on from its newest checkpoint, or discard it with --restart"
+            f"{folder / stage.name}: this stage was cut off under other settings, which would change its data or its "
+            f"model: {'; '.join(lines)}. Restore them to resume from its newest checkpoint, or discard it with "
+            "--restart"
         )
 
 
-def _clear(run: Run, stage: str, restart: bool) -> None:
-    """Deletes what an earlier start left, unless this one can go on from it.
+def _usable(run: Run, stage: Stage, folder: Path) -> bool:
+    """Whether a folder holds a finished stage, or the start of one, under the present settings."""
+    parts = parts_of(run.config, stage, run.folder)
+    return not stale(read_record(folder), parts, stage) or _begun(run.folder, stage, parts, folder) == []
 
-    The fields stage is kept in any case: its cache is content-addressed and decides value by value.
-    """
-    folder = run.folder / stage
-    finished, left = (folder / "stage.json").exists(), cut_off(run.folder, stage)
-    changed = differences(left, started(parts_of(run.config, stage, run.folder))) if left else []
-    if stage in _TRAINED and left is not None and not changed and not restart:
+
+def _make_room(run: Run, stage: Stage, restart: bool) -> None:
+    """Moves or deletes what an earlier run of the stage left, unless this one can resume from it."""
+    folder = run.folder / stage.name
+    folders.claim(run.folder, stage.name, *stage.also)
+    differing = _begun(run.folder, stage, parts_of(run.config, stage, run.folder), folder)
+    if stage.program is not None and differing == [] and not restart:
+        _say_versions(run, stage.name)
         return
-    if not finished and (folder / "checkpoints").is_dir():
-        why = "--restart" if restart else "; ".join(changed) or "it left no record of its settings"
-        run.console.print(f"[bold]{stage}[/bold]  discarding an earlier start: {why}", highlight=False)
-    # In this order, so that a kill in between leaves neither what looks finished nor what could be gone on from.
-    (folder / STARTED).unlink(missing_ok=True)
-    (folder / "stage.json").unlink(missing_ok=True)
-    if stage != "fields" and folder.is_dir():
-        shutil.rmtree(folder)
+    if not stage.after:
+        (folder / "stage.json").unlink(missing_ok=True)
+        return
+    if (folder / "stage.json").exists():
+        folders.set_aside(run.folder, stage.name, stage.writes)
+        return
+    if (folder / "checkpoints").is_dir():
+        why = "--restart" if restart else "; ".join(differing or []) or "it left no record of its settings"
+        run.console.print(f"[bold]{stage.name}[/bold]  discarding an earlier start: {why}", highlight=False)
+    folders.remove_stage(folder, stage.writes)
 
 
-def require(run: Run, stage: str) -> dict[str, Any]:
+def _say_versions(run: Run, name: str) -> None:
+    began = (cut_off(run.folder / name) or {}).get("versions")
+    if began and (changed := differences(began, versions())):
+        run.console.print(
+            f"[yellow]warning[/yellow]  {name} resumes under other libraries than it began with, so its result can "
+            f"differ from that of one run: {'; '.join(changed)}",
+            highlight=False,
+        )
+
+
+def take_over(config: Config, folder: Path, others: Sequence[Path]) -> None:
+    """Copies finished stages of other runs that a run of this configuration would make again.
+
+    A copy appears whole or not at all, so that a kill in between costs nothing.
+
+    Args:
+      config: The configuration.
+      folder: Run folder, made if missing.
+      others: Run folders to copy from.
+    """
+    for stage in STAGES:
+        if read_artifact(folder, stage.name) is not None:
+            continue
+        parts = parts_of(config, stage, folder)
+        made = (other for other in others if not stale(read_record(other / stage.name), parts, stage))
+        if (other := next(made, None)) is not None:
+            # The record comes with the stage's own folder, so that goes last.
+            for name in (*stage.also, stage.name):
+                folders.claim(folder, name)
+                folders.copy(other / name, folder / name)
+
+
+def require(run: Run, name: str) -> dict[str, Any]:
     """The result of a finished, fresh stage.
 
     Raises:
-      StageError: It is missing or stale.
+      StageError: It, or a stage that it builds on, is missing, stale or altered.
     """
-    for earlier in STAGES[: STAGES.index(stage) + 1]:
-        reason = status(run.config, earlier, run.folder)
-        if reason:
+    for stage in up_to(name):
+        if reason := status(run.config, stage, run.folder):
             raise StageError(
-                f"{run.folder}: stage '{earlier}' cannot be used: {_because(reason)}. "
+                f"{run.folder}: stage '{stage.name}' cannot be used: {_because(reason)}. "
                 f"Run python -m nqf.train --run {run.folder} --stage all."
             )
-        check_files(run.folder, earlier)
-    return read_artifact(run.folder, stage).result
+        check_files(run.folder, stage.name)
+    artifact = read_artifact(run.folder, name)
+    assert artifact is not None
+    return artifact.result
 
 
 def _because(reason: str) -> str:

@@ -1,10 +1,8 @@
-"""Item stage and tokens stage: train the Item Q-Former, then write the catalogue's tokens and vectors."""
+"""Item stage: the Item Q-Former learns to give back hidden fields and to bring consecutive items together."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
+import functools
 from typing import Any
 
 import jax
@@ -12,18 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqf.config import ItemConfig, OptimConfig
-from nqf.fields.cache import CANDIDATE, FieldCache
-from nqf.fields.whitening import fit_whitening, save_whitenings
+from nqf.fields.cache import FieldCache
+from nqf.fields.encoder import unit_rows
 from nqf.models.item_qformer import ItemQFormer
 from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
-from nqf.pipelines.datasets import TrainingData, pair_dataset
-from nqf.pipelines.pairs import PairBatch, PairSource, pair_source
-from nqf.stages.artifacts import read_artifact
-from nqf.stages.ranker import compute_dtype
-from nqf.stages.run import WHITENING, Run
-from nqf.training.checkpoint import restore_params
-from nqf.training.loop import FitResult, fit
-from nqf.training.mesh import batch_shard, is_primary
+from nqf.pipelines.batches import PairBatch
+from nqf.pipelines.pairs import PairSource, pair_source
+from nqf.stages.artifacts import restore_best
+from nqf.stages.run import Run
+from nqf.stages.stage import TRAINED, Stage
+from nqf.training.program import Metrics, Program
 
 ENCODE_CHUNK = 4_096
 VALIDATION_ITEMS = 4_096
@@ -37,7 +33,7 @@ def item_module(run: Run) -> ItemQFormer:
         fields=tuple((name, cache.modalities[name], cache.widths[name]) for name in cache.names),
         config=run.config.item.qformer,
         fusion=run.config.item.fusion,
-        dtype=compute_dtype(run.config.training.dtype),
+        dtype=run.dtype,
     )
 
 
@@ -190,161 +186,106 @@ def reconstruction_report(
         rows, own = np.unique(value_rows[name][kept], return_inverse=True)
         table = np.zeros((len(rows), true.shape[1]), np.float32)
         table[own] = true
-        similarity = _unit(made) @ _unit(table).T
+        similarity = unit_rows(made) @ unit_rows(table).T
         report[name] = {
             "mse": float(np.square(true - made).mean()),
             "mean_mse": float(np.square(true - mean).mean()),
-            "cosine": float((_unit(true) * _unit(made)).sum(axis=1).mean()),
+            "cosine": float((unit_rows(true) * unit_rows(made)).sum(axis=1).mean()),
             "retrieval@1": float((similarity.argmax(axis=1) == own).mean()),
             "count": int(kept.sum()),
         }
     return report
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+def init_items(run: Run, module: ItemQFormer) -> Any:
+    """Fresh parameters of the Item Q-Former."""
+    return jax.jit(module.init)(jax.random.key(run.config.seed), *empty_fields(run.cache, 1))["params"]
 
 
-def item_data(run: Run, source: PairSource, optim: OptimConfig) -> tuple[Any, TrainingData]:
-    """The field tables if training keeps them on the device, else None, and the batches of all epochs."""
-    config, cache = run.config, run.cache
-    frozen = None
-    if tables_on_device(run, sum(cache.table(name).values.nbytes for name in cache.names)):
-        frozen = device_fields(cache)
-    data = pair_dataset(
+def item_tables(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+    """The field tables if training keeps them on the device, else None (each batch then carries its rows)."""
+    size = sum(run.cache.table(name).values.nbytes for name in run.cache.names)
+    return device_fields(run.cache) if tables_on_device(run, size) else None
+
+
+def item_data(run: Run, source: PairSource, optim: OptimConfig, on_device: bool) -> Any:
+    """The batches of all epochs."""
+    from nqf.pipelines.datasets import pair_dataset
+    from nqf.training.mesh import batch_shard
+
+    return pair_dataset(
         source,
         batch_size=optim.batch_size,
         epochs=optim.epochs,
-        seed=config.seed,
-        workers=config.training.workers,
-        gather=None if frozen is not None else lambda items: gather_fields(cache, items),
-        shard=batch_shard(config.training.mesh),
+        seed=run.config.seed,
+        workers=run.config.training.workers,
+        gather=None if on_device else lambda items: gather_fields(run.cache, items),
+        shard=batch_shard(run.config.training.mesh),
     )
-    return frozen, data
 
 
-def train_items(run: Run) -> dict[str, Any]:
-    """Runs the item stage.
-
-    Returns:
-      Best step, metrics, throughput and the per-field report on the held-out items.
-    """
+def item_program(run: Run, abstract: bool = False) -> Program:
+    """What the item stage trains; when it is only planned, every field counts alike."""
     config, cache, dataset = run.config, run.cache, run.dataset
-    held = held_out_items(run)
-    module = item_module(run)
-    source = pair_source(dataset.interactions, dataset.split, len(held), held)
-    means = field_means(cache, source.trainable)
+    held, module = held_out_items(run), item_module(run)
+    source, frozen = pair_source(dataset.interactions, dataset.split, len(held), held), item_tables(run)
+    means = {} if abstract else field_means(cache, source.trainable)
     # A field with one value only has no variance and nothing to learn.
     variances = {name: variance for name, (_, variance) in means.items() if variance > 1e-12}
-    schema = dataset.catalogue.schema.fields
-    field_weights = {field.name: field.weight for field in schema if field.name in variances}
-
-    frozen, data = item_data(run, source, config.item.optim)
-    params = jax.jit(module.init)(jax.random.key(config.seed), *empty_fields(cache, 1))["params"]
-
+    if abstract:
+        variances = dict.fromkeys(cache.names, 1.0)
+    weights = {field.name: field.weight for field in dataset.catalogue.schema.fields if field.name in variances}
     # Without held-out items the report is on training items and says so.
-    checked = np.flatnonzero(held) if held.any() else source.trainable
-    checked = checked[:VALIDATION_ITEMS]
-    values, present = gather_fields(cache, checked)
-    rows = {name: np.asarray(cache.table(name).rows)[checked] for name in cache.names}
+    checked = (np.flatnonzero(held) if held.any() else source.trainable)[:VALIDATION_ITEMS]
+
     encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
+    # Read once, when the first validation asks for it.
+    shown = functools.cache(lambda: gather_fields(cache, checked))
 
     def report_of(params: Any) -> dict[str, dict[str, float]]:
-        reconstructions = jax.device_get(encode(params, values, present).reconstructions)
-        return reconstruction_report(values, present, reconstructions, means, rows)
+        values, present = shown()
+        rows = {name: np.asarray(cache.table(name).rows)[checked] for name in cache.names}
+        made = jax.device_get(encode(params, values, present).reconstructions)
+        return reconstruction_report(values, present, made, means, rows)
 
-    def validate(params: Any) -> dict[str, float]:
+    def validate(params: Any) -> Metrics:
         report = report_of(params)
-        ratios = [
-            entry["mse"] / max(entry["mean_mse"], 1e-12) for name, entry in report.items() if name in field_weights
-        ]
-        explained = 1.0 - float(np.mean(ratios))
-        return {"explained": explained} | {
-            f"{name}/{key}": value for name, entry in report.items() for key, value in entry.items() if key != "count"
-        }
+        ratios = [entry["mse"] / max(entry["mean_mse"], 1e-12) for name, entry in report.items() if name in weights]
+        metrics = {"explained": 1.0 - float(np.mean(ratios))}
+        for name, entry in report.items():
+            metrics |= {f"{name}/{key}": value for key, value in entry.items() if key != "count"}
+        return metrics
 
-    result: FitResult = fit(
-        folder=run.folder,
-        stage="item",
-        data=data,
+    return Program(
+        module=module,
+        init=lambda: init_items(run, module),
+        frozen=lambda: frozen,
+        variables=lambda params: {"params": params},
+        loss_fn=make_item_loss(module, config.item, weights, variances),
+        data=lambda optim: item_data(run, source, optim, frozen is not None),
         optim=config.item.optim,
-        params=params,
-        frozen=frozen,
-        loss_fn=make_item_loss(module, config.item, field_weights, variances),
-        validate=validate,
-        score="explained",
         seed=config.seed,
-        training=config.training,
-        console=run.console,
-        profile=run.profile,
+        validate=lambda: validate,
+        score="explained",
+        report=lambda params, metrics: {
+            "explained": metrics["explained"],
+            "validated_on": "held-out items" if held.any() else "training items",
+            "reconstruction": report_of(params),
+        },
     )
-    return {
-        "best_step": result.best_step,
-        "steps": result.steps,
-        "seconds": round(result.seconds, 1),
-        "items_per_second": round(result.items_per_second, 1),
-        "explained": result.metrics["explained"],
-        "validated_on": "held-out items" if held.any() else "training items",
-        "reconstruction": report_of(result.params),
-    }
 
 
 def load_items(run: Run) -> tuple[ItemQFormer, Any]:
     """The trained Item Q-Former: module and best parameters."""
     module = item_module(run)
-    artifact = read_artifact(run.folder, "item")
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"]
-    return module, restore_params(run.folder / "item" / "checkpoints", artifact.result["best_step"], shapes)
+    return module, restore_best(run.folder, "item", lambda: init_items(run, module))
 
 
-def encode_chunks(
-    module: ItemQFormer, params: Any, cache: FieldCache, items: int
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Tokens [n, Q, D] and vectors [n, D] of the catalogue, float32, chunk by chunk."""
-    encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
-    for start in range(0, items, ENCODE_CHUNK):
-        stop = min(start + ENCODE_CHUNK, items)
-        # The last chunk is padded with its last item, so that there is one compilation.
-        rows = np.minimum(np.arange(start, start + min(ENCODE_CHUNK, items)), stop - 1)
-        output = encode(params, *gather_fields(cache, rows))
-        count = stop - start
-        yield (
-            slice(start, stop),
-            np.asarray(output.tokens, np.float32)[:count],
-            np.asarray(output.vector, np.float32)[:count],
-        )
-
-
-def write_tokens(run: Run, module: ItemQFormer, params: Any, folder: Path) -> dict[str, Any]:
-    """Writes `tokens.npy` (float16 [I, Q, D]) and `vectors.npy` (float16 [I, D]) atomically, in bounded memory."""
-    items = len(run.dataset.catalogue.item_ids)
-    queries, width = run.config.item.qformer.queries, run.config.item.qformer.width
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = {"tokens": (items, queries, width), "vectors": (items, width)}
-    files = {
-        name: np.lib.format.open_memmap(folder / f"{name}-{jax.process_index()}.tmp", "w+", np.float16, shape)
-        for name, shape in shapes.items()
-    }
-    for where, tokens, vectors in encode_chunks(module, params, run.cache, items):
-        files["tokens"][where], files["vectors"][where] = tokens, vectors
-    for name, file in files.items():
-        file.flush()
-        os.replace(folder / f"{name}-{jax.process_index()}.tmp", folder / f"{name}.npy")
-    return {"items": items, "queries": queries, "width": width}
-
-
-def make_tokens(run: Run) -> dict[str, Any]:
-    """Runs the tokens stage: item tokens and vectors, and the whitenings of the fields and of the candidates' texts."""
-    module, params = load_items(run)
-    if not is_primary():
-        return {}
-    report = write_tokens(run, module, params, run.folder / "tokens")
-    tables = {name: run.cache.table(name) for name in run.cache.names}
-    if run.cache.candidates is not None:
-        tables[CANDIDATE] = run.cache.candidates
-    # A width of 0 is for the text embeddings as they are; the fields' components then have no limit.
-    width = run.config.candidates.text_width
-    whitenings = {name: fit_whitening(table, width or table.values.shape[1]) for name, table in tables.items()}
-    save_whitenings(run.folder / "tokens" / WHITENING, whitenings)
-    report["whitened_widths"] = {name: whitening.matrix.shape[1] for name, whitening in whitenings.items()}
-    return report
+ITEM = Stage(
+    name="item",
+    after=("fields",),
+    reads=("seed", "item"),
+    writes=TRAINED,
+    checked=("item/checkpoints/BEST/**/*",),
+    program=item_program,
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,59 +11,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqf.config import BackboneConfig, Config
+from nqf.data.splits import Cases
 from nqf.interop.huggingface import check_embedding, load_qwen3
-from nqf.interop.tensors import resolve_folder
+from nqf.interop.tensors import read_json, resolve_folder
 from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
 from nqf.models.item_qformer import ItemQFormer
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.recommender import ItemTables, JointModel, PromptIds
-from nqf.models.user_qformer import History
+from nqf.models.rank_model import PromptIds, Reader
 from nqf.ops.micro_batches import in_micro_batches
-from nqf.pipelines.histories import HistoryBatch
-from nqf.stages.artifacts import StageError, read_artifact
-from nqf.stages.item import device_fields, empty_fields, item_module, load_items, take_fields, write_tokens
+from nqf.pipelines.batches import History, HistoryBatch
+from nqf.stages.artifacts import check_files, restore_best
+from nqf.stages.item import device_fields, init_items, item_module, load_items, take_fields
 from nqf.stages.mining import mined_negatives
-from nqf.stages.ranker import ITEM_CHUNK, Ranker, batch_tables, compute_dtype, make_ranker, ranking_loss
-from nqf.stages.run import Run
-from nqf.stages.user import (
-    empty_history,
+from nqf.stages.rank import (
+    RankParts,
+    Trained,
+    case_vectors,
     frozen_tables,
     history_data,
-    load_users,
+    init_rank,
     log_popularity,
     make_validation,
+    rank_module,
+    ranker_of,
 )
-from nqf.training.checkpoint import restore_params
-from nqf.training.loop import LossFn, fit
+from nqf.stages.ranker import ITEM_CHUNK
+from nqf.stages.ranking_loss import batch_tables, ranking_loss
+from nqf.stages.run import Run
+from nqf.stages.stage import TRAINED, Stage, StageError
+from nqf.stages.tokens import write_tokens
+from nqf.stages.user import load_users
 from nqf.training.mesh import barrier, is_primary
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Joint:
-    """The joint model of a run, without trained parameters.
-
-    Attributes:
-      module: The Linen module.
-      frozen: Frozen parameters of the module: a pretrained base under `qwen3`, a User Q-Former that does not learn
-        on under `user_qformer`.
-      prompt: Token ids of the prompt.
-      tables: Host tables with titles.
-      tokenizer: The tokenizer.
-    """
-
-    module: JointModel
-    frozen: dict[str, Any]
-    prompt: PromptIds
-    tables: ItemTables
-    tokenizer: Tokenizer
-
-
-def variables_of(params: Any, frozen: dict[str, Any]) -> dict[str, Any]:
-    """Linen variables from the trainable tree (`params` and, beside a pretrained base, `lora`) and the frozen one."""
-    variables = {"params": {**params["params"], **frozen}}
-    if "lora" in params:
-        variables["lora"] = params["lora"]
-    return variables
+from nqf.training.program import LossFn, Metrics, Program
 
 
 def small_qwen3(backbone: BackboneConfig, vocabulary: int, dtype: jnp.dtype) -> Qwen3Config:
@@ -120,35 +98,53 @@ def catalogue_tokenizer(run: Run) -> Tokenizer:
     return train_byte_bpe(texts(), run.config.joint.backbone.vocabulary)
 
 
-def build_joint(run: Run, tokens_folder: Path) -> Joint:
-    """Assembles the joint model of a run.
+def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False) -> RankParts:
+    """The rank model with its language model.
 
     Args:
       run: The run.
-      tokens_folder: Folder of the item tokens it reads.
+      abstract: Shapes stand for pretrained weights, for the User Q-Former and for the item tables; the tokenizer of a
+        small Qwen3 is trained, not read.
+      trained: The stage has finished, so the tokens are those of the Item Q-Former that learned in it, if it did.
     """
-    config, backbone = run.config, run.config.joint.backbone
-    dtype = compute_dtype(config.training.dtype)
-    tokenizer = run_tokenizer(run)
-    frozen: dict[str, Any] = {}
-    if backbone.path:
+    stage, dtype = run.config.joint, run.dtype
+    backbone, frozen = stage.backbone, {}
+    tokenizer = catalogue_tokenizer(run) if abstract and not backbone.path else run_tokenizer(run)
+    if not backbone.path:
+        qwen3 = small_qwen3(backbone, tokenizer.rows, dtype)
+    elif abstract:
+        tree = read_json(resolve_folder(backbone.path) / "config.json")
+        qwen3 = with_adapters(Qwen3Config.from_hf(tree, dtype=dtype, param_dtype=dtype), backbone, dtype)
+        frozen["qwen3"] = None
+    else:
         loaded, frozen["qwen3"] = load_qwen3(backbone.path, dtype=dtype)
         check_embedding(resolve_folder(backbone.path), loaded, frozen["qwen3"], tokenizer)
         qwen3 = with_adapters(loaded.config, backbone, dtype)
+    if stage.prompt.user_tokens and not stage.train_user_qformer:
+        frozen["user_qformer"] = None if abstract else load_users(run).variables["params"]["user_qformer"]
+    if abstract:
+        tables = run.abstract_tables(stage.prompt.title_tokens)
     else:
-        qwen3 = small_qwen3(backbone, tokenizer.rows, dtype)
-    if config.joint.prompt.user_tokens and not config.joint.train_user_qformer:
-        frozen["user_qformer"] = load_users(run)[1]["params"]["user_qformer"]
-    tables = run.tables(tokens_folder, titles=title_ids(run, tokenizer))
-    module = JointModel(
-        config=config,
-        backbone=qwen3,
-        items=len(tables.has_text),
-        item_tokens=tables.tokens.shape[1:],
-        dtype=dtype,
+        tokens = "joint/tokens" if trained and stage.train_item_qformer else "tokens"
+        tables = run.tables(run.folder / tokens, titles=title_ids(run, tokenizer))
+    prompts = run.config.evaluation.batch_size * stage.prompt.history_items
+    reader = Reader(
+        qwen3=qwen3,
+        prompt=stage.prompt,
+        pretrained=bool(backbone.path),
+        reads_items=stage.candidates == "qwen3",
+        dropout=backbone.dropout,
     )
-    prompt = prompt_ids(config, tokenizer)
-    return Joint(module=module, frozen=frozen, prompt=prompt, tables=tables, tokenizer=tokenizer)
+    return RankParts(
+        module=rank_module(run, tables, reader),
+        tables=tables,
+        frozen=frozen,
+        prompt=prompt_ids(run.config, tokenizer),
+        tokenizer=tokenizer,
+        max_history=run.config.user.max_history,
+        # Where the Qwen3 reads items, about as many tokens at a time as in a batch of users.
+        item_chunk=min(ITEM_CHUNK, prompts) if reader.reads_items else ITEM_CHUNK,
+    )
 
 
 def prompt_ids(config: Config, tokenizer: Tokenizer) -> PromptIds:
@@ -180,51 +176,31 @@ def title_ids(run: Run, tokenizer: Tokenizer) -> np.ndarray:
     )
 
 
-def init_joint(run: Run, joint: Joint) -> Any:
-    """Fresh trainable parameters of the joint model: `params` without what is frozen, and `lora` beside a base."""
-
-    rows = np.zeros(1, np.int32)
-    inputs = (joint.tables.take(rows), rows, empty_history(run, run.config.joint.prompt.history_items), joint.prompt)
-
-    def init(inputs: tuple) -> Any:
-        variables = joint.module.init(jax.random.key(run.config.seed + 2), *inputs, positions=1)
-        # Under jit the base that `init` draws is never computed: its only use is dropped here.
-        params = {name: tree for name, tree in variables["params"].items() if name not in joint.frozen}
-        return {"params": params} | ({"lora": variables["lora"]} if "lora" in variables else {})
-
-    return jax.jit(init)(inputs)
+def init_joint(run: Run, parts: RankParts) -> Any:
+    """Fresh trainable parameters of the joint model, with an Item Q-Former's where it learns too."""
+    params = init_rank(run, parts, seed=run.config.seed + 2, slots=run.config.joint.prompt.history_items)
+    if run.config.joint.train_item_qformer:
+        params["item_qformer"] = init_items(run, item_module(run))
+    return params
 
 
-def joint_ranker(run: Run, joint: Joint) -> Ranker:
-    """The joint model's ranker."""
-    # Where the Qwen3 reads items, about as many tokens at a time as in a batch of users.
-    prompts = run.config.evaluation.batch_size * run.config.joint.prompt.history_items
-    return make_ranker(
-        joint.module,
-        joint.tables,
-        extra=(joint.prompt,),
-        max_history=run.config.user.max_history,
-        batch_size=run.config.evaluation.batch_size,
-        item_chunk=min(ITEM_CHUNK, prompts) if run.config.joint.candidates == "qwen3" else ITEM_CHUNK,
-    )
+def start_joint(run: Run, params: Any) -> Any:
+    """Takes over what earlier stages learned: the tower, both Q-Formers and what the score has of its own.
 
-
-def _start_from_user_stage(run: Run, params: Any) -> Any:
-    """Takes over what the user stage learned: the tower, the User Q-Former and what the score has of its own.
-
-    Initialization order: own checkpoint (in `fit`), previous stage (here), pretrained base, scratch.
+    Initialization order: own checkpoint (in `fit`), earlier stages (here), pretrained base, scratch.
     """
-    learned = load_users(run)[1]["params"]
+    learned = load_users(run).variables["params"]
     taken = {name: learned[name] for name in ("tower", "user_qformer") if name in params["params"]}
     # The other parts read the pooled state, which is another one.
     own = ("log_scale", "decay", "transition", "transition_decay")
     kept = {name: value for name, value in learned["head"].items() if name in own}
     taken["head"] = {**params["params"]["head"], **kept}
-    return {**params, "params": {**params["params"], **taken}}
+    params = {**params, "params": {**params["params"], **taken}}
+    return params | ({"item_qformer": load_items(run)[1]} if "item_qformer" in params else {})
 
 
-def make_joint_loss(config: Config, module: JointModel, items: ItemQFormer | None) -> LossFn:
-    """Ranking loss of the joint stage; `items` is the Item Q-Former where it goes on learning."""
+def make_joint_loss(config: Config, parts: RankParts, items: ItemQFormer | None) -> LossFn:
+    """Ranking loss of the joint stage; `items` is the Item Q-Former where it learns too."""
     stage = config.joint
 
     def loss_fn(params: Any, frozen: Any, batch: HistoryBatch, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -240,11 +216,12 @@ def make_joint_loss(config: Config, module: JointModel, items: ItemQFormer | Non
                 rngs={"dropout": item_key},
             )
             step_tables = step_tables.replace(tokens=output.tokens, vectors=output.vector)
-        variables, prompt = variables_of(params, frozen["params"]), frozen["prompt"]
+        variables = dataclasses.replace(parts, frozen=frozen["params"]).variables(params)
+        prompt = frozen["prompt"]
 
         def apply(method: str, key: jax.Array, *inputs: Any, **options: Any) -> jax.Array:
             rngs = {"dropout": key}
-            return module.apply(variables, *inputs, **options, deterministic=False, rngs=rngs, method=method)
+            return parts.module.apply(variables, *inputs, **options, deterministic=False, rngs=rngs, method=method)
 
         def read_items(key: jax.Array, items: tuple) -> jax.Array:
             return apply("candidates", key, *items, prompt)
@@ -273,10 +250,9 @@ def make_joint_loss(config: Config, module: JointModel, items: ItemQFormer | Non
     return loss_fn
 
 
-def train_joint(run: Run) -> dict[str, Any]:
-    """Runs the joint stage."""
-    config = run.config
-    stage = config.joint
+def joint_program(run: Run, abstract: bool = False) -> Program:
+    """What the joint stage trains."""
+    config, stage = run.config, run.config.joint
     for wanted, why in (
         (stage.train_item_qformer, "joint.train_item_qformer re-encodes the items of each batch"),
         (stage.candidates == "qwen3", "joint.candidates: qwen3 reads a prompt for each item of a batch"),
@@ -284,76 +260,108 @@ def train_joint(run: Run) -> dict[str, Any]:
     ):
         if wanted and stage.loss.negatives == "full":
             raise StageError(f"{why}, so joint.loss.negatives cannot be 'full'; set it to 'sampled' or 'in-batch'")
-    if not stage.backbone.path:
-        folder = run.folder / "joint" / "tokenizer"
-        if is_primary() and not (folder / "tokenizer.json").is_file():
-            catalogue_tokenizer(run).save(folder)
-        # Here and not where it is loaded: the evaluation loads it too, in the first process alone.
-        barrier("tokenizer")
-    joint = build_joint(run, run.folder / "tokens")
-    params = _start_from_user_stage(run, init_joint(run, joint))
-    on_device = frozen_tables(run, joint.tables, stage.loss)
-    frozen = {
-        "tables": on_device,
-        "params": joint.frozen,
-        "prompt": joint.prompt,
-        "log_popularity": log_popularity(run),
-    }
-    items: ItemQFormer | None = None
-    if stage.train_item_qformer:
-        items, params["item_qformer"] = load_items(run)
-        frozen["fields"] = device_fields(run.cache)
+    if not abstract and not stage.backbone.path:
+        keep_tokenizer(run)
+    parts = joint_parts(run, abstract=abstract)
+    on_device = frozen_tables(run, parts.tables, stage.loss)
+    items = item_module(run) if stage.train_item_qformer else None
+    tokens_folder = run.folder / "joint" / "tokens"
 
-    ranker = joint_ranker(run, joint)
-    check, tokens_folder = make_validation(run, ranker), run.folder / "joint" / "tokens"
+    def init() -> Any:
+        return init_joint(run, parts)
 
-    def validate(params: Any) -> dict[str, float]:
-        variables = variables_of(params, joint.frozen)
-        if items is None:
-            return check(variables)
-        # The selection must see the tokens that the model in training makes, not those it started from.
-        write_tokens(run, items, params["item_qformer"], tokens_folder)
-        fresh = run.tables(tokens_folder, titles=joint.tables.titles)
-        return make_validation(run, dataclasses.replace(ranker, tables=fresh))(variables)
+    def frozen() -> Any:
+        params = parts.frozen
+        if abstract:
+            whole = dataclasses.replace(parts, frozen={})
+            everything = jax.eval_shape(lambda: init_joint(run, whole))["params"]
+            params = {name: everything[name] for name in parts.frozen}
+        tree = {"tables": on_device, "params": params, "prompt": parts.prompt, "log_popularity": log_popularity(run)}
+        return tree | ({"fields": device_fields(run.cache)} if items is not None else {})
 
-    tables, given = None if on_device else joint.tables, mined_negatives(run)
-    result = fit(
-        folder=run.folder,
-        stage="joint",
-        data=history_data(run, stage.loss, stage.optim, tables, config.seed + 2, given),
-        optim=stage.optim,
-        params=params,
+    def validation() -> Any:
+        ranker = ranker_of(run, parts)
+        check = make_validation(run, ranker)
+
+        def validate(params: Any) -> Metrics:
+            variables = parts.variables(params)
+            if items is None:
+                return check(variables)
+            # The selection must see the tokens that the model in training makes, not those it started from.
+            write_tokens(run, items, params["item_qformer"], tokens_folder)
+            fresh = run.tables(tokens_folder, titles=parts.tables.titles)
+            return make_validation(run, dataclasses.replace(ranker, tables=fresh))(variables)
+
+        return validate if check else None
+
+    def report(params: Any, metrics: Metrics) -> dict[str, Any]:
+        # Where it validates, `fit` does so with the best parameters last, and the tokens on disk are theirs.
+        if items is not None and config.data.refit:
+            write_tokens(run, items, params["item_qformer"], tokens_folder)
+        return {"trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), **metrics}
+
+    return Program(
+        module=parts.module,
+        init=init,
+        start=lambda params: start_joint(run, params),
         frozen=frozen,
-        loss_fn=make_joint_loss(config, joint.module, items),
-        validate=validate if check else None,
-        score="ndcg@10",
+        variables=parts.variables,
+        loss_fn=make_joint_loss(config, parts, items),
+        data=lambda optim: history_data(
+            run,
+            stage.loss,
+            optim,
+            None if on_device else parts.tables,
+            seed=config.seed + 2,
+            max_history=config.user.max_history,
+            positions=stage.prompt.history_items,
+            item_dropout=config.user.item_dropout,
+            given=None if abstract else mined_negatives(run),
+        ),
+        optim=stage.optim,
         seed=config.seed + 2,
-        training=config.training,
-        console=run.console,
-        profile=run.profile,
+        validate=validation,
+        score="ndcg@10",
+        report=report,
     )
-    # Where it validates, `fit` does so with the best parameters last, and the tokens on disk are theirs.
-    if items is not None and check is None:
-        write_tokens(run, items, result.params["item_qformer"], tokens_folder)
-    return {
-        "best_step": result.best_step,
-        "steps": result.steps,
-        "seconds": round(result.seconds, 1),
-        "items_per_second": round(result.items_per_second, 1),
-        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        **result.metrics,
-    }
 
 
-def load_joint(run: Run) -> tuple[Joint, Ranker, Any, tuple[ItemQFormer, Any]]:
-    """The trained joint model: its parts, its ranker, its best variables, and the Item Q-Former it goes with."""
-    trained_items = run.config.joint.train_item_qformer
-    joint = build_joint(run, run.folder / "joint" / "tokens" if trained_items else run.folder / "tokens")
-    shapes = jax.eval_shape(lambda: init_joint(run, joint))
-    if trained_items:
-        module = item_module(run)
-        shapes["item_qformer"] = jax.eval_shape(module.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"]
-    step = read_artifact(run.folder, "joint").result["best_step"]
-    params = restore_params(run.folder / "joint" / "checkpoints", step, shapes)
-    items = (module, params["item_qformer"]) if trained_items else load_items(run)
-    return joint, joint_ranker(run, joint), variables_of(params, joint.frozen), items
+def keep_tokenizer(run: Run) -> None:
+    """Trains the small Qwen3's tokenizer, once, and keeps it with the stage."""
+    folder = run.folder / "joint" / "tokenizer"
+    if is_primary() and not (folder / "tokenizer.json").is_file():
+        catalogue_tokenizer(run).save(folder)
+    # Here and not where it is loaded: the evaluation loads it too, in the first process alone.
+    barrier("tokenizer")
+
+
+def load_joint(run: Run) -> Trained:
+    """The trained joint model."""
+    check_files(run.folder, "joint")
+    parts = joint_parts(run, trained=True)
+    params = restore_best(run.folder, "joint", lambda: init_joint(run, parts))
+    learned = params.get("item_qformer")
+    return Trained(
+        parts=parts,
+        ranker=ranker_of(run, parts),
+        variables=parts.variables(params),
+        load_item_qformer=lambda: load_items(run) if learned is None else (item_module(run), learned),
+    )
+
+
+def joint_vectors(run: Run, cases: Cases) -> tuple[np.ndarray, np.ndarray]:
+    """User and item vectors of the trained joint model, without what co-occurrence adds."""
+    trained = load_joint(run)
+    return case_vectors(run, trained.ranker, trained.variables, cases)
+
+
+JOINT = Stage(
+    name="joint",
+    after=("user",),
+    reads=("seed", "joint"),
+    model_folders=("joint.backbone.path",),
+    writes=(*TRAINED, "tokens", "tokenizer", "negatives.npy"),
+    checked=("joint/checkpoints/BEST/**/*", "joint/t*/*.*"),
+    program=joint_program,
+    vectors=joint_vectors,
+)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nqf import files
 from nqf.evaluation.ranking import dense_batches
-from nqf.models.recommender import ItemTables
-from nqf.models.user_qformer import History
-from nqf.pipelines.histories import HistoryBatch, gather_history, number_by_rows, training_windows, window_events
+from nqf.pipelines.batches import History, HistoryBatch, ItemTables
+from nqf.pipelines.histories import gather_history, number_by_rows, training_windows, window_events
 from nqf.stages.run import Run
-from nqf.stages.user import load_users, user_module
+from nqf.stages.user import load_users
 from nqf.training.mesh import barrier, is_primary
 
 
 def mined_negatives(run: Run) -> np.ndarray | None:
     """The hard negatives of every training target; None if none are to be mined.
 
-    They stay in the stage's folder, so that training that goes on after a crash reads what it began with.
+    They stay in the stage's folder, so that training that resumes after a crash reads what it began with.
 
     Returns:
       int32 [events, count], item rows, the hardest first, -1 for none; a row for every event, all -1 where it is no
@@ -32,10 +31,8 @@ def mined_negatives(run: Run) -> np.ndarray | None:
         return None
     path = run.folder / "joint" / "negatives.npy"
     if is_primary() and not path.is_file():
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        with files.whole(path) as file:
             np.save(file, mine(run))
-        os.replace(temporary, path)
     barrier("mining")
     return np.load(path, mmap_mode="r")
 
@@ -43,9 +40,8 @@ def mined_negatives(run: Run) -> np.ndarray | None:
 def mine(run: Run) -> np.ndarray:
     """The best-ranked items of every training target that are neither it, nor the user's, nor above the margin."""
     config, interactions, split = run.config, run.dataset.interactions, run.dataset.split
-    tables = run.tables(run.folder / "tokens")
-    module = user_module(config, tables)
-    ranker, variables = load_users(run)
+    trained = load_users(run)
+    module, tables, ranker, variables = trained.parts.module, trained.parts.tables, trained.ranker, trained.variables
     items, trained = jax.device_put(ranker.item_vectors(variables)), jax.device_put(~split.cold)
     windows = training_windows(interactions, split, config.joint.prompt.history_items)
     slots = int(min(config.user.max_history, windows.slots().max()))
@@ -56,7 +52,7 @@ def mine(run: Run) -> np.ndarray:
 
     @jax.jit
     def encode(variables: Any, tables: ItemTables, rows: jax.Array, history: History) -> jax.Array:
-        return module.apply(variables, tables, rows, history, positions=positions)[0]
+        return module.apply(variables, tables, rows, history, None, positions=positions)[0]
 
     mined = np.full((len(interactions.items), config.joint.mining.count), -1, np.int32)
     spans = list(dense_batches(len(windows.ends), len(items) * positions, config.evaluation.batch_size))

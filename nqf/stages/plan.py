@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,58 +10,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nqf.config import OptimConfig
-from nqf.interop.tensors import read_json, resolve_folder
-from nqf.models.qwen3 import Qwen3Config
-from nqf.models.recommender import ItemTables, JointModel
 from nqf.pipelines.datasets import TrainingData
-from nqf.pipelines.pairs import pair_source
-from nqf.stages.artifacts import StageError, status
-from nqf.stages.item import (
-    device_fields,
-    empty_fields,
-    held_out_items,
-    item_data,
-    item_module,
-    make_item_loss,
-)
-from nqf.stages.joint import (
-    Joint,
-    catalogue_tokenizer,
-    init_joint,
-    make_joint_loss,
-    prompt_ids,
-    run_tokenizer,
-    small_qwen3,
-    with_adapters,
-)
-from nqf.stages.ranker import compute_dtype
+from nqf.stages.artifacts import status
+from nqf.stages.graph import FIELDS, stage_of
 from nqf.stages.run import Run
-from nqf.stages.user import frozen_tables, history_data, init_user, log_popularity, make_user_loss, user_module
-from nqf.training.loop import LossFn, make_state, make_train_step
+from nqf.stages.stage import StageError
+from nqf.training.loop import make_state, make_train_step
 from nqf.training.mesh import layout, make_mesh, place_batch
 from nqf.training.optimizer import make_optimizer
+from nqf.training.program import Program
 
 _SAMPLED_BATCHES = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """A stage's training step without any array on a device.
-
-    Attributes:
-      loss_fn: As `loop.fit` takes it.
-      params: Shapes of the trainable parameters.
-      frozen: Shapes of what the loss reads and nobody changes.
-      data: Batches for an `OptimConfig`.
-      optim: The stage's.
-    """
-
-    loss_fn: LossFn
-    params: Any
-    frozen: Any
-    data: Callable[[OptimConfig], TrainingData]
-    optim: OptimConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,11 +71,13 @@ def program_of(run: Run, stage: str) -> Program:
     Raises:
       StageError: The fields stage is missing or stale: the catalogue's shapes are not known.
     """
-    if reason := status(run.config, "fields", run.folder):
+    if reason := status(run.config, FIELDS, run.folder):
         raise StageError(
             f"--plan reads the catalogue's shapes from stage 'fields', but {reason}; run --stage fields first"
         )
-    return {"item": _item_program, "user": _user_program, "joint": _joint_program}[stage](run)
+    program = stage_of(stage).program
+    assert program is not None
+    return program(run, True)
 
 
 def plan(program: Program, run: Run, stage: str) -> Plan:
@@ -197,99 +157,6 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), tree)
 
 
-def _item_program(run: Run) -> Program:
-    module = item_module(run)
-    held = held_out_items(run)
-    source = pair_source(run.dataset.interactions, run.dataset.split, len(held), held)
-    frozen, _ = item_data(run, source, run.config.item.optim)
-    ones = dict.fromkeys(run.cache.names, 1.0)
-    return Program(
-        loss_fn=make_item_loss(module, run.config.item, ones, ones),
-        params=jax.eval_shape(module.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"],
-        frozen=_shapes(frozen),
-        data=lambda optim: item_data(run, source, optim)[1],
-        optim=run.config.item.optim,
-    )
-
-
-def _tables(run: Run, words: int) -> ItemTables:
-    """Item tables of the run's shapes that take no memory: every element is the same zero."""
-    items, qformer, candidates = len(run.dataset.catalogue.item_ids), run.config.item.qformer, run.cache.candidates
-    text = candidates.values.shape[1] if candidates is not None else 1
-    if run.config.candidates.text_width and candidates is not None:
-        text = min(text, run.config.candidates.text_width)
-    fields = 0
-    if "fields" in run.config.candidates.sources:
-        fields = sum(min(width, run.config.candidates.text_width or width) for width in run.cache.widths.values())
-
-    def zeros(dtype: Any, *shape: int) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), dtype), shape)
-
-    return ItemTables(
-        tokens=zeros(np.float16, items, qformer.queries, qformer.width),
-        vectors=zeros(np.float16, items, qformer.width),
-        fields=zeros(np.float16, items, fields),
-        text=zeros(np.float32, items, text),
-        has_text=zeros(bool, items),
-        trained=zeros(bool, items),
-        titles=zeros(np.int32, items, words),
-    )
-
-
-def _user_program(run: Run) -> Program:
-    config, tables = run.config, _tables(run, 0)
-    module = user_module(config, tables)
-    on_device = frozen_tables(run, tables, config.user.loss)
-    return Program(
-        loss_fn=make_user_loss(config, module),
-        params=jax.eval_shape(lambda: init_user(run, module, tables)),
-        frozen=_shapes({"tables": on_device, "log_popularity": log_popularity(run)}),
-        data=lambda optim: history_data(run, config.user.loss, optim, None if on_device else tables, 0),
-        optim=config.user.optim,
-    )
-
-
-def _joint_program(run: Run) -> Program:
-    config, stage = run.config, run.config.joint
-    backbone, dtype = stage.backbone, compute_dtype(config.training.dtype)
-    names = ["qwen3"] if backbone.path else []
-    if stage.prompt.user_tokens and not stage.train_user_qformer:
-        names.append("user_qformer")
-    if backbone.path:
-        tokenizer = run_tokenizer(run)
-        tree = read_json(resolve_folder(backbone.path) / "config.json")
-        qwen3 = with_adapters(Qwen3Config.from_hf(tree, dtype=dtype, param_dtype=dtype), backbone, dtype)
-    else:
-        # Not the stage's own, which it keeps in its folder.
-        tokenizer = catalogue_tokenizer(run)
-        qwen3 = small_qwen3(backbone, tokenizer.rows, dtype)
-    tables = _tables(run, stage.prompt.title_tokens)
-    module = JointModel(
-        config=config, backbone=qwen3, items=len(tables.has_text), item_tokens=tables.tokens.shape[1:], dtype=dtype
-    )
-    prompt = prompt_ids(config, tokenizer)
-
-    def shapes(frozen: list[str]) -> Any:
-        joint = Joint(module=module, frozen=dict.fromkeys(frozen), prompt=prompt, tables=tables, tokenizer=tokenizer)
-        return jax.eval_shape(lambda: init_joint(run, joint))
-
-    params = shapes(names)
-    on_device = frozen_tables(run, tables, stage.loss)
-    frozen = {"tables": on_device, "prompt": prompt, "log_popularity": log_popularity(run)}
-    items = None
-    if stage.train_item_qformer:
-        items, frozen["fields"] = item_module(run), device_fields(run.cache)
-        params["item_qformer"] = jax.eval_shape(items.init, jax.random.key(0), *empty_fields(run.cache, 1))["params"]
-    everything = shapes([])["params"]
-    return Program(
-        loss_fn=make_joint_loss(config, module, items),
-        params=params,
-        frozen=_shapes(frozen) | {"params": {name: everything[name] for name in names}},
-        data=lambda optim: history_data(run, stage.loss, optim, None if on_device else tables, 0),
-        optim=stage.optim,
-    )
-
-
 def device_memory() -> int:
     """Bytes that a device offers this process: an accelerator's limit, or what the machine's memory has left."""
     statistics = jax.local_devices()[0].memory_stats()
@@ -310,7 +177,7 @@ def print_plans(run: Run, stages: tuple[str, ...], memory: int, console: Console
       console: Terminal.
     """
     files = [file for file in (run.folder / "fields").rglob("*") if file.is_file()]
-    plans = [plan(program_of(run, stage), run, stage) for stage in stages if stage in ("item", "user", "joint")]
+    plans = [plan(program_of(run, stage), run, stage) for stage in stages if stage_of(stage).program is not None]
     # A column per stage and not a row: eleven columns are cut off on a terminal of 80.
     table = Table("")
     for found in plans:

@@ -6,7 +6,10 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -19,9 +22,10 @@ from nqf.evaluation.cooccurrence import Cooccurrence, count_pairs
 from nqf.fields.cache import CANDIDATE, FieldCache, open_cache
 from nqf.fields.whitening import Whitening, field_features, load_whitenings
 from nqf.interop.encoders import encoder_factories
-from nqf.models.recommender import ItemTables
+from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.histories import EventFeatures, event_features
-from nqf.stages.artifacts import StageError
+from nqf.stages.artifacts import check_files
+from nqf.stages.stage import StageError
 
 WHITENING = "whitening.npz"
 """Name of the whitenings in the tokens stage's folder."""
@@ -38,19 +42,34 @@ class Run:
       config: The resolved configuration.
       console: Terminal.
       profile: Steps of each training stage to trace.
-      verify: Whether the field cache is read whole and its checksums compared; else only sizes and headers.
     """
 
     folder: Path
     config: Config
     console: Console
     profile: int = 0
-    verify: bool = False
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """Catalogue, interactions and split."""
+        """Catalogue, interactions and split, as the fields stage left them."""
+        check_files(self.folder, "fields")
         return open_dataset(self.folder / "data")
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype of `training.dtype`: `auto` is bfloat16 on accelerators and float32 on CPU."""
+        name = self.config.training.dtype
+        if name == "auto":
+            return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(name)
+
+    def ids(self, users: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
+        """Ids of rows of users and items, as text, for what is written down of a batch."""
+        user_ids, item_ids = self.dataset.interactions.user_ids, self.dataset.catalogue.item_ids
+        return {
+            "user_ids": np.asarray(user_ids)[users].astype(str),
+            "item_ids": np.asarray(item_ids)[items].astype(str),
+        }
 
     @functools.cached_property
     def cache(self) -> FieldCache:
@@ -58,7 +77,7 @@ class Run:
         return open_cache(
             self.folder / "fields",
             item_ids=self.dataset.catalogue.item_ids,
-            verify=self.verify,
+            verify=True,
             factories=encoder_factories(self.config.fields),
         )
 
@@ -86,6 +105,7 @@ class Run:
     @functools.cached_property
     def whitenings(self) -> dict[str, Whitening]:
         """What the tokens stage fitted: of every field and of the candidates' texts."""
+        check_files(self.folder, "tokens")
         return load_whitenings(self.folder / "tokens" / WHITENING)
 
     def text_features(self, embeddings: np.ndarray, has_text: np.ndarray) -> np.ndarray:
@@ -112,6 +132,8 @@ class Run:
           tokens_folder: Folder with tokens.npy and vectors.npy.
           titles: Token ids of the titles, int32 [I, S]; default none.
         """
+        # Of the joint stage, whoever restores its checkpoint checks the files; while it trains, there is no record.
+        check_files(self.folder, "tokens")
         text, has_text = self.text
         items = len(has_text)
         fields = np.zeros((items, 0), np.float16)
@@ -129,6 +151,34 @@ class Run:
             has_text=has_text,
             trained=~self.dataset.split.cold,
             titles=np.zeros((items, 0), np.int32) if titles is None else titles,
+        )
+
+    def abstract_tables(self, words: int = 0) -> ItemTables:
+        """Item tables of the run's shapes that take no memory, for plans: every element is the same zero.
+
+        Args:
+          words: Title tokens of an item.
+        """
+        items, config, candidates = len(self.dataset.catalogue.item_ids), self.config, self.cache.candidates
+        width = config.candidates.text_width
+        text = candidates.values.shape[1] if candidates is not None else 1
+        if width and candidates is not None:
+            text = min(text, width)
+        fields = 0
+        if "fields" in config.candidates.sources:
+            fields = sum(min(natural, width or natural) for natural in self.cache.widths.values())
+
+        def zeros(dtype: Any, *shape: int) -> np.ndarray:
+            return np.broadcast_to(np.zeros((), dtype), shape)
+
+        return ItemTables(
+            tokens=zeros(np.float16, items, config.item.qformer.queries, config.item.qformer.width),
+            vectors=zeros(np.float16, items, config.item.qformer.width),
+            fields=zeros(np.float16, items, fields),
+            text=zeros(np.float32, items, text),
+            has_text=zeros(bool, items),
+            trained=zeros(bool, items),
+            titles=zeros(np.int32, items, words),
         )
 
 

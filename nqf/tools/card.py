@@ -6,7 +6,8 @@ import os
 
 from nqf.config import to_tree
 from nqf.evaluation.results import Results, markdown_table
-from nqf.stages.artifacts import STAGES, differences, read_artifact
+from nqf.stages.artifacts import differences, read_artifact
+from nqf.stages.graph import NAMES
 from nqf.stages.run import Run
 
 
@@ -52,7 +53,7 @@ def _card(run: Run, results: Results) -> str:
             )
         lines.append("")
     lines += ["## Stages", "", "| stage | wall time | finished |", "|---|---:|---|"]
-    for stage in STAGES:
+    for stage in NAMES:
         artifact = read_artifact(run.folder, stage)
         if artifact is not None:
             lines.append(f"| {stage} | {artifact.result['wall_seconds']:.1f} s | {artifact.result['finished']} |")

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from rich.console import Console
 
-from nqf.config import OptimConfig, TrainingConfig
+from nqf.config import TrainingConfig
 from nqf.pipelines.datasets import TrainingData
 from nqf.training.checkpoint import Checkpointer, CheckpointError, restore_params
 from nqf.training.guard import refuse_batch
 from nqf.training.mesh import agree, is_primary, layout, local, make_mesh, place, place_batch
 from nqf.training.optimizer import make_optimizer
 from nqf.training.profile import Profile
+from nqf.training.program import LossFn, Metrics, Program
 from nqf.training.stop import Stopped, StopRequest
 from nqf.training.writer import Terminal, Writer
 
@@ -32,7 +34,7 @@ LOG_EVERY = 20
 
 @struct.dataclass
 class TrainState:
-    """Everything that training goes on from; the position in the data is the step.
+    """Everything that training resumes from; the position in the data is the step.
 
     Attributes:
       step: int32 scalar, steps done.
@@ -74,9 +76,6 @@ class FitResult:
     steps: int
     items_per_second: float
     seconds: float
-
-
-LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def make_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -140,36 +139,24 @@ def make_train_step(
 
 
 def fit(
-    *,
+    program: Program,
     folder: Path,
     stage: str,
-    data: TrainingData,
-    optim: OptimConfig,
+    *,
     training: TrainingConfig,
-    params: Any,
-    frozen: Any,
-    loss_fn: LossFn,
-    validate: Callable[[Any], dict[str, float]] | None,
-    score: str,
-    seed: int,
     console: Console,
+    ids: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
     profile: int = 0,
 ) -> FitResult:
     """Trains to the end, from the newest checkpoint in the stage's folder if there is one.
 
     Args:
+      program: What to train.
       folder: Run folder; checkpoints go to `<folder>/<stage>/checkpoints`.
       stage: Name of the stage.
-      data: Batches of all epochs.
-      optim: Optimizer, schedule, validation and patience.
       training: Mesh, checkpoints and the numerical guard.
-      params: Freshly initialized trainable parameters.
-      frozen: What the loss reads and nobody changes.
-      loss_fn: `(params, frozen, batch, key) -> (loss, metrics)`.
-      validate: Metrics of some parameters; None if there is nothing to select on, and the newest ones are kept.
-      score: The metric that selects; larger is better.
-      seed: Seed of the steps' random keys.
       console: Terminal.
+      ids: Names rows of users and of items, for a batch that is written down because it cannot be trained on.
       profile: Steps to trace, after the first few.
 
     Raises:
@@ -177,127 +164,172 @@ def fit(
       CheckpointError: A checkpoint could not be written, or the newest one cannot be read.
       Stopped: SIGTERM or SIGINT came; a checkpoint has been written.
     """
-    mesh = make_mesh(training.mesh)
-    optimizer = make_optimizer(optim, data.steps)
-    state = make_state(params, optimizer)
+    mesh, data = make_mesh(training.mesh), program.data(program.optim)
+    optimizer = make_optimizer(program.optim, data.steps)
+    state = make_state(program.start(program.init()), optimizer)
     shardings = layout(state, mesh)
-    state = place(state, shardings)
+    state, frozen = place(state, shardings), program.frozen()
     frozen = place(frozen, layout(frozen, mesh))
-    train_step = make_train_step(loss_fn, optimizer, seed=seed, skip=training.skip_non_finite, shardings=shardings)
-
-    checkpoints = folder / stage / "checkpoints"
-    validate_at = max(1, optim.validate_every) * data.steps_per_epoch
+    train_step = make_train_step(
+        program.loss_fn, optimizer, seed=program.seed, skip=training.skip_non_finite, shardings=shardings
+    )
+    validate, checkpoints = program.validate(), folder / stage / "checkpoints"
     with Checkpointer(checkpoints, keep=training.keep) as checkpointer, StopRequest() as request:
         latest = checkpointer.latest()
         if latest is not None:
             state = checkpointer.restore(latest, state)
-        start_step = step = int(state.step)
-        if latest not in (None, step):
-            raise CheckpointError(f"{checkpoints / str(latest)}: holds step {step}; it was renamed or exchanged")
-        done = step == data.steps or _patience_spent(optim, state)
+        start = int(state.step)
+        if latest not in (None, start):
+            raise CheckpointError(f"{checkpoints / str(latest)}: holds step {start}; it was renamed or exchanged")
         with (
-            Writer(folder, stage, resumed_step=step, enabled=is_primary()) as writer,
+            Writer(folder, stage, resumed_step=start, enabled=is_primary()) as writer,
             Terminal(stage, data.steps, console) as terminal,
             closing(Profile(folder / stage / "profile", profile)) as trace,
         ):
-            if latest is not None and not done:
-                terminal.line(f"resuming at step {step:,} of {data.steps:,}")
-            if latest is None and done:
+            loop = _Loop(
+                program=program, data=data, mesh=mesh, shardings=shardings, training=training, folder=folder,
+                stage=stage, ids=ids, validate=validate, checkpointer=checkpointer, writer=writer,
+                terminal=terminal, start=start,
+            )  # fmt: skip
+            if latest is None and loop.done(state, start):
                 # Without an epoch the initial parameters are what the stage leaves.
-                checkpointer.save(step, state, best_step=step)
-            batches = iter(()) if done else data.iterate(step)
-            # Metrics of a step are fetched while the next one runs.
-            pending: tuple[int, dict[str, jax.Array]] | None = None
-            began = logged_at = saved_at = time.perf_counter()
-            logged_step, validation_seconds, stopping = step, 0.0, False
-            metrics: dict[str, jax.Array] = {}
-
-            def check(metrics: dict[str, Any]) -> None:
-                if failed := int(metrics["failed"]):
-                    raise refuse_batch(folder, stage, failed, data, allowed=training.skip_non_finite)
-
-            def log() -> None:
-                nonlocal pending, logged_at, logged_step
-                if pending is None:
-                    return
-                at, values = pending[0], jax.device_get(pending[1])
-                check(values)
-                now = time.perf_counter()
-                rate = (at - logged_step) * data.batch_size / (now - logged_at)
-                pending, logged_at, logged_step = None, now, at
-                # Without skipped batches there is nothing to say about them.
-                shown = {name: float(value) for name, value in values.items() if name != "failed" and
-                         (name != "skipped" or value)}  # fmt: skip
-                writer.write(at, {**shown, "items_per_second": rate})
-                terminal.step(at, loss=shown["loss"], items_per_second=rate)
-
-            while not (done or stopping):
-                trace.before(step - start_step)
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    batch = place_batch(next(batches), mesh)
-                    if jax.default_backend() == "cpu":
-                        # A step that waits there is given its temporaries at once, beside those of the one that runs.
-                        jax.block_until_ready(metrics)
-                    state, metrics = train_step(state, frozen, batch)
-                step += 1
-                if trace.after(step - start_step, metrics):
-                    terminal.line(f"trace of {profile} steps in {folder / stage / 'profile'}; open it with xprof")
-                log()
-                at_validation = step % validate_at == 0 or step == data.steps
-                at_log = step % LOG_EVERY == 0 or at_validation
-                if at_log:
-                    pending = step, metrics
-                if at_validation:
-                    log()
-                    before = time.perf_counter()
-                    scores = validate(local(state.params, mesh)) if validate else {}
-                    # Of equal values the newest is kept.
-                    value = float(agree(np.float32(scores[score]))) if validate else 0.0
-                    if scores:
-                        writer.write(step, {f"valid/{name}": value for name, value in scores.items()})
-                    improved = value >= float(state.best)
-                    scalars = {"stale": np.int32(0 if improved else int(state.stale) + 1)}
-                    if improved:
-                        scalars |= {"best": np.float32(value), "best_step": np.int32(step)}
-                    state = state.replace(**place(scalars, {name: getattr(shardings, name) for name in scalars}))
-                    terminal.line(
-                        f"epoch {step // data.steps_per_epoch:>3}  step {step:>6,}  loss {float(metrics['loss']):.4f}"
-                        + (f"  {score} {value:.4f}{'  best' if improved else ''}" if validate else "")
-                    )
-                    done = step == data.steps or _patience_spent(optim, state)
-                    logged_at = time.perf_counter()
-                    validation_seconds += logged_at - before
-                due, stopping = time.perf_counter() - saved_at >= training.save_every_seconds, bool(request.received)
-                if jax.process_count() > 1:
-                    # All processes do alike, and ask each other only where they wait for the device anyway.
-                    due, stopping = agree(np.array([due, stopping])) if at_log else (False, False)
-                if due or stopping or at_validation:
-                    # What training goes on from has to be sound, and the metrics up to it on disk.
-                    log()
-                    check(metrics)
-                    writer.sync()
-                    checkpointer.save(step, state, best_step=int(state.best_step))
-                    saved_at = time.perf_counter()
-            if stopping:
-                checkpointer.wait()
-                raise Stopped(
-                    f"{request.received or 'a signal'} came; stage {stage} is saved at step {step:,} of "
-                    f"{data.steps:,}. Run the same command again to go on"
-                )
+                checkpointer.save(start, state, best_step=start)
+            elif latest is not None and not loop.done(state, start):
+                terminal.line(f"resuming at step {start:,} of {data.steps:,}")
+            began = time.perf_counter()
+            state, step = loop.run(state, frozen, train_step, request, trace)
             seconds = time.perf_counter() - began
-    best_step = int(state.best_step)
-    params = local(state.params, mesh)
+    best_step, params = int(state.best_step), local(state.params, mesh)
     best = params if best_step == step else restore_params(checkpoints, best_step, params)
-    steps = step - start_step
+    rate = (step - start) * data.batch_size / max(seconds - loop.validation_seconds, 1e-9)
     return FitResult(
         params=best,
         best_step=best_step,
         metrics=validate(best) if validate else {},
         steps=step,
-        items_per_second=steps * data.batch_size / max(seconds - validation_seconds, 1e-9) if steps else 0.0,
+        items_per_second=rate if step > start else 0.0,
         seconds=seconds,
     )
 
 
-def _patience_spent(optim: OptimConfig, state: TrainState) -> bool:
-    return bool(optim.patience) and int(state.stale) >= optim.patience
+@dataclasses.dataclass(kw_only=True)
+class _Loop:
+    """The steps of one `fit`: it logs, validates and saves in an order from which every crash can be resumed.
+
+    Metrics of a step are fetched while the next one runs: `pending` holds them until then.
+    """
+
+    program: Program
+    data: TrainingData
+    mesh: Mesh
+    shardings: TrainState
+    training: TrainingConfig
+    folder: Path
+    stage: str
+    ids: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    validate: Callable[[Any], Metrics] | None
+    checkpointer: Checkpointer
+    writer: Writer
+    terminal: Terminal
+    start: int
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    logged_at: float = 0.0
+    logged_step: int = 0
+    validation_seconds: float = 0.0
+
+    def done(self, state: TrainState, step: int) -> bool:
+        """Whether the last step was made, or patience is spent."""
+        patience = self.program.optim.patience
+        return step == self.data.steps or (bool(patience) and int(state.stale) >= patience)
+
+    def run(
+        self, state: TrainState, frozen: Any, train_step: Callable, request: StopRequest, trace: Profile
+    ) -> tuple[TrainState, int]:
+        """Trains until done; returns the last state and its step.
+
+        Raises:
+          Stopped: A signal came; a checkpoint has been written.
+        """
+        step, done, stopping = self.start, self.done(state, self.start), False
+        validate_at = max(1, self.program.optim.validate_every) * self.data.steps_per_epoch
+        batches = iter(()) if done else self.data.iterate(step)
+        self.logged_at, self.logged_step, saved_at = time.perf_counter(), step, time.perf_counter()
+        metrics: dict[str, jax.Array] = {}
+        while not (done or stopping):
+            trace.before(step - self.start)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                batch = place_batch(next(batches), self.mesh)
+                if jax.default_backend() == "cpu":
+                    # A step that waits there is given its temporaries at once, beside those of the one that runs.
+                    jax.block_until_ready(metrics)
+                state, metrics = train_step(state, frozen, batch)
+            step += 1
+            if trace.after(step - self.start, metrics):
+                where = self.folder / self.stage / "profile"
+                self.terminal.line(f"trace of {trace.steps} steps in {where}; open it with xprof")
+            self._log()
+            at_validation = step % validate_at == 0 or step == self.data.steps
+            at_log = step % LOG_EVERY == 0 or at_validation
+            if at_log:
+                self.pending = step, metrics
+            if at_validation:
+                self._log()
+                state = self._select(state, step, float(metrics["loss"]))
+                done = self.done(state, step)
+            due, stopping = time.perf_counter() - saved_at >= self.training.save_every_seconds, bool(request.received)
+            if jax.process_count() > 1:
+                # All processes do alike, and ask each other only where they wait for the device anyway.
+                due, stopping = agree(np.array([due, stopping])) if at_log else (False, False)
+            if due or stopping or at_validation:
+                # What training resumes from has to be sound, and the metrics up to it on disk.
+                self._log()
+                self._check(metrics)
+                self.writer.sync()
+                self.checkpointer.save(step, state, best_step=int(state.best_step))
+                saved_at = time.perf_counter()
+        if stopping:
+            self.checkpointer.wait()
+            raise Stopped(
+                f"{request.received or 'a signal'} came; stage {self.stage} is saved at step {step:,} of "
+                f"{self.data.steps:,}. Run the same command again to resume"
+            )
+        return state, step
+
+    def _check(self, metrics: dict[str, Any]) -> None:
+        if failed := int(metrics["failed"]):
+            allowed = self.training.skip_non_finite
+            raise refuse_batch(self.folder, self.stage, failed, self.data, allowed=allowed, ids=self.ids)
+
+    def _log(self) -> None:
+        if self.pending is None:
+            return
+        at, values = self.pending[0], jax.device_get(self.pending[1])
+        self._check(values)
+        now = time.perf_counter()
+        rate = (at - self.logged_step) * self.data.batch_size / (now - self.logged_at)
+        self.pending, self.logged_at, self.logged_step = None, now, at
+        # Without skipped batches there is nothing to say about them.
+        shown = {name: float(value) for name, value in values.items() if name != "failed"}
+        shown = {name: value for name, value in shown.items() if name != "skipped" or value}
+        self.writer.write(at, {**shown, "items_per_second": rate})
+        self.terminal.step(at, loss=shown["loss"], items_per_second=rate)
+
+    def _select(self, state: TrainState, step: int, loss: float) -> TrainState:
+        """Validates, and notes in the state whether this step is the best; of equal values the newest is kept."""
+        before, name = time.perf_counter(), self.program.score
+        scores = self.validate(local(state.params, self.mesh)) if self.validate else {}
+        value = float(agree(np.float32(scores[name]))) if self.validate else 0.0
+        if scores:
+            self.writer.write(step, {f"valid/{key}": value for key, value in scores.items()})
+        improved = value >= float(state.best)
+        scalars: dict[str, Any] = {"stale": np.int32(0 if improved else int(state.stale) + 1)}
+        if improved:
+            scalars |= {"best": np.float32(value), "best_step": np.int32(step)}
+        state = state.replace(**place(scalars, {name: getattr(self.shardings, name) for name in scalars}))
+        self.terminal.line(
+            f"epoch {step // self.data.steps_per_epoch:>3}  step {step:>6,}  loss {loss:.4f}"
+            + (f"  {name} {value:.4f}{'  best' if improved else ''}" if self.validate else "")
+        )
+        self.logged_at = time.perf_counter()
+        self.validation_seconds += self.logged_at - before
+        return state

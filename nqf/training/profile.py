@@ -20,17 +20,17 @@ class Profile:
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
-        self._folder, self._steps, self._running = folder, steps, False
+        self._folder, self.steps, self._running = folder, steps, False
 
     def before(self, done: int) -> None:
         """To be called before the step after `done` steps of this process."""
-        if self._steps and done == WARM_UP:
+        if self.steps and done == WARM_UP:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, done: int, metrics: Any) -> bool:
         """To be called after each step with what it returned; True where the trace has just been written."""
-        if self._running and done == WARM_UP + self._steps:
+        if self._running and done == WARM_UP + self.steps:
             jax.block_until_ready(metrics)
             self.close()
             return True

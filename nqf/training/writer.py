@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nqf.stages.artifacts import write_whole
+from nqf import files
 
 
 class Writer:
@@ -25,7 +25,7 @@ class Writer:
     Args:
       folder: Run folder.
       stage: Name of the stage.
-      resumed_step: Step that training goes on from; 0 for a fresh start.
+      resumed_step: Step that training resumes from; 0 for a fresh start.
       enabled: Whether anything is written; false in all but one of several processes.
     """
 
@@ -40,7 +40,7 @@ class Writer:
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _keeps(line, stage, resumed_step)]
-            write_whole(path, "".join(f"{line}\n" for line in kept))
+            files.write_text(path, "".join(f"{line}\n" for line in kept))
         # Unbuffered, so that nothing is left to fail when it is closed.
         self._path, self._file = path, open(path, "ab", buffering=0, opener=_not_through_links)
         self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=resumed_step + 1)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nqf.config import QFormerConfig
-from nqf.models.user_qformer import GAP_BUCKETS, History, UserQFormer, gap_bucket, recency_bucket
+from nqf.models.user_qformer import GAP_BUCKETS, UserQFormer, gap_bucket, recency_bucket
+from nqf.pipelines.batches import History
 
 SLOTS, PER_ITEM, WIDTH = 6, 2, 8
 

@@ -18,8 +18,9 @@ from nqf.config import (
     UserConfig,
 )
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.recommender import ItemTables, JointModel, PromptIds, ScoreHead
-from nqf.pipelines.histories import HistoryBatch, history_of_items
+from nqf.models.rank_model import JointModel, PromptIds, ScoreHead
+from nqf.pipelines.batches import HistoryBatch, ItemTables
+from nqf.pipelines.histories import history_of_items
 from nqf.stages.joint import make_joint_loss
 
 ITEMS, QUERIES, WIDTH, SLOTS, WORDS, BATCH = 10, 2, 8, 3, 2, 5

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nqf.config import LossConfig
-from nqf.pipelines.histories import HistoryBatch, history_of_items, number_by_rows
+from nqf.pipelines.batches import HistoryBatch
+from nqf.pipelines.histories import history_of_items, number_by_rows
 from nqf.stages.ranker import ranking_loss
 
 ITEMS, LEARNED, WIDTH, BATCH, POSITIONS = 12, 5, 8, 3, 4

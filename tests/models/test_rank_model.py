@@ -9,8 +9,8 @@ import pytest
 
 from nqf.config import Config, JointConfig, PromptConfig, QFormerConfig, UserConfig
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.recommender import ItemTables, JointModel, PromptIds
-from nqf.models.user_qformer import History
+from nqf.models.rank_model import JointModel, PromptIds
+from nqf.pipelines.batches import History, ItemTables
 from nqf.pipelines.histories import history_of_items
 
 ITEMS, QUERIES, WIDTH, SLOTS, WORDS = 9, 2, 16, 6, 3

@@ -1,4 +1,4 @@
-"""The recommender's heads: candidate tower, user vectors, and the Qwen3 that reads a prompt with injected tokens.
+"""The rank model: candidate tower, user vectors, and the Qwen3 that reads a prompt with injected tokens.
 
 User and item vectors are concatenations of a learned part and, if configured, the frozen text embedding, so that
 one inner product adds the learned cosine over the temperature and the frozen similarity under a learned scale.
@@ -9,6 +9,7 @@ I items, D width, V width of the learned part, T width of the text embedding, L 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -17,37 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from nqf.config import CandidatesConfig, Config
+from nqf.config import CandidatesConfig, PromptConfig, UserConfig
 from nqf.models.qwen3 import Qwen3, Qwen3Config
-from nqf.models.user_qformer import History, UserQFormer
+from nqf.models.user_qformer import UserQFormer
 from nqf.ops.losses import unit
-
-
-@struct.dataclass
-class ItemTables:
-    """What the user and joint stages know of items; rows are items.
-
-    Attributes:
-      tokens: Item query tokens, float [I, Q, E].
-      vectors: Item vectors of the Item Q-Former, float [I, E].
-      fields: Whitened field vectors beside each other, float [I, F]; F may be 0.
-      text: Frozen text embeddings, float [I, T]; zero rows where `has_text` is False.
-      has_text: bool [I].
-      trained: bool [I], whether the item is in a training event.
-      titles: Token ids of the titles, int32 [I, S], -1 in padding; S may be 0.
-    """
-
-    tokens: jax.Array
-    vectors: jax.Array
-    fields: jax.Array
-    text: jax.Array
-    has_text: jax.Array
-    trained: jax.Array
-    titles: jax.Array
-
-    def take(self, rows: jax.Array | np.ndarray) -> ItemTables:
-        """The tables of some rows, in that order."""
-        return jax.tree.map(lambda table: table[rows], self)
+from nqf.pipelines.batches import Array, History, ItemTables
 
 
 class CandidateTower(nn.Module):
@@ -159,15 +134,6 @@ class ScoreHead(nn.Module):
         return jnp.concatenate([user, gate_BxPx1 * recent("decay", text_BxNxT, has_text_BxN)], axis=-1)
 
 
-def item_side(config: Config, learned_RxV: jax.Array, tables: ItemTables) -> jax.Array:
-    """Item vectors that match `ScoreHead`'s user vectors, float32 [R, V (+ T)]."""
-    parts = [unit(learned_RxV)]
-    if config.candidates.frozen_similarity:
-        weight_R = jnp.where(tables.trained, 1.0, config.evaluation.new_item_weight)
-        parts.append(weight_R[:, None] * unit(tables.text))
-    return jnp.concatenate(parts, axis=-1)
-
-
 def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: jax.Array) -> jax.Array:
     """Tokens of the history's items, each beside the item's learned vector: float [B, N, Q, E + V]."""
     rows = jnp.maximum(items_BxN, 0)
@@ -176,59 +142,6 @@ def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: jax.Arra
     learned = learned_RxV[rows][:, :, None, :] * learned_RxV.shape[-1] ** 0.5
     learned = jnp.broadcast_to(learned, (*tokens.shape[:3], learned_RxV.shape[-1]))
     return jnp.concatenate([tokens.astype(learned.dtype), learned], axis=-1)
-
-
-class UserModel(nn.Module):
-    """The user stage: User Q-Former, next-token regression and ranking.
-
-    Attributes:
-      config: The run's configuration.
-      items: Number of catalogue items.
-      item_tokens: (Q, E), shape of an item's tokens.
-      dtype: Compute dtype.
-    """
-
-    config: Config
-    items: int
-    item_tokens: tuple[int, int]
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self) -> None:
-        user = self.config.user
-        self.tower = CandidateTower(config=self.config.candidates, items=self.items, dtype=self.dtype)
-        self.user_qformer = UserQFormer(
-            config=user.qformer, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
-        )
-        self.head = ScoreHead(config=self.config.candidates)
-        self.regression = nn.Dense(math.prod(self.item_tokens), dtype=self.dtype)
-
-    def item_vectors(self, tables: ItemTables, rows: jax.Array) -> jax.Array:
-        """Item side of the score, float32 [R, V (+ T)]."""
-        return item_side(self.config, self.tower(tables, rows), tables)
-
-    def __call__(
-        self, tables: ItemTables, rows: jax.Array, history: History, *, positions: int, deterministic: bool = True
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Encodes histories and items.
-
-        Args:
-          tables: Tables of R items; `history.items` index them.
-          rows: int32 [R], the items' rows in the catalogue, -1 for new items.
-          history: The batch.
-          positions: P, newest slots to encode.
-          deterministic: Whether dropout is off.
-
-        Returns:
-          User vectors float32 [B, P, V (+ T)], item vectors float32 [R, V (+ T)] and the predicted query tokens of
-          the next item, float [B, P, Q, E].
-        """
-        learned = self.tower(tables, rows, deterministic=deterministic)
-        inputs = _item_inputs(tables, learned, history.items)
-        tokens_BxPxUxD = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
-        pooled = tokens_BxPxUxD.reshape(*tokens_BxPxUxD.shape[:2], -1)
-        users = self.head(pooled, *history_vectors(tables, learned, history))
-        predicted = self.regression(pooled).reshape(*pooled.shape[:2], *self.item_tokens)
-        return users, item_side(self.config, learned, tables), predicted
 
 
 def history_vectors(
@@ -255,123 +168,171 @@ class PromptIds:
     end: jax.Array
 
 
-class JointModel(nn.Module):
-    """The joint stage: a Qwen3 reads instruction, item tokens and user tokens; its pooled state ranks items.
-
-    The prompt is a trunk, `instruction, (title, item tokens) x P`, and for each supervised position i a branch
-    `user tokens, end` that reads the trunk up to slot i and itself only. Each branch is thus computed exactly as if
-    the prompt ended there: one pass supervises every position, no position sees its target, and inference with one
-    branch gives the vectors that training gave.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """The language model that reads a history as a prompt.
 
     Attributes:
-      config: The run's configuration.
-      backbone: Configuration of the Qwen3.
+      qwen3: Its configuration.
+      prompt: What it reads.
+      pretrained: Whether its weights are not drawn at random.
+      reads_items: Whether it also makes the item vectors, of prompts of one item, in place of the candidate tower.
+      dropout: Dropout rate of the prompt's embeddings.
+    """
+
+    qwen3: Qwen3Config
+    prompt: PromptConfig
+    pretrained: bool
+    reads_items: bool
+    dropout: float
+
+
+class RankModel(nn.Module):
+    """Histories to user vectors and items to item vectors, whose inner product ranks.
+
+    Without a reader the user tokens themselves are the pooled state, and predict the next item's query tokens as well
+    (the user stage). With one (the joint stage), a Qwen3 reads instruction, item tokens and user tokens. The prompt is
+    a trunk, `instruction, (title, item tokens) x P`, and for each supervised position i a branch `user tokens, end`
+    that reads the trunk up to slot i and itself only. Each branch is thus computed exactly as if the prompt ended
+    there: one pass supervises every position, no position sees its target, and inference with one branch gives the
+    vectors that training gave.
+
+    Attributes:
+      tower_config: What an item is scored by.
+      user: The User Q-Former and what it reads.
       items: Number of catalogue items.
       item_tokens: (Q, E), shape of an item's tokens.
+      new_item_weight: Factor of the frozen similarity of items that training never saw.
+      reader: The language model; None for the user tokens alone.
       dtype: Compute dtype.
     """
 
-    config: Config
-    backbone: Qwen3Config
+    tower_config: CandidatesConfig
+    user: UserConfig
     items: int
     item_tokens: tuple[int, int]
+    new_item_weight: float
+    reader: Reader | None = None
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        user = self.config.user
-        self.tower = CandidateTower(config=self.config.candidates, items=self.items, dtype=self.dtype)
+        user, reader = self.user, self.reader
+        self.tower = CandidateTower(config=self.tower_config, items=self.items, dtype=self.dtype)
         self.user_qformer = UserQFormer(
             config=user.qformer, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
         )
-        self.qwen3 = Qwen3(self.backbone)
-        width = self.backbone.hidden_size
-        self.item_projection = nn.Dense(width, dtype=self.dtype)
-        self.user_projection = nn.Dense(width, dtype=self.dtype)
-        self.item_norm = nn.RMSNorm(dtype=self.dtype, scale_init=self._embedding_scale())
-        self.user_norm = nn.RMSNorm(dtype=self.dtype, scale_init=self._embedding_scale())
-        self.dropout = nn.Dropout(self.config.joint.backbone.dropout)
-        self.head = ScoreHead(config=self.config.candidates)
-        if self.config.joint.candidates == "qwen3":
-            self.candidate = nn.Dense(self.config.candidates.width)
-
-    def _embedding_scale(self) -> nn.initializers.Initializer:
+        self.head = ScoreHead(config=self.tower_config)
+        if reader is None:
+            self.regression = nn.Dense(math.prod(self.item_tokens), dtype=self.dtype)
+            return
+        self.qwen3 = Qwen3(reader.qwen3)
+        width = reader.qwen3.hidden_size
         # Injected tokens start at the size of word embeddings (Qwen3-Embedding's rows have an RMS near 0.03); a
         # projection of unit RMS would drown the words of a pretrained model.
-        return nn.initializers.constant(0.03 if self.config.joint.backbone.path else 1.0)
+        scale = nn.initializers.constant(0.03 if reader.pretrained else 1.0)
+        self.item_projection = nn.Dense(width, dtype=self.dtype)
+        self.user_projection = nn.Dense(width, dtype=self.dtype)
+        self.item_norm = nn.RMSNorm(dtype=self.dtype, scale_init=scale)
+        self.user_norm = nn.RMSNorm(dtype=self.dtype, scale_init=scale)
+        self.dropout = nn.Dropout(reader.dropout)
+        if reader.reads_items:
+            self.candidate = nn.Dense(self.tower_config.width)
 
-    def item_vectors(self, tables: ItemTables, rows: jax.Array, prompt: PromptIds) -> jax.Array:
+    def item_vectors(self, tables: ItemTables, rows: Array, prompt: PromptIds | None) -> jax.Array:
         """Item side of the score, float32 [R, V (+ T)]."""
         return self.candidates(tables, self.learned(tables, rows), prompt)
 
     def __call__(
         self,
         tables: ItemTables,
-        rows: jax.Array,
+        rows: Array,
         history: History,
-        prompt: PromptIds,
+        prompt: PromptIds | None,
         *,
         positions: int,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Encodes histories and items.
 
         Args:
           tables: Tables of R items; `history.items` index them.
           rows: int32 [R], the items' rows in the catalogue, -1 for new items.
           history: The batch.
-          prompt: Token ids of the prompt.
+          prompt: Token ids of the prompt; None without a reader.
           positions: Newest slots to encode: all slots of the prompt in training, 1 for inference.
           deterministic: Whether dropout is off.
 
         Returns:
-          User vectors float32 [B, P, V (+ T)] and item vectors float32 [R, V (+ T)].
+          User vectors float32 [B, P, V (+ T)], item vectors float32 [R, V (+ T)] and, without a reader, the predicted
+          query tokens of the next item, float [B, P, Q, E].
         """
         learned = self.learned(tables, rows, deterministic=deterministic)
-        items = self.candidates(tables, learned, prompt, deterministic=deterministic)
-        return self.users(tables, learned, history, prompt, positions=positions, deterministic=deterministic), items
+        pooled = self._pooled(tables, learned, history, prompt, positions, deterministic)
+        users, predicted = self.head(pooled, *history_vectors(tables, learned, history)), None
+        if self.reader is None:
+            predicted = self.regression(pooled).reshape(*pooled.shape[:2], *self.item_tokens)
+        return users, self.candidates(tables, learned, prompt, deterministic=deterministic), predicted
 
-    def learned(self, tables: ItemTables, rows: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def learned(self, tables: ItemTables, rows: Array, *, deterministic: bool = True) -> jax.Array:
         """The candidate tower's vectors, float [R, V], which also stand beside the items' tokens."""
         return self.tower(tables, rows, deterministic=deterministic)
 
     def candidates(
-        self, tables: ItemTables, learned_RxV: jax.Array, prompt: PromptIds, *, deterministic: bool = True
+        self, tables: ItemTables, learned_RxV: jax.Array, prompt: PromptIds | None, *, deterministic: bool = True
     ) -> jax.Array:
         """Item vectors, float32 [R, V (+ T)]: of the tower, or of what the Qwen3 makes of `title, item tokens, end`."""
-        if self.config.joint.candidates == "qwen3":
+        if prompt is not None and self.reader is not None and self.reader.reads_items:
             inputs = _item_inputs(tables, learned_RxV, jnp.arange(len(learned_RxV))[:, None])
             tokens = self.item_norm(self.item_projection(inputs))
             bare = prompt.replace(instruction=prompt.instruction[:0])
             valid = jnp.ones(tokens.shape[:2], bool)
             pooled = self._read(bare, tables.titles[:, None], tokens, valid, None, 1, deterministic)[:, 0]
             learned_RxV = self.candidate(pooled.astype(jnp.float32))
-        return item_side(self.config, learned_RxV, tables)
+        parts = [unit(learned_RxV)]
+        if self.tower_config.frozen_similarity:
+            weight_R = jnp.where(tables.trained, 1.0, self.new_item_weight)
+            parts.append(weight_R[:, None] * unit(tables.text))
+        return jnp.concatenate(parts, axis=-1)
 
     def users(
         self,
         tables: ItemTables,
         learned_RxV: jax.Array,
         history: History,
-        prompt: PromptIds,
+        prompt: PromptIds | None,
         *,
         positions: int,
         deterministic: bool = True,
     ) -> jax.Array:
         """User vectors, float32 [B, P, V (+ T)]; the arguments are those of a call, and `learned`'s result."""
-        inputs = _item_inputs(tables, learned_RxV, history.items)
-        slots = min(self.config.joint.prompt.history_items, history.items.shape[1])
-        positions = min(positions, slots)
+        pooled = self._pooled(tables, learned_RxV, history, prompt, positions, deterministic)
+        return self.head(pooled, *history_vectors(tables, learned_RxV, history))
 
+    def _pooled(
+        self,
+        tables: ItemTables,
+        learned_RxV: jax.Array,
+        history: History,
+        prompt: PromptIds | None,
+        positions: int,
+        deterministic: bool,
+    ) -> jax.Array:
+        """The state of every position that the score reads, float [B, P, D]."""
+        inputs = _item_inputs(tables, learned_RxV, history.items)
+        reader = self.reader
+        if reader is None or prompt is None:
+            tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
+            return tokens.reshape(*tokens.shape[:2], -1)
+        slots = min(reader.prompt.history_items, history.items.shape[1])
+        positions = min(positions, slots)
         user_tokens = None
-        if self.config.joint.prompt.user_tokens:
+        if reader.prompt.user_tokens:
             tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
             user_tokens = self.user_norm(self.user_projection(tokens))
         item_tokens = self.item_norm(self.item_projection(inputs[:, -slots:]))
         items_BxS = history.items[:, -slots:]
         titles = jnp.where((items_BxS >= 0)[..., None], tables.titles[jnp.maximum(items_BxS, 0)], -1)
-
-        pooled = self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
-        return self.head(pooled, *history_vectors(tables, learned_RxV, history))
+        return self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
 
     def _read(
         self,
@@ -429,7 +390,7 @@ class JointModel(nn.Module):
         # A token's position is the number of tokens it sees before itself, so padding and other branches do not
         # shift it.
         position_ids = jnp.maximum(start + jnp.sum(mask_BxLxL, axis=-1) - 1, 0).astype(jnp.int32)
-        pools_last = self.config.joint.prompt.pooling == "last"
+        pools_last = self.reader.prompt.pooling == "last"
         hidden = self.qwen3(
             inputs_embeds=embeds,
             position_ids=position_ids,
@@ -458,7 +419,7 @@ class JointModel(nn.Module):
         order_BxL = jnp.argsort(~valid_BxL, axis=1, stable=True)
         embeds = jnp.take_along_axis(embeds_BxLxD, order_BxL[..., None], axis=1)
         count_Bx1 = jnp.sum(valid_BxL, axis=1, keepdims=True)
-        if self.config.joint.prompt.pooling == "last":
+        if self.reader.prompt.pooling == "last":
             return self.qwen3(inputs_embeds=embeds, read_at=count_Bx1 - 1, deterministic=deterministic)
         hidden = self.qwen3(inputs_embeds=embeds, deterministic=deterministic)
         weights_BxL = (jnp.arange(hidden.shape[1])[None] < count_Bx1).astype(jnp.float32)

@@ -1,0 +1,48 @@
+"""Fields stage: reads and splits the tables, then encodes what the field cache lacks. Nothing is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nqf.data.load import prepare
+from nqf.fields.build import build
+from nqf.interop.encoders import encoder_factories
+from nqf.stages.run import Run
+from nqf.stages.stage import Stage
+from nqf.training.writer import Encoding
+
+
+def build_fields(run: Run) -> dict[str, Any]:
+    """Runs the stage; its record holds the sizes, the fields' modalities and widths, and the report on the data."""
+    dataset = prepare(run.config.data, run.folder / "data")
+    with Encoding(run.console) as encoding:
+        cache = build(
+            dataset.catalogue,
+            run.folder / "fields",
+            run.config.fields,
+            factories=encoder_factories(run.config.fields),
+            reviews=dataset.interactions.reviews,
+            progress=encoding.step,
+        )
+    for warning in (*dataset.split.warnings, *cache.warnings):
+        run.console.print(f"[yellow]warning[/yellow]  {warning}", highlight=False)
+    return {
+        "items": len(dataset.catalogue.item_ids),
+        "users": len(dataset.interactions.user_ids),
+        "interactions": len(dataset.interactions.items),
+        "fields": {name: {"modality": cache.modalities[name], "width": cache.widths[name]} for name in cache.names},
+        "data": dataset.report,
+    }
+
+
+FIELDS = Stage(
+    name="fields",
+    after=(),
+    reads=("data", "fields"),
+    model_folders=("fields.text_encoder", "fields.image_encoder"),
+    # The cache is content-addressed: it decides value by value what stays.
+    writes=(),
+    also=("data",),
+    checked=("data/*.*", "fields/manifest.json"),
+    make=build_fields,
+)
