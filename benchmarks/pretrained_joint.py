@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import ROOT, begin, product, target
@@ -69,11 +70,11 @@ def main() -> None:
 
     from nqf import export, train
     from nqf.interop.tensors import folder_digest
-    from nqf.stages import joint
+    from nqf.training import loop
 
     # Vectors are compared with those of another library.
     jax.config.update("jax_default_matmul_precision", "float32")
-    digests, fit = [], joint.fit
+    digests, fit = [], loop.fit
 
     def digest(tree: object) -> str:
         found = hashlib.sha256()
@@ -81,13 +82,16 @@ def main() -> None:
             found.update(np.ascontiguousarray(leaf))
         return found.hexdigest()
 
-    def watched(**arguments: object) -> object:
-        digests.append(digest(arguments["frozen"]["params"]["qwen3"]))
-        result = fit(**arguments)
-        digests.append(digest(arguments["frozen"]["params"]["qwen3"]))
+    def watched(program: Any, folder: Path, stage: str, **options: Any) -> object:
+        if stage != "joint":
+            return fit(program, folder, stage, **options)
+        qwen3 = program.frozen()["params"]["qwen3"]
+        digests.append(digest(qwen3))
+        result = fit(program, folder, stage, **options)
+        digests.append(digest(qwen3))
         return result
 
-    joint.fit = watched
+    loop.fit = watched
     with tempfile.TemporaryDirectory() as temporary:
         base, run, adapter = (Path(temporary) / name for name in ("base", "run", "adapter"))
         make(base, bench.options.layers, bench.options.seed)

@@ -10,17 +10,19 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nqf.config import Config, JointConfig, LossConfig, OptimConfig, PromptConfig, QFormerConfig, UserConfig
 from nqf.data.interactions import Interactions
 from nqf.data.splits import leave_one_out
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.rank_model import JointModel, PromptIds, UserModel
+from nqf.models.rank_model import PromptIds
 from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.datasets import TrainingData, history_dataset
 from nqf.pipelines.histories import EventFeatures, event_features, history_of_items, training_windows
-from nqf.stages.joint import make_joint_loss
+from nqf.stages.joint import make_joint_loss, reader_of
+from nqf.stages.rank import RankParts, rank_module
 from nqf.stages.user import make_user_loss
 from nqf.training.loop import make_state, make_train_step
 from nqf.training.optimizer import make_optimizer
@@ -161,7 +163,7 @@ def training(
 
     A backbone with adapters is frozen but for them, as a pretrained one. `abstract` gives shapes in place of arrays.
     """
-    items, slots = len(world.tables.has_text), config.user.max_history
+    slots = config.user.max_history
     some, rows = world.tables.take(np.zeros(1, np.int32)), np.zeros(1, np.int32)
     history = history_of_items(np.full((1, slots), -1, np.int32), 0)
     key = jax.random.key(config.seed)
@@ -169,22 +171,22 @@ def training(
         "tables": world.tables if on_device else None,
         "log_popularity": world.log_popularity,
     }
-    shape = {"items": items, "item_tokens": world.tables.tokens.shape[1:]}
 
-    def init(module: Any, *extra: Any) -> dict[str, Any]:
-        inputs = (some, rows, history, *extra)
+    def init(module: Any, prompt: Any) -> dict[str, Any]:
+        inputs = (some, rows, history, prompt)
         make = jax.jit(lambda *inputs: module.init(key, *inputs, positions=1))
         return dict(jax.eval_shape(make, *inputs) if abstract else make(*inputs))
 
     if stage == "user":
-        module = UserModel(config=config, **shape)
-        params, loss = init(module)["params"], make_user_loss(config, module)
+        module = rank_module(config, world.tables, jnp.float32)
+        params, loss = init(module, None)["params"], make_user_loss(config, module)
     else:
         backbone = backbone or small_backbone()
-        module = JointModel(config=config, backbone=backbone, dtype=backbone.dtype, **shape)
+        module = rank_module(config, world.tables, backbone.dtype, reader_of(config.joint, backbone))
+        parts = RankParts(module=module, tables=world.tables, max_history=slots)
         ids = np.arange(instruction, dtype=np.int32)
         prompt = PromptIds(instruction=ids, placeholder=np.int32(instruction), end=np.int32(instruction + 1))
-        params, loss = init(module, prompt), make_joint_loss(config, module, None)
+        params, loss = init(module, prompt), make_joint_loss(config, parts, None)
         frozen |= {"prompt": prompt, "params": {}}
         if backbone.lora_rank:
             params["params"] = dict(params["params"])

@@ -14,7 +14,7 @@ from nqf.cli import guard, terminal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
-    """Evaluates a run beside all baselines; writes eval/results.json, eval/per_user.parquet and the model card.
+    """Evaluates a run beside all baselines; writes results.json and per_user.parquet into eval/, and the model card.
 
     Attributes:
       run: Run folder.
@@ -24,7 +24,8 @@ class EvaluateArguments:
       keep_seen: Leave the user's past in the ranking, as some published numbers do.
       new_item_weight: In place of the configuration's `evaluation.new_item_weight`, to choose it on `--split valid`.
       cooccurrence_weight: The same of `evaluation.cooccurrence_weight`.
-      into: Folder inside the run for the results.
+      into: Folder inside the run for the results; by default `eval` for the test split, and a folder in it for another
+        split or protocol, seen items kept, or a trial of weights.
       sasrec: Also train and evaluate a SASRec, whatever the configuration says.
       debug: Show the traceback of an error.
     """
@@ -36,7 +37,7 @@ class EvaluateArguments:
     keep_seen: bool = False
     new_item_weight: float | None = None
     cooccurrence_weight: float | None = None
-    into: str = "eval"
+    into: str = ""
     sasrec: bool = False
     debug: bool = False
 
@@ -45,14 +46,15 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m nqf.evaluate")
     from nqf.evaluation.results import print_results
-    from nqf.stages.assess import assess
+    from nqf.stages.assess import assess, results_folder
     from nqf.stages.graph import lock_run
     from nqf.stages.run import open_run
     from nqf.tools.card import write_card
 
     console = terminal()
     run = open_run(options.run, console)
-    given = {name: getattr(options, name) for name in ("new_item_weight", "cooccurrence_weight")}
+    weights = ("new_item_weight", "cooccurrence_weight")
+    given = {name: getattr(options, name) for name in weights}
     given |= {"mask_seen": False if options.keep_seen else None}
     given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, **given))
@@ -60,8 +62,10 @@ def main(arguments: list[str]) -> None:
         config = dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, sasrec=True))
     run = dataclasses.replace(run, config=config)
     with lock_run(run.folder):
-        results = assess(run, split=options.split, protocol=options.protocol, ks=options.k, into=options.into)
-        if options.into == "eval":
+        trial = "-".join(f"{name.replace('_', '-')}-{given[name]:g}" for name in weights if name in given)
+        into = options.into or (f"eval/{options.split}-{trial}" if trial else "")
+        results = assess(run, split=options.split, protocol=options.protocol, ks=options.k, into=into)
+        if (into or results_folder(results)) == "eval":
             write_card(run, results)
         print_results(results, console)
 

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from nqf.stages import item as item_stage
-from nqf.stages import joint as joint_stage
-from nqf.stages import user as user_stage
+from nqf.stages.graph import stage_of
 from nqf.stages.run import open_run
-
-_STAGES = {
-    "item": (item_stage, item_stage.train_items),
-    "user": (user_stage, user_stage.train_users),
-    "joint": (joint_stage, joint_stage.train_joint),
-}
-
-
-class _Captured(Exception):
-    pass
 
 
 def arguments_of_fit(run: Path, stage: str) -> dict[str, Any]:
-    """The arguments with which a stage of a finished run calls `fit`."""
-    module, train = _STAGES[stage]
-    with mock.patch.object(module, "fit", side_effect=_Captured) as fit:
-        try:
-            train(open_run(run))
-        except _Captured:
-            pass
-    return fit.call_args.kwargs
+    """Loss, fresh parameters, frozen tree and data with which a stage of a finished run trains."""
+    program = stage_of(stage).program(open_run(run), False)
+    return {
+        "loss_fn": program.loss_fn,
+        "params": program.start(program.init()),
+        "frozen": program.frozen(),
+        "data": program.data(program.optim),
+        "optim": program.optim,
+    }

@@ -13,10 +13,10 @@ import yaml
 from nqf.ablate import load_study
 from nqf.config import ConfigError
 from nqf.serving.recommender import Recommender
-from nqf.stages.artifacts import StageError, read_artifact
 from nqf.stages.assess import assess
-from nqf.stages.joint import train_joint
+from nqf.stages.joint import joint_program
 from nqf.stages.run import open_run
+from nqf.stages.stage import StageError, read_artifact
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = {
@@ -58,7 +58,7 @@ def test_full_negatives_are_refused_where_they_cannot_be(tiny_run: Path, key: st
     value = dataclasses.replace(run.config.joint.mining, count=2) if value is None else value
     config = dataclasses.replace(run.config, joint=dataclasses.replace(run.config.joint, **{key: value}))
     with pytest.raises(StageError, match="negatives cannot be 'full'; set it to 'sampled' or 'in-batch'"):
-        train_joint(dataclasses.replace(run, config=config))
+        joint_program(dataclasses.replace(run, config=config))
 
 
 @pytest.mark.slow

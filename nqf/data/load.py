@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import yaml
 
+from nqf import files
 from nqf.config import DataConfig
 from nqf.data import amazon, recbole, splits, synthetic, unirec
 from nqf.data.catalogue import BAD, Catalogue, canonical, check_item_ids, vector_lengths
@@ -78,7 +79,7 @@ def prepare(config: DataConfig, directory: Path) -> Dataset:
     Raises:
       DataError: Tables, schema or options that cannot be used.
     """
-    directory = Path(directory).resolve()
+    directory = Path(os.path.abspath(directory))
     building = directory.with_name(f".{directory.name}-preparing")
     shutil.rmtree(building, ignore_errors=True)
     scratch, target = building / "scratch", building / "data"
@@ -87,8 +88,8 @@ def prepare(config: DataConfig, directory: Path) -> Dataset:
     try:
         _write(config, target, scratch, directory)
         if directory.exists():
-            os.replace(directory, building / "replaced")
-        os.replace(target, directory)
+            files.publish(directory, building / "replaced")
+        files.publish(target, directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return open_dataset(directory)

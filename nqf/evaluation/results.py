@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
+from nqf import files
 from nqf.config import EvaluationConfig
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases, Split
@@ -160,15 +161,10 @@ def model_ranks(frame: pl.DataFrame) -> dict[str, np.ndarray]:
 
 
 def write_results(results: Results, folder: Path, into: str = "eval") -> None:
-    """Writes eval/results.json and eval/per_user.parquet in a run folder, each atomically."""
-    target = folder / into
-    target.mkdir(parents=True, exist_ok=True)
-    temporary = target / "per_user.parquet.tmp"
-    results.frame.write_parquet(temporary)
-    os.replace(temporary, target / "per_user.parquet")
-    temporary = target / "results.json.tmp"
-    temporary.write_text(json.dumps(results.tree(), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, target / "results.json")
+    """Writes results.json and per_user.parquet into a folder of a run, each whole."""
+    with files.whole(folder / into / "per_user.parquet") as file:
+        results.frame.write_parquet(file)
+    files.write_text(folder / into / "results.json", json.dumps(results.tree(), indent=1) + "\n")
 
 
 def read_results(folder: Path, into: str = "eval") -> Results:

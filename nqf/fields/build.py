@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from nqf import files
 from nqf.config import FieldsConfig, to_tree
 from nqf.data.catalogue import Catalogue
 from nqf.data.schema import Field
@@ -33,7 +33,7 @@ from nqf.fields.cache import (
 )
 from nqf.fields.encoder import CacheError, EncoderFactory, FieldEncoder, light_encoder, load_encoder, make_encoder
 from nqf.fields.hashing import KEY_WORDS, group_keys, sample_rows, value_keys
-from nqf.fields.tables import TableWriter, checksum, publish, slug
+from nqf.fields.tables import TableWriter, publish, slug
 
 # Called with the table's name, the items done and all items.
 Progress = Callable[[str, int, int], None]
@@ -47,11 +47,13 @@ class _Source:
       field: The field, or one made up for candidates and reviews.
       count: Number of values, missing ones included.
       chunks: Reads the canonical column in order.
+      fitted: bool [count], the values that an encoder may be fitted on; None for all.
     """
 
     field: Field
     count: int
     chunks: Callable[[], Iterator[pl.Series]]
+    fitted: np.ndarray | None = None
 
     def pick(self, rows: np.ndarray) -> Iterator[tuple[int, pl.Series]]:
         """The values of some rows, ascending, in chunks, each with the number of rows that were read so far."""
@@ -73,6 +75,7 @@ def build(
     *,
     factories: Mapping[str, EncoderFactory] | None = None,
     reviews: Sequence[str | None] | None = None,
+    trained: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> FieldCache:
     """Writes or brings up to date the cache of a catalogue.
@@ -89,6 +92,8 @@ def build(
       config: Encoders, sizes and rows per chunk.
       factories: Modality to the factory of a pretrained encoder.
       reviews: Review text of every interaction, in their order.
+      trained: bool [interactions], the training events: a light encoder of reviews is fitted on theirs alone. Without
+        it, on all.
       progress: Called after each chunk.
     """
     directory = Path(directory)
@@ -108,7 +113,8 @@ def build(
             factories=factories or {},
             progress=progress or _silent,
         )
-        records = [builder.build(source, previous) for source in _sources(catalogue, config.chunk_rows, reviews)]
+        sources = _sources(catalogue, config.chunk_rows, reviews, trained)
+        records = [builder.build(source, previous) for source in sources]
         warnings += [line for record in records for line in _warn(record)]
         schema = catalogue.schema
         manifest = {
@@ -124,12 +130,7 @@ def build(
             "warnings": warnings,
         }
         manifest["sha256"] = manifest_hash(manifest)
-        path = Path(temporary) / "manifest.json"
-        with path.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path, directory / "manifest.json")
+        files.write_text(directory / "manifest.json", json.dumps(manifest, indent=1))
     _remove_unused(directory, records)
     return open_cache(directory, item_ids=catalogue.item_ids, factories=factories)
 
@@ -138,7 +139,9 @@ def _silent(name: str, done: int, total: int) -> None:
     pass
 
 
-def _sources(catalogue: Catalogue, rows: int, reviews: Sequence[str | None] | None) -> Iterator[_Source]:
+def _sources(
+    catalogue: Catalogue, rows: int, reviews: Sequence[str | None] | None, trained: np.ndarray | None
+) -> Iterator[_Source]:
     fields, items = catalogue.schema.fields, len(catalogue)
     for field in fields:
         yield _Source(
@@ -163,6 +166,7 @@ def _sources(catalogue: Catalogue, rows: int, reviews: Sequence[str | None] | No
                 pl.Series(REVIEW, reviews[start : start + rows], dtype=pl.String)
                 for start in range(0, len(reviews), rows)
             ),
+            fitted=trained,
         )
 
 
@@ -195,6 +199,8 @@ class _Builder:
             settings = light.settings(field, self.config)
             # The columns belong to it: a fit on other columns' values is another fit.
             recipe = {"kind": light.kind, "version": light.version, "columns": list(field.columns), **settings}
+            if source.fitted is not None:
+                recipe["fitted"] = hashlib.sha256(np.packbits(source.fitted).tobytes()).hexdigest()
         # As it reads in the manifest, where tuples are lists.
         recipe = json.loads(json.dumps(recipe))
         old = _reusable(previous, field.name, recipe)
@@ -214,16 +220,18 @@ class _Builder:
         if encoder is None and old:
             encoder = load_encoder(self.directory / old["encoder"]["folder"], field, self.config)
         elif encoder is None:
-            sample = present[sample_rows(keys, new, self.config.fit_sample)]
+            # Without an earlier table all values are new.
+            fit = np.arange(len(present)) if source.fitted is None else np.flatnonzero(source.fitted[present])
+            sample = present[fit[sample_rows(keys[fit], group_keys(keys[fit])[0], self.config.fit_sample)]]
             encoder = make_encoder(field, self.config, lambda: (chunk for _, chunk in source.pick(sample)))
 
         record = {"field": to_tree(field), "recipe": recipe, "count": source.count}
         kept = first[known & used]
         index = np.full(len(first), -1, np.int64)
         index[known & used] = np.arange(len(kept))
-        files = old["files"] if old else {}
+        tables = old["files"] if old else {}
         if len(new) or len(kept) < len(old_keys) or not old:
-            ok, files = self._write_values(source, encoder, old, kept, present[new], keys[new])
+            ok, tables = self._write_values(source, encoder, old, kept, present[new], keys[new])
             index[np.flatnonzero(~known)[ok]] = len(kept) + np.arange(np.sum(ok))
         item_index = index[group[len(old_keys) :]]
         record["unique"] = int(index.max(initial=-1)) + 1
@@ -236,8 +244,8 @@ class _Builder:
             np.save(path, rows)
             record["width"] = encoder.width
             record["files"] = {
-                "values": files["values"],
-                "keys": files["keys"],
+                "values": tables["values"],
+                "keys": tables["keys"],
                 "rows": publish(path, self.directory, f"tables/{slug(field.name)}-rows-{{hash}}.npy"),
             }
             record["encoder"] = old["encoder"] if old else self._save_encoder(encoder, field.name)
@@ -283,11 +291,11 @@ class _Builder:
         folder.mkdir()
         encoder.save(folder)
         paths = sorted(folder.iterdir())
-        content = hashlib.sha256("".join(checksum(path) for path in paths).encode()).hexdigest()
+        content = hashlib.sha256("".join(files.sha256(path) for path in paths).encode()).hexdigest()
         target = f"encoders/{slug(name)}-{content[:16]}"
-        files = [publish(path, self.directory, f"{target}/{path.name}") for path in paths]
+        written = [publish(path, self.directory, f"{target}/{path.name}") for path in paths]
         folder.rmdir()
-        return {"folder": target, "identity": encoder.identity, "files": files}
+        return {"folder": target, "identity": encoder.identity, "files": written}
 
 
 def _read_keys(source: _Source) -> tuple[np.ndarray, np.ndarray]:
@@ -315,7 +323,7 @@ def _warn(record: dict[str, Any]) -> Iterator[str]:
     if record["unreadable"]:
         yield f"field '{name}': {record['unreadable']} {modality} values could not be read and count as missing"
     if not record["unique"] and name not in (CANDIDATE, REVIEW):
-        yield f"field '{name}' is absent from every item and is left out; remove it from the schema or mend its column"
+        yield f"field '{name}' is absent from every item and is left out; remove it from the schema or fix its column"
 
 
 def _remove_unused(directory: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import mmap
-import os
 import re
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
+from nqf import files
 from nqf.data.errors import NPY_ERRORS
 from nqf.fields.encoder import CacheError
 
@@ -99,24 +98,16 @@ def publish(temporary: Path, root: Path, name: str) -> dict[str, Any]:
     Returns:
       Manifest record: `file` (relative to `root`), `bytes` and `sha256`.
     """
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    record = {"bytes": temporary.stat().st_size, "sha256": checksum(temporary)}
+    record = {"bytes": temporary.stat().st_size, "sha256": files.sha256(temporary)}
     name = name.replace("{hash}", record["sha256"][:16])
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary, root / name)
+    files.publish(temporary, root / name)
     return {"file": name, **record}
 
 
 def slug(name: str) -> str:
     """A field's name as part of a file name; distinct names may share one, as the content's hash follows it."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name)[:40]
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inside(root: Path, name: str) -> Path:
@@ -137,7 +128,7 @@ def check_file(root: Path, record: dict[str, Any], shape: tuple[int, ...] | None
       root: Folder of the cache.
       record: As `publish` returned.
       shape: Shape of the .npy array that it must be; None for other files.
-      verify: Also read the whole file and compare its checksum.
+      verify: Also compare its checksum, for which a version of the file is read once.
 
     Raises:
       CacheError: With the reason.
@@ -155,5 +146,5 @@ def check_file(root: Path, record: dict[str, Any], shape: tuple[int, ...] | None
             raise CacheError(f"{path}: altered, no readable .npy header ({error}); delete the cache") from error
         if found != shape:
             raise CacheError(f"{path}: altered, shape {found}, expected {shape}; delete the cache")
-    if verify and checksum(path) != record["sha256"]:
+    if verify and files.sha256(path) != record["sha256"]:
         raise CacheError(f"{path}: altered, its checksum differs from the manifest's; delete the cache")

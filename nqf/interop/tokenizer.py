@@ -6,11 +6,11 @@ The only module that imports tokenizers and transformers, and only where they ar
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nqf import files
 from nqf.interop.tensors import read_json, resolve_folder
 
 # What Qwen tokenizers split text by before the byte-level BPE (tokenizer.json of any Qwen3).
@@ -124,8 +124,7 @@ class Tokenizer:
         text = json.dumps(self._settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         # Last, and at once: its presence says that the folder is complete.
-        self._backend.save(str(folder / "tokenizer.tmp"))
-        os.replace(folder / "tokenizer.tmp", folder / "tokenizer.json")
+        files.write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

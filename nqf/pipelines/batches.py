@@ -99,7 +99,7 @@ class PairBatch:
     Attributes:
       anchors: int32 [B], item t of a user.
       positives: int32 [B], item t + 1 of the same user.
-      negatives: int32 [B], items that the user never met.
+      negatives: int32 [B], items that the user met in no training event.
       catalogue: int32 [B], items drawn evenly from those that may be trained on.
       known: bool [B, B], True where `positives` of column j is among the items of row i's user.
       values: Field name to float [B, 4, W], gathered for the four lists in that order; None on-device.

@@ -20,7 +20,7 @@ class PairSource:
       anchors: int32 [pairs].
       positives: int32 [pairs].
       trainable: int32, items that may be trained on.
-      owned: int64, sorted `user * items + item` of every interaction of any split: what a negative must not be.
+      owned: int64, sorted `user * items + item` of every training event: what a negative must not be.
       items: Number of catalogue items.
     """
 
@@ -32,13 +32,13 @@ class PairSource:
     items: int
 
     def owns(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether each user has an interaction with each item; broadcasts."""
+        """Whether each user has a training event with each item; broadcasts."""
         keys = users.astype(np.int64) * self.items + items
         at = np.minimum(np.searchsorted(self.owned, keys), len(self.owned) - 1)
         return self.owned[at] == keys
 
     def owns_each(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether each user has an interaction with each item, bool [users, items].
+        """Whether each user has a training event with each item, bool [users, items].
 
         It looks up what the users own among the items, which is far less than users times items.
         """
@@ -61,8 +61,8 @@ def pair_source(interactions: Interactions, split: Split, items: int, held_out: 
 
     Args:
       interactions: All interactions.
-      split: Only its training events make pairs. Negatives avoid the user's whole past and future, which leaks
-        nothing: it only removes false negatives.
+      split: Only its training events make pairs, and only they are spared as negatives: to spare a held-out item would
+        tell that it is one.
       items: Number of catalogue items.
       held_out: bool [items]; these and items without a training event are never trained on.
     """
@@ -77,7 +77,7 @@ def pair_source(interactions: Interactions, split: Split, items: int, held_out: 
         anchors=anchors[keep],
         positives=positives[keep],
         trainable=np.flatnonzero(allowed).astype(np.int32),
-        owned=np.unique(users * items + interactions.items),
+        owned=np.unique(users[order] * items + interactions.items[order]),
         items=items,
     )
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from nqf import files
 from nqf.data.catalogue import Catalogue, canonical_items
 from nqf.data.errors import DataError
 from nqf.fields.cache import FieldCache, encode_items
@@ -108,12 +107,7 @@ def write_overlay(directory: Path, overlay: Overlay, cache: FieldCache) -> None:
             "encoders": _encoders(cache),
             "removed": sorted(overlay.removed),
         }
-        path = Path(temporary) / "items.json"
-        with path.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path, directory / "items.json")
+        files.write_text(directory / "items.json", json.dumps(manifest, indent=1))
     current = {file["file"] for file in manifest["files"].values()}
     for path in [*directory.glob("rows-*"), *directory.glob("encoded-*")]:
         if path.name not in current:
@@ -126,10 +120,7 @@ def write_overlay(directory: Path, overlay: Overlay, cache: FieldCache) -> None:
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Keeps other processes from changing the overlay between reading and writing it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    # The kernel drops the lock with the process, so a killed one leaves nothing behind.
-    with (directory / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with files.locked(directory, wait=True):
         yield
 
 

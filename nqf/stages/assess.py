@@ -16,6 +16,7 @@ from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
 from nqf.stages.artifacts import status
+from nqf.stages.folder import claim
 from nqf.stages.graph import JOINT, SASREC, USER, run_stage
 from nqf.stages.run import Run
 from nqf.stages.stage import Stage, StageError
@@ -27,20 +28,23 @@ def assess(
     split: Literal["valid", "test"] = "test",
     protocol: Protocol = "full",
     ks: tuple[int, ...] = (),
-    into: str = "eval",
+    into: str = "",
 ) -> Results:
-    """Evaluates what the run has trained beside all baselines; writes eval/.
+    """Evaluates what the run has trained beside all baselines, and writes the results.
 
     Args:
       run: The run; stages that are missing or stale are left out of the table.
       split: Which cases. Select on `valid`; open `test` once.
       protocol: `full` catalogue, or the reference's `legacy` candidates.
       ks: Cut-offs; by default those of the configuration.
-      into: Folder inside the run for the results.
+      into: Folder inside the run for the results; by default `eval` for the test split in full, which the model card
+        and the report show, and a folder in it for anything else.
 
     Raises:
-      StageError: The run has no fields stage to evaluate on, or it was trained on the cases.
+      StageError: The run has no fields stage to evaluate on, it was trained on the cases, or `into` leads out of it.
     """
+    if into and (Path(into).is_absolute() or ".." in Path(into).parts):
+        raise StageError(f"--into {into}: outside of the run folder")
     config, dataset = run.config, run.dataset
     if split == "valid" and config.data.refit:
         raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
@@ -74,8 +78,17 @@ def assess(
         protocol=protocol,
         command=command_line(),
     )
+    into = into or results_folder(results)
+    claim(run.folder, Path(into).parts[0])
     write_results(results, run.folder, into)
     return results
+
+
+def results_folder(results: Results) -> str:
+    """Where results belong by split, protocol and mask, so that none overwrites those of another kind."""
+    kind = [results.split, *([results.protocol] if results.protocol != "full" else [])]
+    kind += [] if results.mask_seen else ["keep-seen"]
+    return "eval" if kind == ["test"] else f"eval/{'-'.join(kind)}"
 
 
 def trained_vectors(run: Run, cases: Cases) -> dict[str, tuple[np.ndarray, np.ndarray]]:

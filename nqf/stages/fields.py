@@ -22,6 +22,7 @@ def build_fields(run: Run) -> dict[str, Any]:
             run.config.fields,
             factories=encoder_factories(run.config.fields),
             reviews=dataset.interactions.reviews,
+            trained=dataset.split.train,
             progress=encoding.step,
         )
     for warning in (*dataset.split.warnings, *cache.warnings):

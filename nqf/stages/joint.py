@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqf.config import BackboneConfig, Config
+from nqf.config import BackboneConfig, Config, JointConfig
 from nqf.data.splits import Cases
 from nqf.interop.huggingface import check_embedding, load_qwen3
 from nqf.interop.tensors import read_json, resolve_folder
@@ -127,16 +127,10 @@ def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False) -> R
     else:
         tokens = "joint/tokens" if trained and stage.train_item_qformer else "tokens"
         tables = run.tables(run.folder / tokens, titles=title_ids(run, tokenizer))
+    reader = reader_of(stage, qwen3)
     prompts = run.config.evaluation.batch_size * stage.prompt.history_items
-    reader = Reader(
-        qwen3=qwen3,
-        prompt=stage.prompt,
-        pretrained=bool(backbone.path),
-        reads_items=stage.candidates == "qwen3",
-        dropout=backbone.dropout,
-    )
     return RankParts(
-        module=rank_module(run, tables, reader),
+        module=rank_module(run.config, tables, dtype, reader),
         tables=tables,
         frozen=frozen,
         prompt=prompt_ids(run.config, tokenizer),
@@ -144,6 +138,17 @@ def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False) -> R
         max_history=run.config.user.max_history,
         # Where the Qwen3 reads items, about as many tokens at a time as in a batch of users.
         item_chunk=min(ITEM_CHUNK, prompts) if reader.reads_items else ITEM_CHUNK,
+    )
+
+
+def reader_of(stage: JointConfig, qwen3: Qwen3Config) -> Reader:
+    """How the joint stage's rank model reads with a Qwen3."""
+    return Reader(
+        qwen3=qwen3,
+        prompt=stage.prompt,
+        pretrained=bool(stage.backbone.path),
+        reads_items=stage.candidates == "qwen3",
+        dropout=stage.backbone.dropout,
     )
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from nqf.config import LossConfig, OptimConfig
+from nqf.config import Config, LossConfig, OptimConfig
 from nqf.data.splits import Cases
 from nqf.evaluation.metrics import summarize
 from nqf.evaluation.ranking import rank_vectors
@@ -81,9 +82,8 @@ def case_vectors(run: Run, ranker: Ranker, variables: Any, cases: Cases) -> tupl
     return users, ranker.item_vectors(variables)
 
 
-def rank_module(run: Run, tables: ItemTables, reader: Reader | None = None) -> RankModel:
-    """The rank model that fits some item tables."""
-    config = run.config
+def rank_module(config: Config, tables: ItemTables, dtype: jnp.dtype, reader: Reader | None = None) -> RankModel:
+    """The rank model of a configuration that fits some item tables."""
     return RankModel(
         tower_config=config.candidates,
         user=config.user,
@@ -91,7 +91,7 @@ def rank_module(run: Run, tables: ItemTables, reader: Reader | None = None) -> R
         item_tokens=(int(tables.tokens.shape[1]), int(tables.tokens.shape[2])),
         new_item_weight=config.evaluation.new_item_weight,
         reader=reader,
-        dtype=run.dtype,
+        dtype=dtype,
     )
 
 

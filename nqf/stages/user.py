@@ -34,7 +34,9 @@ from nqf.training.program import LossFn, Program
 def user_parts(run: Run, abstract: bool = False) -> RankParts:
     """The rank model without a language model."""
     tables = run.abstract_tables() if abstract else run.tables(run.folder / "tokens")
-    return RankParts(module=rank_module(run, tables), tables=tables, max_history=run.config.user.max_history)
+    return RankParts(
+        module=rank_module(run.config, tables, run.dtype), tables=tables, max_history=run.config.user.max_history
+    )
 
 
 def init_user(run: Run, parts: RankParts) -> Any:

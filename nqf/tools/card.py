@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import os
-
+from nqf import files
 from nqf.config import to_tree
 from nqf.evaluation.results import Results, markdown_table
 from nqf.stages.artifacts import differences, read_artifact
+from nqf.stages.folder import claim, owned
 from nqf.stages.graph import NAMES
 from nqf.stages.run import Run
 
 
 def write_card(run: Run, results: Results) -> None:
-    """Writes README.md in the run folder, atomically."""
-    temporary = run.folder / "README.tmp"
-    temporary.write_text(_card(run, results), encoding="utf-8")
-    os.replace(temporary, run.folder / "README.md")
+    """Writes README.md in the run folder; where somebody wrote one of their own, `eval/card.md`."""
+    path = run.folder / "README.md"
+    if path.exists() and path.name not in owned(run.folder):
+        path = run.folder / "eval" / "card.md"
+        run.console.print(f"README.md is not nqf's and stays; the model card is {path}", highlight=False, markup=False)
+    else:
+        claim(run.folder, path.name)
+    files.write_text(path, _card(run, results))
 
 
 def _card(run: Run, results: Results) -> str:

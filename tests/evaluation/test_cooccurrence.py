@@ -17,7 +17,7 @@ from nqf.evaluation.results import model_ranks
 from nqf.pipelines.histories import newest as newest_events
 from nqf.report import _users
 from nqf.serving.recommender import Recommender
-from nqf.stages.assess import assess, trained_scorers
+from nqf.stages.assess import assess, trained_vectors
 from nqf.stages.run import open_run
 
 
@@ -132,7 +132,7 @@ def test_evaluation_has_both_scores_and_the_report_the_first(counting_run: Path)
     results = assess(run, into="trial")
     assert list(results.models)[:3] == ["joint", "joint_vectors", "user"] and "sasrec_cooccurrence" in results.models
     interactions, split = run.dataset.interactions, run.dataset.split
-    users, items = trained_scorers(run, split.test)["joint"]
+    users, items = trained_vectors(run, split.test)["joint"]
     # Test targets count for nothing.
     counted = np.ones(len(interactions.items), bool)
     counted[split.test.cuts] = False

@@ -9,9 +9,11 @@ import pytest
 
 from nqf.config import Config, JointConfig, PromptConfig, QFormerConfig, UserConfig
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.rank_model import JointModel, PromptIds
+from nqf.models.rank_model import PromptIds, RankModel
 from nqf.pipelines.batches import History, ItemTables
 from nqf.pipelines.histories import history_of_items
+from nqf.stages.joint import reader_of
+from nqf.stages.rank import rank_module
 
 ITEMS, QUERIES, WIDTH, SLOTS, WORDS = 9, 2, 16, 6, 3
 QWEN3 = Qwen3Config(
@@ -27,9 +29,9 @@ PROMPT = PromptIds(instruction=jnp.array([4, 5, 6]), placeholder=jnp.array(49), 
 QFORMER = QFormerConfig(width=WIDTH, layers=1, heads=2, mlp_width=32, queries=2)
 
 
-def model_of(prompt: PromptConfig) -> JointModel:
+def model_of(prompt: PromptConfig) -> RankModel:
     config = Config(user=UserConfig(qformer=QFORMER), joint=JointConfig(prompt=prompt))
-    return JointModel(config=config, backbone=QWEN3, items=ITEMS, item_tokens=(QUERIES, WIDTH))
+    return rank_module(config, tables(), jnp.float32, reader_of(config.joint, QWEN3))
 
 
 def tables() -> ItemTables:
@@ -62,12 +64,12 @@ def test_a_branch_is_the_prompt_that_ends_there(pooling, user_tokens, words):
     items = dataclasses.replace(tables(), titles=tables().titles[:, :words])
     params = model.init(jax.random.key(0), items, rows, batch, PROMPT, positions=1)["params"]
     apply = jax.jit(model.apply, static_argnames="positions")
-    together, _ = apply({"params": params}, items, rows, batch, PROMPT, positions=SLOTS)
+    together, *_ = apply({"params": params}, items, rows, batch, PROMPT, positions=SLOTS)
     for slot in (3, SLOTS - 1):
         # The history up to the slot, its padding before it, and ages that count from its newest slot.
         part = jax.tree.map(lambda x, n=slot + 1: x[:, :n], batch)
         part = part.replace(age=np.where(part.age >= 0, part.age - part.age[:, -1:], -1))
-        alone, _ = apply({"params": params}, items, rows, part, PROMPT, positions=1)
+        alone, *_ = apply({"params": params}, items, rows, part, PROMPT, positions=1)
         there = batch.items[:, slot] >= 0
         np.testing.assert_allclose(alone[there, 0], together[there, slot], atol=2e-5)
 
@@ -76,7 +78,7 @@ def test_padding_before_a_history_changes_nothing():
     model, rows, batch = model_of(PromptConfig(history_items=SLOTS)), np.arange(ITEMS, dtype=np.int32), history()
     items = dataclasses.replace(tables(), titles=tables().titles[:, :0])
     params = model.init(jax.random.key(0), items, rows, batch, PROMPT, positions=1)["params"]
-    padded, _ = model.apply({"params": params}, items, rows, batch, PROMPT, positions=1)
+    padded, *_ = model.apply({"params": params}, items, rows, batch, PROMPT, positions=1)
     short = jax.tree.map(lambda x: x[:1, 2:], batch)
     np.testing.assert_allclose(
         model.apply({"params": params}, items, rows, short, PROMPT, positions=1)[0], padded[:1], atol=1e-5
@@ -87,7 +89,7 @@ def test_an_item_that_training_never_saw_is_scored_by_its_content():
     model, rows = model_of(PromptConfig(history_items=SLOTS)), np.arange(ITEMS, dtype=np.int32)
     items = tables()
     params = model.init(jax.random.key(0), items, rows, history(), PROMPT, positions=1)["params"]
-    width, weight = model.config.candidates.width, model.config.evaluation.new_item_weight
+    width, weight = model.tower_config.width, model.new_item_weight
     assert weight != 1
 
     def vectors(items: ItemTables, rows: np.ndarray) -> np.ndarray:

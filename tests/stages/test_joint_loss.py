@@ -1,6 +1,7 @@
 """The joint stage's loss: micro-batches give its gradient, and a tied Qwen3 may stand in for the candidate tower."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from nqf.config import (
     UserConfig,
 )
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.rank_model import JointModel, PromptIds, ScoreHead
+from nqf.models.rank_model import PromptIds, RankModel, ScoreHead
 from nqf.pipelines.batches import HistoryBatch, ItemTables
 from nqf.pipelines.histories import history_of_items
-from nqf.stages.joint import make_joint_loss
+from nqf.stages.joint import make_joint_loss, reader_of
+from nqf.stages.rank import RankParts, rank_module
 
 ITEMS, QUERIES, WIDTH, SLOTS, WORDS, BATCH = 10, 2, 8, 3, 2, 5
 QWEN3 = Qwen3Config(
@@ -72,15 +74,19 @@ def config_of(candidates: str, micro_batch: int, width: int = 12) -> Config:
     )
 
 
-def model_of(config: Config) -> JointModel:
-    return JointModel(config=config, backbone=QWEN3, items=ITEMS, item_tokens=(QUERIES, WIDTH))
+def model_of(config: Config) -> RankModel:
+    return rank_module(config, TABLES, jnp.float32, reader_of(config.joint, QWEN3))
+
+
+def loss_of(config: Config) -> Callable:
+    return make_joint_loss(config, RankParts(module=model_of(config), tables=TABLES, max_history=SLOTS), None)
 
 
 def inputs() -> tuple:
     return TABLES, ROWS, jax.tree.map(jnp.asarray, history_of_items(SEQUENCES[:, :-1], 0)), PROMPT
 
 
-def params_of(model: JointModel) -> dict:
+def params_of(model: RankModel) -> dict:
     return jax.jit(lambda: model.init(jax.random.key(0), *inputs(), positions=1))()["params"]
 
 
@@ -99,7 +105,7 @@ def test_micro_batches_give_the_gradient_of_the_batch() -> None:
 
     def gradient(micro_batch: int) -> tuple:
         config = config_of("qwen3", micro_batch)
-        loss = make_joint_loss(config, model_of(config), None)
+        loss = loss_of(config)
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, frozen, batch, jax.random.key(2))
 
     expected = gradient(0)

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from nqf.stages.artifacts import StageError
 from nqf.stages.plan import Plan, program_of
 from nqf.stages.run import open_run
+from nqf.stages.stage import StageError
 
 PLAN = Plan(
     stage="item",

@@ -29,7 +29,9 @@ from nqf.models.qwen3 import Qwen3  # noqa: E402
 from nqf.serving.recommender import Recommender  # noqa: E402
 from nqf.stages import joint as joint_stage  # noqa: E402
 from nqf.stages.run import open_run  # noqa: E402
+from nqf.training import loop  # noqa: E402
 from nqf.training.checkpoint import restore_params  # noqa: E402
+from nqf.training.program import Program  # noqa: E402
 
 pytestmark = pytest.mark.slow
 OPTIONS = {
@@ -71,18 +73,19 @@ def train_on(base: Path, tiny_run: Path, run: Path, **options: Any) -> dict[str,
     """Runs the joint stage on a copy of a finished run; returns the base's bits before and after training."""
     shutil.copytree(tiny_run, run)
     bits = {}
-    fit = joint_stage.fit
+    fit = loop.fit
 
-    def watched(**arguments: Any) -> Any:
-        bits["before"] = [np.asarray(x).tobytes() for x in jax.tree.leaves(arguments["frozen"]["params"]["qwen3"])]
-        result = fit(**arguments)
-        bits["after"] = [np.asarray(x).tobytes() for x in jax.tree.leaves(arguments["frozen"]["params"]["qwen3"])]
+    def watched(program: Program, *arguments: Any, **options: Any) -> Any:
+        qwen3 = program.frozen()["params"]["qwen3"]
+        bits["before"] = [np.asarray(x).tobytes() for x in jax.tree.leaves(qwen3)]
+        result = fit(program, *arguments, **options)
+        bits["after"] = [np.asarray(x).tobytes() for x in jax.tree.leaves(qwen3)]
         return result
 
     options = OPTIONS | {"joint.backbone.path": base} | options
     arguments = [part for name, value in options.items() for part in (f"--{name}", *str(value).split())]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joint_stage, "fit", watched)
+        patch.setattr(loop, "fit", watched)
         train.main(["--run", str(run), "--stage", "joint", *arguments])
     return bits
 
@@ -120,7 +123,7 @@ def test_adapters_learn_and_the_base_does_not(trained: tuple[Path, dict, str], b
     assert bits["before"] == [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load_qwen3(base)[1])]
     # Nothing of the base is in the checkpoint; all of the adapters is, and B has left zero everywhere.
     opened = open_run(run)
-    joint = joint_stage.build_joint(opened, run / "tokens")
+    joint = joint_stage.joint_parts(opened)
     shapes = jax.eval_shape(lambda: joint_stage.init_joint(opened, joint))
     assert "qwen3" not in shapes["params"] and set(shapes["lora"]) == {"qwen3"}
     step = json.loads((run / "joint" / "stage.json").read_text())["result"]["best_step"]
@@ -211,7 +214,7 @@ def test_item_qformer_learns_on_beside_a_pretrained_backbone(base: Path, tiny_ru
     bits = train_on(base, tiny_run, tmp_path / "run", **options)
     assert bits["before"] == bits["after"]
     run = open_run(tmp_path / "run")
-    start, (_, learned) = joint_stage.load_items(run)[1], joint_stage.load_joint(run)[3]
+    start, (_, learned) = joint_stage.load_items(run)[1], joint_stage.load_joint(run).load_item_qformer()
     moved = jax.tree.map(lambda old, new: float(np.abs(old - new).max()), start, learned)
     assert max(jax.tree.leaves(moved)) > 1e-4
     # What ranks are the tokens of the Item Q-Former that learned on.

@@ -11,7 +11,7 @@ import pytest
 from nqf.config import LossConfig
 from nqf.pipelines.batches import HistoryBatch
 from nqf.pipelines.histories import history_of_items, number_by_rows
-from nqf.stages.ranker import ranking_loss
+from nqf.stages.ranking_loss import ranking_loss
 
 ITEMS, LEARNED, WIDTH, BATCH, POSITIONS = 12, 5, 8, 3, 4
 RNG = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import grain
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from nqf.training import loop
 from nqf.training.checkpoint import CheckpointError, restore_params
 from nqf.training.guard import NonFiniteError
 from nqf.training.loop import FitResult, fit, make_state, make_train_step
+from nqf.training.program import Program
 from nqf.training.stop import Stopped
 
 BATCH, EPOCHS, PER_EPOCH = 4, 3, 30
@@ -104,20 +106,24 @@ def run_fit(
         at_validation(count)
         return {"score": -float(jnp.sum(jnp.abs(params["dense"]["kernel"]))) if score is None else score(count)}
 
-    return fit(
-        folder=folder,
-        stage="toy",
-        data=data,
-        optim=OptimConfig(batch_size=BATCH, epochs=EPOCHS, learning_rate=0.05),
-        training=TrainingConfig(**training),
-        params=PARAMS,
-        frozen={"target": np.float32(2.0)},
+    program = Program(
+        module=nn.Dense(2),
+        init=lambda: PARAMS,
+        frozen=lambda: {"target": np.float32(2.0)},
+        variables=lambda params: {"params": params},
         loss_fn=loss_fn,
-        validate=validate if select else None,
-        score="score",
+        data=lambda optim: data,
+        optim=OptimConfig(batch_size=BATCH, epochs=EPOCHS, learning_rate=0.05),
         seed=0,
-        console=Console(quiet=True),
+        validate=lambda: validate if select else None,
+        score="score",
+        report=lambda params, metrics: {},
     )
+    return fit(program, folder, "toy", training=TrainingConfig(**training), console=Console(quiet=True), ids=ids_of)
+
+
+def ids_of(users: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
+    return {"user_ids": np.array([f"u{user}" for user in users]), "item_ids": np.array([f"i{item}" for item in items])}
 
 
 def test_without_a_selection_the_newest_parameters_are_kept(tmp_path: Path) -> None:
