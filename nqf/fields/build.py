@@ -31,8 +31,9 @@ from nqf.fields.cache import (
     manifest_hash,
     open_cache,
 )
-from nqf.fields.encoder import CacheError, EncoderFactory, FieldEncoder, light_encoder, load_encoder, make_encoder
+from nqf.fields.encoder import CacheError, EncoderFactory, FieldEncoder
 from nqf.fields.hashing import KEY_WORDS, group_keys, sample_rows, value_keys
+from nqf.fields.registry import light_encoder, load_encoder, make_encoder
 from nqf.fields.tables import TableWriter, publish, slug
 
 # Called with the table's name, the items done and all items.

@@ -24,8 +24,9 @@ import polars as pl
 from nqf.config import FieldsConfig, from_tree
 from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS
 from nqf.data.schema import Field
-from nqf.fields.encoder import CacheError, EncoderFactory, FieldEncoder, LightEncoder, load_encoder
+from nqf.fields.encoder import CacheError, EncoderFactory, FieldEncoder, LightEncoder
 from nqf.fields.hashing import present_values
+from nqf.fields.registry import load_encoder
 from nqf.fields.tables import FieldTable, check_file, inside, open_table
 
 FORMAT = "nqf-fields"

@@ -19,8 +19,9 @@ from nqf.config import FieldsConfig
 from nqf.data.schema import Field
 from nqf.fields import image
 from nqf.fields.category import gaussian_vectors
-from nqf.fields.encoder import CacheError, light_encoder, load_encoder
+from nqf.fields.encoder import CacheError
 from nqf.fields.number import NumberEncoder
+from nqf.fields.registry import light_encoder, load_encoder
 from nqf.fields.text import truncated_svd
 from nqf.fields.time import DAY, calendar_phases
 
