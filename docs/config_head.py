@@ -10,7 +10,8 @@ import textwrap
 from pathlib import Path
 
 from nqf.config import load_config
-from nqf.stages.artifacts import STAGES, read_artifact
+from nqf.stages.artifacts import STAGES
+from nqf.stages.records import read_artifact
 
 
 def main(config: str, run: str) -> None:

@@ -124,8 +124,8 @@ def row_of(variant: Variant) -> dict[str, Any]:
     """What is kept of a finished run."""
     from nqf.evaluation.metrics import paired_difference
     from nqf.evaluation.results import model_ranks, read_results
-    from nqf.stages.artifacts import read_artifact
     from nqf.stages.graph import NAMES
+    from nqf.stages.records import read_artifact
 
     artifacts = {name: read_artifact(variant.folder, name) for name in NAMES}
     results, unmasked = read_results(variant.folder), read_results(variant.folder, "eval/test-keep-seen")

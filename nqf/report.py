@@ -71,8 +71,9 @@ def make_page(run: Run, *, users: int = 6) -> str:
 
     from nqf.config import to_tree
     from nqf.evaluation.results import read_results
-    from nqf.stages.artifacts import differences, read_artifact
+    from nqf.stages.artifacts import differences
     from nqf.stages.graph import NAMES
+    from nqf.stages.records import read_artifact
     from nqf.tools.report.page import Report, render
 
     results = read_results(run.folder)

@@ -15,8 +15,8 @@ from nqf.config import ConfigError
 from nqf.serving.recommender import Recommender
 from nqf.stages.assess import assess
 from nqf.stages.joint import joint_program
+from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import open_run
-from nqf.stages.stage import StageError, read_artifact
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = {

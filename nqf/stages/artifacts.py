@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -17,30 +16,17 @@ import polars as pl
 from nqf import __version__, files
 from nqf.config import Config, to_tree
 from nqf.data.schema import load_schema
-from nqf.stages.stage import Stage, StageError
+from nqf.stages.records import RECORD, StageError, check_files, fingerprint, read_artifact, read_record
+from nqf.stages.stage import Stage
 from nqf.training.checkpoint import restore_params
 
 CODE_FORMAT = 4
 """Version of what the stages write; raise it when an old artefact must not be reused."""
 
 STARTED = "started.json"
-RECORD = "stage.json"
 # Parts that records of before version 0.2 lack.
 _LATER = ("pictures", "test samples")
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """A finished stage.
-
-    Attributes:
-      fingerprint: SHA-256 over inputs, configuration and code format.
-      result: What the stage reports: best step, metrics, shapes, wall time.
-    """
-
-    fingerprint: str
-    result: dict[str, Any]
 
 
 def source_digest(config: Config) -> str:
@@ -124,41 +110,6 @@ def _value(config: Config, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
-def fingerprint(parts: dict[str, Any]) -> str:
-    """SHA-256 of the parts as canonical JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def read_artifact(run: Path, stage: str) -> Artifact | None:
-    """The finished stage of a name, or None if it has not been finished."""
-    tree = read_record(run / stage)
-    return None if tree is None else Artifact(fingerprint=tree["fingerprint"], result=tree["result"])
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The whole record in a finished stage's folder, or None if there is none.
-
-    Raises:
-      StageError: It is not readable, or was altered.
-    """
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    advice = f"delete {path} and run stage '{folder.name}' again"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StageError(f"{path}: not readable as JSON ({error}); {advice}") from error
-    kinds = {"fingerprint": str, "parts": dict, "result": dict}
-    if not isinstance(tree, dict) or any(not isinstance(tree.get(key), kind) for key, kind in kinds.items()):
-        raise StageError(f"{path}: not the record of a finished stage; {advice}")
-    # Records of before checksums have none; their fingerprint covers the parts alone.
-    rest = {key: value for key, value in tree.items() if key != "sha256"}
-    if tree["fingerprint"] != fingerprint(tree["parts"]) or tree.get("sha256", fingerprint(rest)) != fingerprint(rest):
-        raise StageError(f"{path}: altered, its own checksum differs; {advice}")
-    return tree
-
-
 def write_artifact(run: Path, stage: Stage, parts: dict[str, Any], result: dict[str, Any]) -> None:
     """Marks a stage as finished. The file is the last thing that a stage writes, and appears whole or not at all."""
     tree = {"fingerprint": fingerprint(parts), "parts": parts, "result": result, "versions": versions()}
@@ -178,20 +129,6 @@ def _digests(run: Path, stage: Stage, result: dict[str, Any]) -> dict[str, str]:
     patterns = [pattern.replace("BEST", str(result.get("best_step"))) for pattern in stage.checked]
     paths = sorted({path for pattern in patterns for path in run.glob(pattern) if path.is_file()})
     return {str(path.relative_to(run)): files.sha256(path) for path in paths}
-
-
-def check_files(run: Path, stage: str) -> None:
-    """Compares what a finished stage wrote with what its record says; a file is read once per version of it.
-
-    Raises:
-      StageError: A file is missing or was altered.
-    """
-    for name, digest in ((read_record(run / stage) or {}).get("files") or {}).items():
-        if not (run / name).is_file() or files.sha256(run / name) != digest:
-            raise StageError(
-                f"{run / name}: missing or altered since stage '{stage}' finished; delete {run / stage / RECORD} "
-                f"and run python -m nqf.train --run {run} --stage all"
-            )
 
 
 def restore_best(run: Path, stage: str, init: Callable[[], Any]) -> Any:

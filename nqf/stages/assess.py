@@ -18,8 +18,9 @@ from nqf.evaluation.results import Protocol, Results, evaluate, write_results
 from nqf.stages.artifacts import status
 from nqf.stages.folder import claim
 from nqf.stages.graph import JOINT, SASREC, USER, run_stage
+from nqf.stages.records import StageError
 from nqf.stages.run import Run
-from nqf.stages.stage import Stage, StageError
+from nqf.stages.stage import Stage
 
 
 def assess(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nqf import __version__, files
-from nqf.stages.stage import StageError
+from nqf.stages.records import StageError
 
 MARK = ".nqf.json"
 """The mark of a run folder: which nqf made it, and the names in it that are nqf's."""

@@ -17,13 +17,10 @@ from nqf.config import Config, config_text, load_config
 from nqf.stages import folder as folders
 from nqf.stages.artifacts import (
     STARTED,
-    check_files,
     comparable,
     cut_off,
     differences,
     parts_of,
-    read_artifact,
-    read_record,
     stale,
     started,
     status,
@@ -33,9 +30,10 @@ from nqf.stages.artifacts import (
 from nqf.stages.fields import FIELDS
 from nqf.stages.item import ITEM
 from nqf.stages.joint import JOINT
+from nqf.stages.records import StageError, check_files, read_artifact, read_record
 from nqf.stages.run import Run
 from nqf.stages.sasrec import SASREC
-from nqf.stages.stage import Stage, StageError
+from nqf.stages.stage import Stage
 from nqf.stages.tokens import TOKENS
 from nqf.stages.user import USER
 from nqf.training.mesh import barrier, is_primary

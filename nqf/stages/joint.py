@@ -20,7 +20,7 @@ from nqf.models.qwen3 import Qwen3Config
 from nqf.models.rank_model import PromptIds, Reader
 from nqf.ops.micro_batches import in_micro_batches
 from nqf.pipelines.batches import History, HistoryBatch
-from nqf.stages.artifacts import check_files, restore_best
+from nqf.stages.artifacts import restore_best
 from nqf.stages.item import device_fields, init_items, item_module, load_items, take_fields
 from nqf.stages.mining import mined_negatives
 from nqf.stages.rank import (
@@ -37,8 +37,9 @@ from nqf.stages.rank import (
 )
 from nqf.stages.ranker import ITEM_CHUNK
 from nqf.stages.ranking_loss import batch_tables, ranking_loss
+from nqf.stages.records import StageError, check_files
 from nqf.stages.run import Run
-from nqf.stages.stage import TRAINED, Stage, StageError
+from nqf.stages.stage import TRAINED, Stage
 from nqf.stages.tokens import write_tokens
 from nqf.stages.user import load_users
 from nqf.training.mesh import barrier, is_primary

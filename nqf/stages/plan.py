@@ -13,8 +13,8 @@ from rich.table import Table
 from nqf.pipelines.datasets import TrainingData
 from nqf.stages.artifacts import status
 from nqf.stages.graph import FIELDS, stage_of
+from nqf.stages.records import StageError
 from nqf.stages.run import Run
-from nqf.stages.stage import StageError
 from nqf.training.loop import make_state, make_train_step
 from nqf.training.mesh import layout, make_mesh, place_batch
 from nqf.training.optimizer import make_optimizer

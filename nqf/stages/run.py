@@ -24,8 +24,7 @@ from nqf.fields.whitening import Whitening, field_features, load_whitenings
 from nqf.interop.encoders import encoder_factories
 from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.histories import EventFeatures, event_features
-from nqf.stages.artifacts import check_files
-from nqf.stages.stage import StageError
+from nqf.stages.records import StageError, check_files
 
 WHITENING = "whitening.npz"
 """Name of the whitenings in the tokens stage's folder."""

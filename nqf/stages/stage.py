@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from nqf.training.program import Program
 
 
-class StageError(RuntimeError):
-    """A stage that cannot run; the message says what is missing or stale and which command fixes it."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of a run. Exactly one of `make` and `program` is given.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from nqf import files
 from nqf.config import to_tree
 from nqf.evaluation.results import Results, markdown_table
-from nqf.stages.artifacts import differences, read_artifact
+from nqf.stages.artifacts import differences
 from nqf.stages.folder import claim, owned
 from nqf.stages.graph import NAMES
+from nqf.stages.records import read_artifact
 from nqf.stages.run import Run
 
 

@@ -35,8 +35,8 @@ from nqf.data.schema import load_schema
 from nqf.fields.build import build
 from nqf.fields.cache import manifest_hash, open_cache
 from nqf.fields.encoder import CacheError
-from nqf.stages.artifacts import StageError
 from nqf.stages.graph import require
+from nqf.stages.records import StageError
 from nqf.stages.run import open_run
 from nqf.training.writer import Writer
 
@@ -547,7 +547,8 @@ def test_damaged_run_folder(smallest_run: Path, tmp_path: Path, record: Callable
 
 def sign(run: Path, stage: str) -> None:
     """Makes the record of a stage say that its files are as they are now, as one who forges them would."""
-    from nqf.stages.artifacts import _digests, fingerprint
+    from nqf.stages.artifacts import _digests
+    from nqf.stages.records import fingerprint
 
     path = run / stage / "stage.json"
     tree = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}

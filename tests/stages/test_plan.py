@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from nqf.stages.plan import Plan, program_of
+from nqf.stages.records import StageError
 from nqf.stages.run import open_run
-from nqf.stages.stage import StageError
 
 PLAN = Plan(
     stage="item",

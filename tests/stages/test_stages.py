@@ -14,10 +14,10 @@ from nqf.config import Config, load_config
 from nqf.files import write_json
 from nqf.stages import artifacts
 from nqf.stages import graph as stages
-from nqf.stages.artifacts import parts_of, read_artifact, started
+from nqf.stages.artifacts import parts_of, started
 from nqf.stages.graph import NAMES, open_for_training, require, run_stage, stage_of
+from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import Run
-from nqf.stages.stage import StageError
 
 # The baseline is no step of the road.
 STAGES = tuple(name for name in NAMES if name != "sasrec")
