@@ -90,10 +90,11 @@ def plan(program: Program, run: Run, stage: str) -> Plan:
     less = _compile(program, run, smaller)[0] if half < size else full
     slope = (full["peak"] - less["peak"]) / max(size - half, 1)
     cost = compiled.cost_analysis() or {}
-    frozen = program.frozen["params"] if isinstance(program.frozen, dict) and "params" in program.frozen else {}
+    frozen = program.frozen()
+    frozen = frozen["params"] if isinstance(frozen, dict) and "params" in frozen else {}
     return Plan(
         stage=stage,
-        trainable=_count(program.params),
+        trainable=_count(jax.eval_shape(program.init)),
         frozen=_count(frozen),
         batch_size=size,
         steps=data.steps,
@@ -112,9 +113,10 @@ def _compile(program: Program, run: Run, data: TrainingData) -> tuple[dict[str, 
     config = run.config.training
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(program.optim, data.steps)
-    state = jax.eval_shape(lambda params: make_state(params, optimizer), program.params)
+    state = jax.eval_shape(lambda: make_state(program.init(), optimizer))
     shardings = layout(state, mesh)
-    state, frozen = _placed(state, shardings), _placed(program.frozen, layout(program.frozen, mesh))
+    frozen = _shapes(program.frozen())
+    state, frozen = _placed(state, shardings), _placed(frozen, layout(frozen, mesh))
     step = make_train_step(program.loss_fn, optimizer, seed=0, skip=config.skip_non_finite, shardings=shardings)
     # Batches of one stage differ in length; the largest decides.
     count = len(data.batches)
@@ -154,7 +156,10 @@ def _count(tree: Any) -> int:
 
 
 def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), tree)
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
+
+    return jax.tree.map(shape, tree)
 
 
 def device_memory() -> int:

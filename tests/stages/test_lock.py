@@ -81,4 +81,4 @@ def test_commands_respect_the_lock(tmp_path: Path) -> None:
         )
     assert done.returncode == 1 and f"in use by process {os.getpid()}" in done.stderr
     # Not even the configuration was written.
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock-owner"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]

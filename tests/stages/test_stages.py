@@ -49,7 +49,7 @@ class Graph:
     def stage(self, name: str) -> Callable[[Run], dict[str, Any]]:
         def run(run: Run) -> dict[str, Any]:
             self.ran.append(name)
-            step = run.folder / name / "checkpoints" / "3"
+            step = run.folder / name / ("tokens.npy" if name == "tokens" else "checkpoints") / "3"
             found = step.is_dir()
             step.mkdir(parents=True, exist_ok=True)
             if name == self.crash:

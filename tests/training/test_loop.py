@@ -299,14 +299,6 @@ def test_full_disk_is_named_where_the_metrics_hit_it(
 def test_non_finite_loss_stops_and_names_the_batch(
     whole: tuple[Path, FitResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
 ) -> None:
-    class Dataset:
-        class interactions:
-            user_ids = np.array([f"u{row}" for row in range(BATCH * PER_EPOCH)])
-
-        class catalogue:
-            item_ids = np.array([f"i{row}" for row in range(BATCH * PER_EPOCH)])
-
-    monkeypatch.setattr("nqf.training.guard.open_dataset", lambda folder: Dataset)
     for _ in range(2):
         # Again: it goes on from before the batch and meets it again.
         with pytest.raises(
