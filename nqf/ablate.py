@@ -87,9 +87,7 @@ def load_study(path: Path, runs: Path, seeds: tuple[int, ...], only: tuple[str, 
         raise ConfigError(f"{path}: no such study")
     tree = read_yaml(path)
     if not isinstance(tree, dict) or set(tree) != {"config", "variants"} or not isinstance(tree["variants"], dict):
-        raise ConfigError(
-            "a study has the keys 'config' and 'variants', with sets of keys, and no others", where=str(path)
-        )
+        raise ConfigError(f"{path}: a study has the keys 'config' and 'variants' with their values, and no others")
     names = list(tree["variants"])
     if unknown := set(only) - set(names):
         raise ConfigError(f"{path}: no variant {', '.join(sorted(unknown))}; there are {', '.join(names)}")

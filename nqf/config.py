@@ -61,6 +61,7 @@ Weight = Annotated[float, Interval(ge=0, le=1e6)]
 Temperature = Annotated[float, Interval(ge=1e-3, le=1e3)]
 LearningRate = Annotated[float, Interval(gt=0, le=10)]
 
+_PATH_KEYS = ("items", "interactions", "schema")
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -245,6 +246,9 @@ class DataConfig:
     synthetic: SyntheticConfig = SyntheticConfig()
 
     def __post_init__(self) -> None:
+        for key in _PATH_KEYS if self.format != "synthetic" else ():
+            if not getattr(self, key):
+                raise ConfigError(f"format '{self.format}' needs this path; give it, or format: synthetic", key=key)
         if self.valid_share + self.test_share >= 1:
             raise ConfigError(
                 f"{self.valid_share:g} and test_share, {self.test_share:g}, leave nothing to train on; "
@@ -789,8 +793,6 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
 _LARGEST_YAML = 4 * 2**20
 _MOST_KEYS = 10_000
-
-_PATH_KEYS = ("items", "interactions", "schema")
 
 
 def load_config(path: str | Path) -> Config:

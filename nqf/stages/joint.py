@@ -37,7 +37,7 @@ from nqf.stages.rank import (
 )
 from nqf.stages.ranker import ITEM_CHUNK
 from nqf.stages.ranking_loss import batch_tables, ranking_loss
-from nqf.stages.records import StageError, check_files
+from nqf.stages.records import check_files
 from nqf.stages.run import Run
 from nqf.stages.stage import TRAINED, Stage
 from nqf.stages.tokens import write_tokens

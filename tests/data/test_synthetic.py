@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nqf.config import DataConfig, SyntheticConfig
+from nqf.config import ConfigError, DataConfig, SyntheticConfig
 from nqf.data.lexicon import DEPARTMENTS, STYLES, TIERS
 from nqf.data.load import prepare
 from nqf.data.synthetic import TOPICS, World, draw_world, generate, next_topic
