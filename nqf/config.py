@@ -664,7 +664,7 @@ class SASRecConfig:
       epochs: Most passes over the training sequences.
       learning_rate: Peak learning rate of AdamW; warm-up of one epoch, then cosine decay.
       weight_decay: Decoupled weight decay.
-      patience: Epochs without a better validation NDCG@10 before training stops.
+      patience: Epochs without a better validation NDCG@10 before training stops; 0 never stops early.
     """
 
     width: Width = 64
@@ -677,7 +677,7 @@ class SASRecConfig:
     epochs: Count = 20
     learning_rate: LearningRate = 3e-3
     weight_decay: Weight = 0.01
-    patience: Count = 5
+    patience: CountOrNone = 5
 
     def __post_init__(self) -> None:
         _check_heads(self.heads, self.width)
