@@ -781,12 +781,6 @@ class Config:
                     "this to 'sampled' or 'in-batch', or that to 'auto'",
                     key=f"{stage}.loss.negatives",
                 )
-        if self.joint.mining.count and not self.user.ranking_weight:
-            raise ConfigError(
-                "negatives are mined with the user stage's ranking, which user.ranking_weight: 0 does not train; raise "
-                "that, or set this to 0",
-                key="joint.mining.count",
-            )
 
 
 _SHOWN = reprlib.Repr()

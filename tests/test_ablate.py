@@ -13,6 +13,7 @@ from nqf.ablate import load_study
 from nqf.config import ConfigError
 from nqf.serving.recommender import Recommender
 from nqf.stages.assess import assess
+from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import open_run
 
 ROOT = Path(__file__).parents[1]

@@ -247,10 +247,6 @@ COMBINATIONS = [
     ("joint: {candidates: qwen3}", "joint.candidates: qwen3 reads .* loss.negatives cannot be 'full'; set it to"),
     ("joint: {train_item_qformer: true}", "joint.train_item_qformer: it re-encodes .* loss.negatives cannot be 'full'"),
     ("joint: {mining: {count: 2}}", "joint.mining.count: mining adds .* loss.negatives cannot be 'full'"),
-    (
-        "{user: {ranking_weight: 0}, joint: {mining: {count: 2}, loss: {negatives: sampled}}}",
-        "joint.mining.count: negatives are mined with the user stage's ranking, which user.ranking_weight: 0",
-    ),
     ("training: {tables: host}", "user.loss.negatives: 'full' scores the whole catalogue"),
     ("{training: {tables: host}, user: {loss: {negatives: sampled}}}", "joint.loss.negatives: 'full' scores"),
     (
