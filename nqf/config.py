@@ -738,7 +738,7 @@ class TrainingConfig:
     device_table_gib: Weight = 2.0
     workers: FewOrNone = 0
     keep: Count = 1
-    save_every_seconds: Weight = 60.0
+    save_every_seconds: Annotated[float, Interval(ge=0, le=1e9)] = 60.0
     skip_non_finite: CountOrNone = 0
     mesh: MeshConfig = MeshConfig()
     distributed: bool = False
