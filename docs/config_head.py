@@ -9,7 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from nqf.config import load_config
+from nqf.config import DataConfig, load_config
 from nqf.stages.artifacts import STAGES
 from nqf.stages.records import read_artifact
 
@@ -17,7 +17,7 @@ from nqf.stages.records import read_artifact
 def main(config: str, run: str) -> None:
     """Replaces the comment lines before the first key."""
     path, folder = Path(config), Path(run)
-    mine, used = (dataclasses.replace(load_config(file), data=None) for file in (path, folder / "config.yaml"))
+    mine, used = (dataclasses.replace(load_config(file), data=DataConfig()) for file in (path, folder / "config.yaml"))
     if mine != used:
         raise SystemExit(f"{folder} was not trained with {path}: {mine}\n{used}")
     text = path.read_text(encoding="utf-8")

@@ -2,13 +2,12 @@
 
 import dataclasses
 import inspect
-import re
 import types
 import typing
 from pathlib import Path
 
-from nqf import config
-from nqf.config import Config
+from nqf.cli import documented
+from nqf.config import Config, hints_of, range_of
 
 _HEAD = """\
 # Configuration
@@ -17,16 +16,12 @@ Generated from `nqf/config.py` by `python docs/generate.py`; do not edit.
 
 A YAML file gives any subset of these keys; what it leaves out has the default. Every key is also an option of
 `python -m nqf.train`: `joint.optim.learning_rate` is `--joint.optim.learning-rate`. The command line wins over the
-file, and the resolved configuration is saved as `config.yaml` in the run folder. An unknown key or a value of the wrong
-type is an error that names the key and suggests the nearest one.
+file, and the resolved configuration is saved as `config.yaml` in the run folder.
+
+Everything is checked before anything is read or written: an unknown key (the error suggests the nearest one), a value
+of the wrong type or out of its range, and values that cannot work together, such as heads that do not divide a width.
+Ranges are wide; a value inside may still be a bad one. `nan` and `inf` are in none.
 """
-
-
-def described(cls: type) -> tuple[str, dict[str, str]]:
-    """The first paragraph of a docstring, and its attributes' descriptions."""
-    head, _, attributes = inspect.cleandoc(cls.__doc__).partition("Attributes:")
-    found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, re.MULTILINE)
-    return " ".join(head.split("\n\n")[0].split()), {name: " ".join(text.split()) for name, text in found}
 
 
 def kind(hint: object) -> str:
@@ -53,18 +48,27 @@ def plain(value: object) -> str:
 
 def section(value: object, path: str) -> list[str]:
     """Heading and table of a dataclass with the defaults that `value` holds, then of what is nested in it."""
-    about, texts = described(type(value))
-    hints = typing.get_type_hints(type(value), vars(config))
+    cls = type(value)
+    about, texts = inspect.cleandoc(cls.__doc__).partition("Attributes:")[0], documented(cls)
+    hints, ranges = typing.get_type_hints(cls), hints_of(cls)
     rows, nested = [], []
     for field in dataclasses.fields(value):
         default, name = getattr(value, field.name), f"{path}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(default):
             nested += section(default, name)
             continue
-        cells = (f"`{name}`", kind(hints[field.name]), f"`{plain(default)}`", texts[field.name])
+        cells = (
+            f"`{name}`",
+            kind(hints[field.name]),
+            range_of(ranges[field.name]),
+            f"`{plain(default)}`",
+            texts[field.name],
+        )
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     title = f"## {path or 'Top level'}" if path.count(".") == 0 else f"### {path}"
-    return [title, "", about, "", "| key | value | default | meaning |", "|---|---|---|---|", *rows, "", *nested]
+    about = " ".join(about.split("\n\n")[0].split())
+    head = ["| key | value | range | default | meaning |", "|---|---|---|---|---|"]
+    return [title, "", about, "", *head, *rows, "", *nested]
 
 
 def page() -> str:

@@ -16,15 +16,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-import yaml
+from annotated_types import Len
 
-from nqf.cli import guard, terminal
-from nqf.config import Config, ConfigError, from_tree, load_config, save_config, to_tree
+from nqf.cli import guard, parse, terminal
+from nqf.config import (
+    Config,
+    ConfigError,
+    Few,
+    Seed,
+    from_tree,
+    load_config,
+    read_yaml,
+    save_config,
+    section,
+    shown,
+)
 
 METRICS = ("hr@10", "ndcg@10")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class AblateArguments:
     """Trains and tests every variant of a study, then writes its results and docs/results.md.
 
@@ -40,9 +51,9 @@ class AblateArguments:
 
     study: Annotated[Path, tyro.conf.Positional]
     runs: Path | None = None
-    seeds: tuple[int, ...] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Len(1)] = (0,)
     only: tuple[str, ...] = ()
-    parallel: int = 1
+    parallel: Few = 1
     results: Path = Path("docs/results")
     debug: bool = False
 
@@ -74,9 +85,9 @@ def load_study(path: Path, runs: Path, seeds: tuple[int, ...], only: tuple[str, 
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such study")
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(tree, dict) or set(tree) != {"config", "variants"}:
-        raise ConfigError(f"{path}: a study has the keys 'config' and 'variants' and no others")
+    tree = read_yaml(path)
+    if not isinstance(tree, dict) or set(tree) != {"config", "variants"} or not isinstance(tree["variants"], dict):
+        raise ConfigError(f"{path}: a study has the keys 'config' and 'variants' with their values, and no others")
     names = list(tree["variants"])
     if unknown := set(only) - set(names):
         raise ConfigError(f"{path}: no variant {', '.join(sorted(unknown))}; there are {', '.join(names)}")
@@ -85,11 +96,15 @@ def load_study(path: Path, runs: Path, seeds: tuple[int, ...], only: tuple[str, 
     for name in only or names:
         changes = tree["variants"][name] or {}
         for seed in seeds:
-            plain = to_tree(base) | {"seed": seed}
-            for key, value in changes.items():
-                *parents, last = key.split(".")
-                functools.reduce(lambda node, part: node.setdefault(part, {}), parents, plain)[last] = value
-            config = from_tree(Config, plain, where=f"{path}: variant '{name}'")
+            plain: dict[str, Any] = {"seed": seed}
+            where = f"{path}: variant '{name}'"
+            try:
+                for key, value in changes.items():
+                    *parents, last = key.split(".")
+                    functools.reduce(lambda node, part: node.setdefault(part, {}), parents, plain)[last] = value
+            except (AttributeError, TypeError):
+                raise ConfigError(f"expected dotted keys and values, found {shown(changes)}", where=where) from None
+            config = from_tree(Config, plain, where=where, base=base)
             folder = runs / f"{name.replace(' ', '-')}-seed{seed}"
             variants.append(Variant(name=name, changes=changes, seed=seed, config=config, folder=folder))
     return variants
@@ -165,7 +180,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = tyro.cli(AblateArguments, args=arguments, prog="python -m nqf.ablate")
+    options = parse(AblateArguments, arguments, prog="python -m nqf.ablate")
     from nqf.files import write_json
     from nqf.tools.study import write_studies
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from nqf.cli import guard, terminal
-from nqf.config import load_config
+from nqf.cli import guard, parse, terminal
+from nqf.config import load_config, section
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ LEAK = 3
 _COLORS = {"leak": "bold red", "note": "yellow", "clean": "green", "accepted": "yellow"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class AuditArguments:
     """Audits the data of a configuration. Exit status: 0 clean, 3 a leak, 1 an error, 2 a wrong option.
 
@@ -40,7 +40,7 @@ class AuditArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = tyro.cli(AuditArguments, args=arguments, prog="python -m nqf.audit")
+    options = parse(AuditArguments, arguments, prog="python -m nqf.audit")
     data = load_config(options.config).data
     import tempfile
 

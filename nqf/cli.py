@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
+import inspect
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from nqf.config import ConfigError, from_tree, hints_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+T = TypeVar("T")
 
 # Errors whose message is written for the person at the terminal; anything else is a bug and shows its traceback.
 _EXPECTED = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError)
@@ -39,6 +46,59 @@ def guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
             raise SystemExit(error.exit_code) from None
         print(f"error: {text}\n(--debug shows the traceback)", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def parse(cls: type[T], arguments: Sequence[str], *, prog: str, default: T | None = None, description: str = "") -> T:
+    """Parses a command line into a section (`nqf.config.section`), which checks types, ranges and combinations.
+
+    Args:
+      cls: The section; its docstring is the help.
+      arguments: The command line.
+      prog: The command, for the help.
+      default: What holds for options that are not given; by default the section's defaults.
+      description: Head of the help, where it is not that of the docstring.
+
+    Raises:
+      ConfigError: An option's value cannot be used; names option and key.
+    """
+    import tyro
+    from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def as_tree(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not dataclasses.is_dataclass(info.type):
+            return None
+        texts, given = documented(info.type), info.default if isinstance(info.default, info.type) else info.type
+        fields = [
+            StructFieldSpec(name=name, type=hint, default=getattr(given, name, MISSING), helptext=texts[name])
+            for name, hint in hints_of(info.type).items()
+        ]
+        # The sections are made of the whole tree at once, as those of a YAML file, so that errors can tell the key.
+        return StructConstructorSpec(instantiate=dict, fields=tuple(fields))
+
+    head = description or inspect.cleandoc(cls.__doc__ or "").partition("Attributes:")[0].strip()
+    tree = tyro.cli(cls, args=arguments, prog=prog, default=default, description=head, registry=registry)
+    try:
+        return from_tree(cls, tree)
+    except ConfigError as error:
+        option = f"--{error.key.replace('_', '-')}"
+        key = error.key if option == f"--{error.key}" else f"{error.key} ({option})"
+        raise ConfigError(error.problem, key=key, where="command line") from None
+
+
+def documented(cls: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say of its attributes, each as one line.
+
+    Of a section without an entry, the first line of its own docstring.
+    """
+    texts = {name: inspect.cleandoc(hint.__doc__ or "").partition("\n")[0] for name, hint in hints_of(cls).items()}
+    for base in reversed(cls.__mro__):
+        attributes = inspect.cleandoc(base.__doc__ or "").partition("Attributes:")[2]
+        found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, re.MULTILINE)
+        texts |= {name: " ".join(text.split()) for name, text in found}
+    return texts
 
 
 def keep_compiled_programs() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +9,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from nqf.cli import guard, terminal
+from nqf.cli import guard, parse, terminal
+from nqf.config import CountOrNone, Seed, section
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class CompareArguments:
     """Compares evaluated runs, each model with one of them, on the same users.
 
@@ -32,14 +32,14 @@ class CompareArguments:
     against: str = ""
     metric: str = "ndcg@10"
     segment: str = "all"
-    bootstrap: int = 1_000
-    seed: int = 0
+    bootstrap: CountOrNone = 1_000
+    seed: Seed = 0
     debug: bool = False
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = tyro.cli(CompareArguments, args=arguments, prog="python -m nqf.compare")
+    options = parse(CompareArguments, arguments, prog="python -m nqf.compare")
     from nqf.evaluation.table import print_table
 
     header, rows = compare(options)

@@ -1,20 +1,27 @@
 """Configuration: frozen, keyword-only dataclasses, YAML files and typed overrides.
 
 A YAML file gives any subset of the keys below; what it leaves out has the default that stands here. Every
-stage saves the resolved configuration with the run, so a run folder says what made it.
+stage saves the resolved configuration with the run, so a run folder says what made it. Types, ranges and
+combinations are checked whenever a section is made: from a file, from the command line and in Python.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import reprlib
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 import yaml
+from annotated_types import Interval, Len
+
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -25,10 +32,142 @@ class InputError(ValueError):
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be used; the message names the file, the key and what to do."""
+    """A configuration that cannot be used; the message names the file, the key and what to do.
+
+    Attributes:
+      problem: The message without file and key.
+      key: Dotted key; empty if there is none.
+    """
+
+    def __init__(self, problem: str, *, key: str = "", where: str = "") -> None:
+        super().__init__(": ".join(part for part in (where, key, problem) if part))
+        self.problem, self.key = problem, key
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+# Of any number of something; indices are int32.
+Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
+CountOrNone = Annotated[int, Interval(ge=0, le=2**31 - 1)]
+# NumPy's, grain's and jax's seeds, to which stages and batches add small numbers.
+Seed = Annotated[int, Interval(ge=0, le=2**31 - 1)]
+Width = Annotated[int, Interval(ge=1, le=65_536)]
+WidthOrNone = Annotated[int, Interval(ge=0, le=65_536)]
+# Layers, heads, query tokens, devices, processes.
+Few = Annotated[int, Interval(ge=1, le=4_096)]
+FewOrNone = Annotated[int, Interval(ge=0, le=4_096)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+# Of what must not be all: dropout, or items held out.
+Rate = Annotated[float, Interval(ge=0, lt=1)]
+Weight = Annotated[float, Interval(ge=0, le=1e6)]
+Temperature = Annotated[float, Interval(ge=1e-3, le=1e3)]
+LearningRate = Annotated[float, Interval(gt=0, le=10)]
+
+_PATH_KEYS = ("items", "interactions", "schema")
+_STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(cls: type[T]) -> type[T]:
+    """Makes a frozen, keyword-only dataclass that refuses what its annotations do not allow (`ConfigError`).
+
+    Types are strict: no bool is a number, no text either. Ranges are those of `Interval` and `Len` in `Annotated`;
+    nan and inf are in none. `__post_init__` checks combinations.
+    """
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
+    build = made.__init__
+
+    @functools.wraps(build)
+    def checked(self: Any, **values: Any) -> None:
+        try:
+            build(self, **values)
+        except pydantic.ValidationError as error:
+            raise _refusal(made, error) from None
+
+    made.__init__ = checked
+    return made
+
+
+def _refusal(cls: type, error: pydantic.ValidationError) -> ConfigError:
+    """The first of the errors, in our words."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return ConfigError(cause.problem, key=cause.key, where=cls.__name__)
+    hints, key = hints_of(cls), str(first["loc"][0])
+    if key not in hints:
+        return ConfigError(f"unknown key {shown(key)}{_nearest(key, hints)}", where=cls.__name__)
+    if first["type"] == "missing":
+        problem = f"is missing; expected {kind_of(hints[key])}"
+    else:
+        problem = f"expected {kind_of(hints[key])}, found {shown(first['input'])}; give one, or leave the key out"
+    return ConfigError(problem, key=key, where=cls.__name__)
+
+
+def _nearest(key: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(key[:200], list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}"
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, with their ranges."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def kind_of(hint: Any) -> str:
+    """A type with its range as a reader of YAML would call it: "a number from 0 to 1"."""
+    inner, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin is Annotated:
+        kind = kind_of(inner[0])
+        if inner[0] in (int, float):
+            return f"{kind} {range_of(hint)}"
+        return kind.replace("a list", "a list of at least one")
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin is tuple:
+        return f"a list, each {kind_of(inner[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if part is types.NoneType else kind_of(part) for part in inner)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    return names[hint] if hint in names else "keys and values"
+
+
+def range_of(hint: Any) -> str:
+    """The range of the numbers in a type in words; empty if there is none."""
+    for part in (*getattr(hint, "__metadata__", ()), *typing.get_args(hint)):
+        if isinstance(part, Interval):
+            low = f"above {part.gt:,.12g}" if part.gt is not None else f"from {part.ge:,.12g}"
+            between = " to" if part.gt is None and part.lt is None else ", up to"
+            return low + (f", below {part.lt:,.12g}" if part.lt is not None else f"{between} {part.le:,.12g}")
+        if found := range_of(part):
+            return found
+    return ""
+
+
+def _check_heads(heads: int, width: int) -> None:
+    if width % heads:
+        raise ConfigError(
+            f"{heads} heads cannot share a width of {width} evenly; give a number that divides width", key="heads"
+        )
+
+
+def _check_decay(learning_rate: float, weight_decay: float) -> None:
+    if learning_rate * weight_decay >= 1:
+        raise ConfigError(
+            f"{weight_decay:g} times learning_rate, {learning_rate:g}, takes the whole of a weight in a step; give "
+            f"one below {1 / learning_rate:g}, or lower learning_rate",
+            key="weight_decay",
+        )
+
+
+def _check_batch(loss: LossConfig, optim: OptimConfig) -> None:
+    if loss.negatives == "in-batch" and loss.positions == "last" and optim.batch_size == 1:
+        raise ConfigError(
+            "a batch of 1 with one position has no negatives for loss.negatives: in-batch; give at least 2",
+            key="optim.batch_size",
+        )
+
+
+@section
 class SyntheticConfig:
     """The built-in catalogue (`data.format: synthetic`), deterministic by `data.seed`.
 
@@ -42,16 +181,26 @@ class SyntheticConfig:
       images: Whether a PNG thumbnail is drawn for each item.
     """
 
-    items: int = 3_000
-    users: int = 4_000
-    min_events: int = 8
-    max_events: int = 20
-    unseen_share: float = 0.1
-    missing_share: float = 0.1
+    items: Count = 3_000
+    users: Count = 4_000
+    min_events: Annotated[int, Interval(ge=3, le=10_000)] = 8
+    max_events: Annotated[int, Interval(ge=3, le=10_000)] = 20
+    unseen_share: Annotated[float, Interval(ge=0, le=0.5)] = 0.1
+    missing_share: Rate = 0.1
     images: bool = True
 
+    def __post_init__(self) -> None:
+        if self.min_events > self.max_events:
+            raise ConfigError(f"{self.min_events} is above max_events, {self.max_events}; lower it", key="min_events")
+        if self.items < 2 * self.max_events:
+            raise ConfigError(
+                f"{self.items} are too few for histories of max_events, {self.max_events}, without an item twice; "
+                f"give at least {2 * self.max_events}, or lower max_events",
+                key="items",
+            )
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@section
 class DataConfig:
     """Where the tables come from and how they are split.
 
@@ -82,13 +231,13 @@ class DataConfig:
     items: str | None = None
     interactions: str | None = None
     schema: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     split: Literal["leave-one-out", "temporal"] = "leave-one-out"
-    valid_share: float = 0.1
-    test_share: float = 0.1
-    cold_share: float = 0.0
+    valid_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
+    test_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
+    cold_share: Rate = 0.0
     refit: bool = False
-    min_interactions: int = 3
+    min_interactions: Count = 3
     unknown_items: Literal["drop", "refuse"] = "drop"
     bad_values: Literal["missing", "refuse"] = "missing"
     without: tuple[str, ...] = ()
@@ -96,8 +245,19 @@ class DataConfig:
     use_after_the_fact: bool = False
     synthetic: SyntheticConfig = SyntheticConfig()
 
+    def __post_init__(self) -> None:
+        for key in _PATH_KEYS if self.format != "synthetic" else ():
+            if not getattr(self, key):
+                raise ConfigError(f"format '{self.format}' needs this path; give it, or format: synthetic", key=key)
+        if self.valid_share + self.test_share >= 1:
+            raise ConfigError(
+                f"{self.valid_share:g} and test_share, {self.test_share:g}, leave nothing to train on; "
+                "give shares whose sum is below 1",
+                key="valid_share",
+            )
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@section
 class FieldsConfig:
     """Frozen encoders and the field cache.
 
@@ -114,17 +274,17 @@ class FieldsConfig:
     """
 
     text_encoder: str = "tfidf-svd"
-    text_width: int = 128
-    text_features: int = 30_000
+    text_width: Width = 128
+    text_features: Count = 30_000
     image_encoder: str = "pca"
-    image_width: int = 64
-    category_width: int = 64
-    number_frequencies: int = 8
-    fit_sample: int = 100_000
-    chunk_rows: int = 16_384
+    image_width: Width = 64
+    category_width: Width = 64
+    number_frequencies: Annotated[int, Interval(ge=0, le=32)] = 8
+    fit_sample: Count = 100_000
+    chunk_rows: Count = 16_384
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class OptimConfig:
     """AdamW with warm-up and cosine decay, and when to validate and stop.
 
@@ -141,19 +301,22 @@ class OptimConfig:
       patience: Validations without improvement before the stage stops; 0 never stops early.
     """
 
-    batch_size: int = 128
-    epochs: int = 10
-    learning_rate: float = 1e-3
-    adapter_learning_rate: float = 2e-4
-    warmup_share: float = 0.05
-    final_share: float = 0.05
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    validate_every: int = 1
-    patience: int = 0
+    batch_size: Count = 128
+    epochs: CountOrNone = 10
+    learning_rate: LearningRate = 1e-3
+    adapter_learning_rate: LearningRate = 2e-4
+    warmup_share: Share = 0.05
+    final_share: Share = 0.05
+    weight_decay: Weight = 0.01
+    clip_norm: Annotated[float, Interval(gt=0, le=1e6)] = 1.0
+    validate_every: Count = 1
+    patience: CountOrNone = 0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.learning_rate, self.weight_decay)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class QFormerConfig:
     """Size of a Q-Former (BLIP-2 block: post-norm, GELU).
 
@@ -167,16 +330,19 @@ class QFormerConfig:
       dropout: Dropout rate of attention outputs and feed-forward outputs.
     """
 
-    width: int = 64
-    layers: int = 2
-    heads: int = 4
-    mlp_width: int = 256
-    queries: int = 2
-    cross_every: int = 1
-    dropout: float = 0.1
+    width: Width = 64
+    layers: Few = 2
+    heads: Few = 4
+    mlp_width: Width = 256
+    queries: Few = 2
+    cross_every: Few = 1
+    dropout: Rate = 0.1
+
+    def __post_init__(self) -> None:
+        _check_heads(self.heads, self.width)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class ItemConfig:
     """Item stage: masked field reconstruction and a contrastive loss on pairs from sequences.
 
@@ -196,19 +362,33 @@ class ItemConfig:
     # Hidden fields regularise already: dropout of 0.1 beside them explained less of the quick start's held-out items.
     qformer: QFormerConfig = QFormerConfig(dropout=0.0)
     fusion: Literal["add", "concat", "none"] = "add"
-    field_dropout: float = 0.3
-    reconstruction_weight: float = 1.0
+    field_dropout: Rate = 0.3
+    reconstruction_weight: Weight = 1.0
     contrastive: Literal["infonce", "triplet", "none"] = "infonce"
-    contrastive_weight: float = 0.25
-    margin: float = 0.5
-    temperature: float = 0.07
-    held_out_share: float = 0.1
+    contrastive_weight: Weight = 0.25
+    margin: Weight = 0.5
+    temperature: Temperature = 0.07
+    held_out_share: Rate = 0.1
     # Of 0.01, 0.3, 1 and 3 a weight decay of 1 explained most of ml-100k's held-out items; on the quick start it beat
     # 0.01 as well.
     optim: OptimConfig = OptimConfig(batch_size=128, epochs=5, learning_rate=4e-3, warmup_share=0.1, weight_decay=1.0)
 
+    def __post_init__(self) -> None:
+        contrastive = self.contrastive != "none" and self.contrastive_weight > 0
+        if not (contrastive or self.reconstruction_weight or not self.optim.epochs):
+            raise ConfigError(
+                "0 with no contrastive loss leaves nothing to learn; give one of the two a weight, or set optim.epochs "
+                "to 0",
+                key="reconstruction_weight",
+            )
+        if contrastive and self.contrastive == "infonce" and self.optim.batch_size == 1:
+            raise ConfigError(
+                "a batch of 1 has no negatives for contrastive: infonce; give at least 2, or set contrastive to none",
+                key="optim.batch_size",
+            )
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@section
 class CandidatesConfig:
     """Candidate tower: what an item is scored by.
 
@@ -228,18 +408,28 @@ class CandidatesConfig:
       learn_temperature: Whether the temperature is learned.
     """
 
-    sources: tuple[Literal["item", "fields", "text"], ...] = ("item", "fields")
-    text_width: int = 128
-    width: int = 64
+    sources: Annotated[tuple[Literal["item", "fields", "text"], ...], Len(1)] = ("item", "fields")
+    text_width: WidthOrNone = 128
+    width: Width = 64
     free_vectors: bool = True
-    free_dropout: float = 0.5
+    free_dropout: Rate = 0.5
     transitions: bool = True
     frozen_similarity: bool = True
-    temperature: float = 0.07
+    temperature: Temperature = 0.07
     learn_temperature: bool = True
 
+    def __post_init__(self) -> None:
+        if len(set(self.sources)) < len(self.sources):
+            raise ConfigError(f"{', '.join(self.sources)}: one is named twice; name each once", key="sources")
+        if self.learn_temperature and self.temperature < 0.01:
+            raise ConfigError(
+                f"{self.temperature:g} is below 0.01, the least that is learned, where learning stands still; give a "
+                "larger one, or set learn_temperature to false",
+                key="temperature",
+            )
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@section
 class LossConfig:
     """Ranking loss of the user and joint stages.
 
@@ -253,13 +443,13 @@ class LossConfig:
     """
 
     negatives: Literal["full", "sampled", "in-batch"] = "full"
-    samples: int = 4_096
+    samples: Count = 4_096
     log_q: bool = True
-    duplicate_cosine: float = 0.0
+    duplicate_cosine: Share = 0.0
     positions: Literal["all", "last"] = "all"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class UserConfig:
     """User stage: the User Q-Former on histories of item tokens.
 
@@ -277,18 +467,27 @@ class UserConfig:
     """
 
     qformer: QFormerConfig = QFormerConfig(queries=2, layers=1)
-    max_history: int = 50
-    item_dropout: float = 0.0
+    max_history: Width = 50
+    item_dropout: Rate = 0.0
     ratings: bool = True
     times: bool = True
     reviews: bool = True
-    regression_weight: float = 0.1
-    ranking_weight: float = 1.0
+    regression_weight: Weight = 0.1
+    ranking_weight: Weight = 1.0
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig(epochs=8)
 
+    def __post_init__(self) -> None:
+        _check_batch(self.loss, self.optim)
+        if not (self.regression_weight or self.ranking_weight or not self.optim.epochs):
+            raise ConfigError(
+                "0 with a regression_weight of 0 leaves nothing to learn; give one of the two a weight, or set "
+                "optim.epochs to 0",
+                key="ranking_weight",
+            )
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@section
 class BackboneConfig:
     """The Qwen3 that reads the prompt.
 
@@ -312,23 +511,41 @@ class BackboneConfig:
     """
 
     path: str = ""
-    width: int = 64
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    mlp_width: int = 192
-    vocabulary: int = 2_048
-    dropout: float = 0.1
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.1
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    width: Width = 64
+    layers: Few = 2
+    heads: Few = 4
+    kv_heads: Few = 2
+    head_dim: Annotated[int, Interval(ge=2, le=65_536)] = 16
+    mlp_width: Width = 192
+    vocabulary: Annotated[int, Interval(ge=265, le=2**31 - 1)] = 2_048
+    dropout: Rate = 0.1
+    lora_rank: Width = 16
+    lora_alpha: Annotated[float, Interval(gt=0, le=1e6)] = 32.0
+    lora_dropout: Rate = 0.1
+    lora_targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     remat: bool = False
 
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"{self.kv_heads} key-value heads cannot serve {self.heads} heads in equal groups; give a number that "
+                "divides heads",
+                key="kv_heads",
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"{self.head_dim} is odd; rotary positions turn pairs, give an even one", key="head_dim")
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@section
 class PromptConfig:
     """What the language model reads.
 
@@ -341,13 +558,13 @@ class PromptConfig:
     """
 
     instruction: str = "Given the items a user chose, predict the next one.\nHistory:"
-    history_items: int = 20
-    title_tokens: int = 0
+    history_items: Width = 20
+    title_tokens: FewOrNone = 0
     user_tokens: bool = True
     pooling: Literal["last", "mean"] = "last"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class MiningConfig:
     """Hard negatives of every training target, mined with the user stage's model when the joint stage begins.
 
@@ -357,11 +574,11 @@ class MiningConfig:
         are the items of the user's training events.
     """
 
-    count: int = 0
-    margin: float = 0.95
+    count: WidthOrNone = 0
+    margin: Share = 0.95
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class JointConfig:
     """Joint stage: Qwen3 reads item and user tokens; its pooled vector ranks the catalogue.
 
@@ -383,13 +600,26 @@ class JointConfig:
     candidates: Literal["tower", "qwen3"] = "tower"
     train_user_qformer: bool = True
     train_item_qformer: bool = False
-    micro_batch: int = 0
+    micro_batch: CountOrNone = 0
     mining: MiningConfig = MiningConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig(epochs=10)
 
+    def __post_init__(self) -> None:
+        for key, wanted, why in (
+            ("train_item_qformer", self.train_item_qformer, "it re-encodes the items of each batch"),
+            ("candidates", self.candidates == "qwen3", "qwen3 reads a prompt for each item of a batch"),
+            ("mining.count", self.mining.count, "mining adds negatives to drawn ones"),
+        ):
+            if wanted and self.loss.negatives == "full":
+                raise ConfigError(
+                    f"{why}, so loss.negatives cannot be 'full'; set it to 'sampled' or 'in-batch'", key=key
+                )
+        if not self.mining.count:
+            _check_batch(self.loss, self.optim)
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@section
 class EvaluationConfig:
     """Evaluation on the full catalogue.
 
@@ -407,19 +637,19 @@ class EvaluationConfig:
         timestamps the last tenth of the training events is used.
     """
 
-    ks: tuple[int, ...] = (1, 5, 10, 20, 50)
+    ks: Annotated[tuple[Count, ...], Len(1)] = (1, 5, 10, 20, 50)
     mask_seen: bool = True
-    bootstrap: int = 1_000
-    batch_size: int = 512
+    bootstrap: CountOrNone = 1_000
+    batch_size: Count = 512
     # Chosen on the validation cases of amazon-beauty with `data.cold_share`: by the vectors alone, new items were then
     # found as often as known ones.
-    new_item_weight: float = 1.75
+    new_item_weight: Weight = 1.75
     # How large the counts are depends on the data; on the built-in catalogue every weight above 1 cost something.
-    cooccurrence_weight: float = 0.0
-    recent_days: float = 30.0
+    cooccurrence_weight: Weight = 0.0
+    recent_days: Annotated[float, Interval(gt=0, le=1e6)] = 30.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class SASRecConfig:
     """SASRec (Kang and McAuley 2018) with a softmax over the whole catalogue at every position.
 
@@ -434,23 +664,27 @@ class SASRecConfig:
       epochs: Most passes over the training sequences.
       learning_rate: Peak learning rate of AdamW; warm-up of one epoch, then cosine decay.
       weight_decay: Decoupled weight decay.
-      patience: Epochs without a better validation NDCG@10 before training stops.
+      patience: Epochs without a better validation NDCG@10 before training stops; 0 never stops early.
     """
 
-    width: int = 64
-    layers: int = 2
-    heads: int = 2
-    max_history: int = 50
-    dropout: float = 0.3
-    temperature: float = 0.05
-    batch_positions: int = 1_024
-    epochs: int = 20
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    patience: int = 5
+    width: Width = 64
+    layers: Few = 2
+    heads: Few = 2
+    max_history: Width = 50
+    dropout: Rate = 0.3
+    temperature: Temperature = 0.05
+    batch_positions: Count = 1_024
+    epochs: Count = 20
+    learning_rate: LearningRate = 3e-3
+    weight_decay: Weight = 0.01
+    patience: CountOrNone = 5
+
+    def __post_init__(self) -> None:
+        _check_heads(self.heads, self.width)
+        _check_decay(self.learning_rate, self.weight_decay)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class BaselinesConfig:
     """Baselines that are trained; the training-free ones always run.
 
@@ -463,10 +697,10 @@ class BaselinesConfig:
 
     sasrec: bool = False
     sasrec_options: SASRecConfig = SASRecConfig()
-    sasrec_cooccurrence_weight: float = 0.0
+    sasrec_cooccurrence_weight: Weight = 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class MeshConfig:
     """How the devices of all processes share the work; the product of the sizes is their number.
 
@@ -476,12 +710,12 @@ class MeshConfig:
       tensor: Devices over which the widths inside layers are split.
     """
 
-    data: int = 0
-    fsdp: int = 1
-    tensor: int = 1
+    data: CountOrNone = 0
+    fsdp: Few = 1
+    tensor: Few = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class TrainingConfig:
     """What all training stages share.
 
@@ -501,17 +735,17 @@ class TrainingConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     tables: Literal["auto", "device", "host"] = "auto"
-    device_table_gib: float = 2.0
-    workers: int = 0
-    keep: int = 1
-    save_every_seconds: float = 60.0
-    skip_non_finite: int = 0
+    device_table_gib: Weight = 2.0
+    workers: FewOrNone = 0
+    keep: Count = 1
+    save_every_seconds: Annotated[float, Interval(ge=0, le=1e9)] = 60.0
+    skip_non_finite: CountOrNone = 0
     mesh: MeshConfig = MeshConfig()
     distributed: bool = False
     compilation_cache: str = ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class Config:
     """The whole configuration of a run.
 
@@ -521,7 +755,7 @@ class Config:
     """
 
     name: str = "run"
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = DataConfig()
     fields: FieldsConfig = FieldsConfig()
     item: ItemConfig = ItemConfig()
@@ -532,13 +766,27 @@ class Config:
     baselines: BaselinesConfig = BaselinesConfig()
     training: TrainingConfig = TrainingConfig()
 
+    def __post_init__(self) -> None:
+        history, prompt = self.user.max_history, self.joint.prompt.history_items
+        if prompt > history:
+            raise ConfigError(
+                f"{prompt} items cannot stand in the prompt, as histories end after user.max_history, {history}; lower "
+                "it, or raise that",
+                key="joint.prompt.history_items",
+            )
+        for stage, loss in (("user", self.user.loss), ("joint", self.joint.loss)):
+            if self.training.tables == "host" and loss.negatives == "full":
+                raise ConfigError(
+                    "'full' scores the whole catalogue, whose tables training.tables: host keeps off the device; set "
+                    "this to 'sampled' or 'in-batch', or that to 'auto'",
+                    key=f"{stage}.loss.negatives",
+                )
+
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
 _LARGEST_YAML = 4 * 2**20
 _MOST_KEYS = 10_000
-
-_PATH_KEYS = ("items", "interactions", "schema")
 
 
 def load_config(path: str | Path) -> Config:
@@ -619,62 +867,53 @@ def to_tree(value: Any) -> Any:
     return value
 
 
-def from_tree(cls: type, tree: Any, *, where: str = "config", base: Any = None) -> Any:
-    """Builds a configuration dataclass from a plain dictionary, checking names and types.
+def from_tree(cls: type[T], tree: Any, *, where: str = "config", base: T | None = None) -> T:
+    """Builds a section from a plain dictionary.
 
     Args:
-      cls: The dataclass.
-      tree: Some of its keys with their values.
+      cls: The section.
+      tree: Some of its keys with their values. Lists are read as tuples, and text as a number where one is wanted:
+        YAML reads 1e-4 (no dot) as text.
       where: What error messages begin with.
       base: Has the values of the other keys; those of `cls` itself if it is None.
 
     Raises:
-      ConfigError: Names the key by its dotted path, and the nearest known key for an unknown one.
+      ConfigError: Names the key by its dotted path with what is wrong and what it may be.
     """
+    try:
+        return _build(cls, tree, base)
+    except ConfigError as error:
+        raise ConfigError(error.problem, key=error.key, where=where) from None
+
+
+def _build(cls: type[T], tree: Any, base: T | None) -> T:
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: expected keys and values, found {type(tree).__name__}")
-    hints = typing.get_type_hints(cls)
-    defaults = {field.name: field for field in dataclasses.fields(cls)}
-    values = {}
+        raise ConfigError(f"expected keys and values, found {shown(tree)}")
+    hints, values = typing.get_type_hints(cls), {}
     for key, value in tree.items():
-        if key not in defaults:
-            near = difflib.get_close_matches(str(key), list(defaults), n=1)
-            advice = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(defaults)}"
-            raise ConfigError(f"{where}: unknown key {shown(str(key))}{advice}")
-        # A section's own defaults hold for the keys of it that are not given, not those of its type.
-        values[key] = _convert(hints[key], value, f"{where}: {key}", getattr(base or cls, key, None))
+        hint = hints.get(key)
+        if not dataclasses.is_dataclass(hint):
+            values[str(key)] = _plain(hint, value)
+            continue
+        try:
+            # A section's own defaults hold for the keys of it that are not given, not those of its type.
+            values[key] = _build(hint, value, getattr(base or cls, key, None))
+        except ConfigError as error:
+            dotted = f"{key}.{error.key}" if error.key else key
+            raise ConfigError(error.problem, key=dotted) from None
     return dataclasses.replace(base, **values) if base is not None else cls(**values)
 
 
-def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_tree(hint, value, where=where, base=default)
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(f"{where}: {shown(value)} is none of {', '.join(map(repr, typing.get_args(hint)))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, found {shown(value)}")
-        return tuple(_convert(typing.get_args(hint)[0], element, where) for element in value)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(h for h in typing.get_args(hint) if h is not type(None)), value, where)
-    if hint is float:
-        # YAML reads 1e-4 (no dot) as a string.
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                raise ConfigError(f"{where}: expected a number, found {shown(value)}") from None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except OverflowError:
-                raise ConfigError(f"{where}: {shown(value)} is too large") from None
-        raise ConfigError(f"{where}: expected a number, found {shown(value)}")
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {hint.__name__}, found {shown(value)}")
+def _plain(hint: Any, value: Any) -> Any:
+    """What a section takes for a value as YAML has it; what cannot be read stays as it is, and is refused there."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return _plain(inner[0], value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_plain(inner[0], element) for element in value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
     return value

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
-import tyro
 
-from nqf.cli import guard
+from nqf.cli import guard, parse
+from nqf.config import Count, Width, section
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class EmbedArguments:
     """Embeds texts: one per line, or a catalogue.
 
@@ -32,8 +31,8 @@ class EmbedArguments:
     input: Path
     output: Path
     instruction: str = ""
-    dimensions: int | None = None
-    max_length: int | None = None
+    dimensions: Width | None = None
+    max_length: Count | None = None
     debug: bool = False
 
 
@@ -43,7 +42,7 @@ def main(arguments: list[str]) -> None:
     Raises:
       ValueError: An input that cannot be used, or a model that cannot be loaded.
     """
-    options = tyro.cli(EmbedArguments, args=arguments, prog="python -m nqf.embed")
+    options = parse(EmbedArguments, arguments, prog="python -m nqf.embed")
     if options.output.suffix not in (".npy", ".json"):
         raise ValueError(f"{options.output}: vectors are written to .npy or .json")
     if options.output.suffix == ".json" and options.input.suffix != ".json":

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nqf.cli import guard, terminal
+from nqf.cli import guard, parse, terminal
+from nqf.config import Count, Weight, section
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class EvaluateArguments:
     """Evaluates a run beside all baselines; writes results.json and per_user.parquet into eval/, and the model card.
 
@@ -33,10 +34,10 @@ class EvaluateArguments:
     run: Annotated[Path, tyro.conf.Positional]
     split: Literal["valid", "test"] = "test"
     protocol: Literal["full", "legacy"] = "full"
-    k: tuple[int, ...] = ()
+    k: tuple[Count, ...] = ()
     keep_seen: bool = False
-    new_item_weight: float | None = None
-    cooccurrence_weight: float | None = None
+    new_item_weight: Weight | None = None
+    cooccurrence_weight: Weight | None = None
     into: str = ""
     sasrec: bool = False
     debug: bool = False
@@ -44,7 +45,7 @@ class EvaluateArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m nqf.evaluate")
+    options = parse(EvaluateArguments, arguments, prog="python -m nqf.evaluate")
     from nqf.evaluation.results import print_results
     from nqf.stages.assess import assess, results_folder
     from nqf.stages.graph import lock_run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nqf.cli import guard, terminal
+from nqf.cli import guard, parse, terminal
+from nqf.config import section
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class ItemsArguments:
     """Changes the items that a trained run recommends. Nothing is trained and no stage becomes stale.
 
@@ -37,7 +37,7 @@ class ItemsArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = tyro.cli(ItemsArguments, args=arguments, prog="python -m nqf.items")
+    options = parse(ItemsArguments, arguments, prog="python -m nqf.items")
     import polars as pl
 
     from nqf.data.errors import DataError

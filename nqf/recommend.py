@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Annotated
 
 import tyro
 
-from nqf.cli import guard, terminal
+from nqf.cli import guard, parse, terminal
+from nqf.config import Count, section
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class RecommendArguments:
     """Recommends items from a trained run.
 
@@ -31,14 +31,14 @@ class RecommendArguments:
     user: str | None = None
     history: str | None = None
     all: Path | None = None
-    k: int = 10
+    k: Count = 10
     stage: str = "joint"
     debug: bool = False
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = tyro.cli(RecommendArguments, args=arguments, prog="python -m nqf.recommend")
+    options = parse(RecommendArguments, arguments, prog="python -m nqf.recommend")
     chosen = [value for value in (options.user, options.history, options.all) if value is not None]
     if len(chosen) != 1:
         raise ValueError("give exactly one of --user ID, --history ID,ID,... and --all OUT.parquet")

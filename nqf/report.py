@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from nqf.cli import guard, terminal
+from nqf.cli import guard, parse, terminal
+from nqf.config import Few, section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +23,7 @@ _POINTS = 3_000
 _SHOWN = 8
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class ReportArguments:
     """Writes a self-contained HTML page about an evaluated run.
 
@@ -35,13 +36,13 @@ class ReportArguments:
 
     run: Annotated[Path, tyro.conf.Positional]
     output: Path | None = None
-    users: int = 6
+    users: Few = 6
     debug: bool = False
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = tyro.cli(ReportArguments, args=arguments, prog="python -m nqf.report")
+    options = parse(ReportArguments, arguments, prog="python -m nqf.report")
     import importlib.util
     import os
 

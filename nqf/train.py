@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+from nqf import cli
 from nqf.cli import guard, keep_freed_memory, terminal
-from nqf.config import Config, ConfigError, load_config
+from nqf.config import Config, ConfigError, CountOrNone, Weight, load_config, section
 from nqf.data.schema import nearest
 
 _PROGRAM = "python -m nqf.train"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class TrainArguments(Config):
     """Trains a run, stage by stage; what is finished and unchanged is not run again.
 
@@ -35,8 +36,8 @@ class TrainArguments(Config):
     run: Path | None = None
     restart: bool = False
     plan: bool = False
-    memory_gib: float = 0.0
-    profile: int = 0
+    memory_gib: Weight = 0.0
+    profile: CountOrNone = 0
     debug: bool = False
 
 
@@ -46,8 +47,6 @@ def parse(arguments: list[str]) -> TrainArguments:
     Raises:
       ConfigError: No configuration is named, or it cannot be used.
     """
-    import tyro
-
     path = _value_of(arguments, "--config")
     run = _value_of(arguments, "--run")
     if path is None and run is not None and (Path(run) / "config.yaml").is_file():
@@ -57,7 +56,7 @@ def parse(arguments: list[str]) -> TrainArguments:
     default = TrainArguments(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
     if {"-h", "--help"} & set(arguments):
         _help(default, _value_of(arguments, "--help") or _value_of(arguments, "-h") or "")
-    options = tyro.cli(TrainArguments, args=arguments, default=default, prog=_PROGRAM)
+    options = cli.parse(TrainArguments, arguments, prog=_PROGRAM, default=default)
     if path is None:
         raise ConfigError("no configuration: give --config configs/X.yaml, or --run with an existing run folder")
     return options
@@ -97,7 +96,7 @@ def _help(default: TrainArguments, topic: str) -> None:
     ]
     part = dataclasses.make_dataclass("Help", hidden, bases=(TrainArguments,), kw_only=True, frozen=True)
     values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
-    tyro.cli(part, args=["--help"], default=part(**values), prog=_PROGRAM, description=description)
+    cli.parse(part, ["--help"], prog=_PROGRAM, default=part(**values), description=description)
 
 
 def _value_of(arguments: list[str], option: str) -> str | None:

@@ -1,6 +1,5 @@
 """Studies: the shipped ones can be read, and one command trains variants with everything that is off by default."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ from nqf.ablate import load_study
 from nqf.config import ConfigError
 from nqf.serving.recommender import Recommender
 from nqf.stages.assess import assess
-from nqf.stages.joint import joint_program
 from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import open_run
 
@@ -51,14 +49,19 @@ def test_a_variant_that_cannot_be_is_named(tmp_path: Path) -> None:
         load_study(study, tmp_path, (0,), ("other",))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("key", "value"), [("candidates", "qwen3"), ("train_item_qformer", True), ("mining", None)])
-def test_full_negatives_are_refused_where_they_cannot_be(tiny_run: Path, key: str, value: object) -> None:
-    run = open_run(tiny_run)
-    value = dataclasses.replace(run.config.joint.mining, count=2) if value is None else value
-    config = dataclasses.replace(run.config, joint=dataclasses.replace(run.config.joint, **{key: value}))
-    with pytest.raises(StageError, match="negatives cannot be 'full'; set it to 'sampled' or 'in-batch'"):
-        joint_program(dataclasses.replace(run, config=config))
+@pytest.mark.parametrize("changes", [3, [1], {"seed": 1, "seed.x": 2}, {3: 1}])
+def test_changes_that_are_none_are_named(changes: object, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({"config": str(ROOT / "tests/tiny.yaml"), "variants": {"bad": changes}}))
+    with pytest.raises(ConfigError, match="variant 'bad': expected dotted keys and values"):
+        load_study(study, tmp_path, (0,), ())
+
+
+def test_a_study_without_variants_is_refused(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(f"config: {ROOT / 'tests/tiny.yaml'}\nvariants: 3")
+    with pytest.raises(ConfigError, match="a study has the keys"):
+        load_study(study, tmp_path, (0,), ())
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pydantic
 import pytest
 from rich.console import Console
 
@@ -88,6 +89,28 @@ def test_errors_are_one_paragraph_without_a_traceback(capsys: pytest.CaptureFixt
     assert error == "error: the file has no column 'x'; columns: a, b\n(--debug shows the traceback)\n"
     with pytest.raises(KeyError):
         cli.guard(main, ["--debug"])
+
+
+def test_errors_of_values_are_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
+    def section(arguments: list[str]) -> None:
+        dataclasses.replace(Config().item.optim, epochs=-1)
+
+    def others(arguments: list[str]) -> None:
+        pydantic.TypeAdapter(int).validate_python("x")
+
+    code, error = failure(section, [], capsys)
+    assert code == 1 and error.count("\n") == 2
+    assert error.startswith("error: OptimConfig: epochs: expected a whole number from 0 to 2,147,483,647, found -1; ")
+    code, error = failure(others, [], capsys)
+    assert code == 1 and error.count("\n") == 2 and error.startswith("error: 1 validation error for int")
+
+
+def test_options_are_explained_as_attributes_are() -> None:
+    texts = cli.documented(importlib.import_module("nqf.train").TrainArguments)
+    assert texts["name"].startswith("Name of the run") and texts["restart"].startswith("Begin")
+    # A section of the configuration has no entry of its own.
+    assert texts["joint"] == "Joint stage: Qwen3 reads item and user tokens; its pooled vector ranks the catalogue."
+    assert cli.documented(type(Config().data))["format"].endswith("(the reference system's JSON files).")
 
 
 def test_a_bug_keeps_its_traceback_and_ctrl_c_has_none(capsys: pytest.CaptureFixture[str]) -> None:

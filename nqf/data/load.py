@@ -186,9 +186,6 @@ def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -
         # The folder is renamed when it is complete.
         folder = final / "source"
     else:
-        for key in ("items", "interactions", "schema"):
-            if not getattr(config, key):
-                raise DataError(f"data.{key}: format '{config.format}' needs this path")
         items, interactions, schema_path = Path(config.items), Path(config.interactions), Path(config.schema)
         folder = items.parent
     schema = load_schema(schema_path)

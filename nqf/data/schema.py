@@ -17,14 +17,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nqf.config import ConfigError, from_tree, read_yaml, shown, to_tree
+from nqf.config import ConfigError, Count, Weight, from_tree, read_yaml, section, shown, to_tree
 from nqf.data.errors import DataError
 
 Modality = Literal["text", "category", "number", "time", "geo", "image", "vector"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@section
 class Field:
     """A field of the items.
 
@@ -44,8 +44,8 @@ class Field:
     name: str
     modality: Modality
     columns: tuple[str, ...]
-    weight: float = 1.0
-    max_length: int | None = None
+    weight: Weight = 1.0
+    max_length: Count | None = None
     log: bool | None = None
     multi_valued: bool = False
     separator: str = "|"
@@ -156,10 +156,6 @@ def _field(name: str, options: Any, where: str) -> Field:
         for key, modality in (("log", "number"), ("multi_valued", "category"), ("max_length", "text"))
         if options.get(key) and field.modality != modality
     ]
-    if field.weight < 0:
-        wrong.append("weight must not be negative")
-    if field.max_length is not None and field.max_length < 1:
-        wrong.append("max_length must be at least 1")
     if not field.separator:
         wrong.append("separator must not be empty")
     if wrong:

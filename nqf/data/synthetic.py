@@ -18,7 +18,6 @@ import yaml
 from PIL import Image
 
 from nqf.config import SyntheticConfig
-from nqf.data.errors import DataError
 from nqf.data.lexicon import DEPARTMENTS, REVIEWS, STYLES, TIERS
 
 TOPICS = tuple((department, topic) for department, topics in DEPARTMENTS.items() for topic in topics)
@@ -77,9 +76,6 @@ def generate(config: SyntheticConfig, seed: int, directory: Path) -> None:
       config: Sizes and shares.
       seed: The same seed gives the same bytes.
       directory: An existing folder.
-
-    Raises:
-      DataError: Sizes or shares that cannot be had.
     """
     world = draw_world(config, seed)
     # Streams of their own, so that the tables' wording does not depend on how many events were drawn.
@@ -97,12 +93,7 @@ def generate(config: SyntheticConfig, seed: int, directory: Path) -> None:
 
 
 def draw_world(config: SyntheticConfig, seed: int) -> World:
-    """Draws items, users and histories.
-
-    Raises:
-      DataError: As `generate`.
-    """
-    _check(config)
+    """Draws items, users and histories."""
     rng = np.random.default_rng([seed, 0])
     # Every combination equally often, so that none is empty while there are enough items.
     cells = rng.permutation(np.arange(config.items) % (len(TOPICS) * len(STYLES) * len(TIERS)))
@@ -133,15 +124,6 @@ def next_topic(world: World, history: list[int]) -> int | None:
         return None
     before = world.topics[history[-2:][0]]
     return int(world.rule[DEPARTMENT_OF[before], world.topics[history[-1]]])
-
-
-def _check(config: SyntheticConfig) -> None:
-    if config.items < 2 * config.max_events or config.users < 1:
-        raise DataError(f"data.synthetic: needs users and at least {2 * config.max_events} items (twice max_events)")
-    if not 3 <= config.min_events <= config.max_events:
-        raise DataError("data.synthetic: needs 3 <= min_events <= max_events")
-    if not (0 <= config.unseen_share <= 0.5 and 0 <= config.missing_share < 1):
-        raise DataError("data.synthetic: unseen_share must be in [0, 0.5] and missing_share in [0, 1)")
 
 
 def _draw_rule(rng: np.random.Generator) -> np.ndarray:

@@ -37,7 +37,7 @@ from nqf.stages.rank import (
 )
 from nqf.stages.ranker import ITEM_CHUNK
 from nqf.stages.ranking_loss import batch_tables, ranking_loss
-from nqf.stages.records import StageError, check_files
+from nqf.stages.records import check_files
 from nqf.stages.run import Run
 from nqf.stages.stage import TRAINED, Stage
 from nqf.stages.tokens import write_tokens
@@ -259,13 +259,6 @@ def make_joint_loss(config: Config, parts: RankParts, items: ItemQFormer | None)
 def joint_program(run: Run, abstract: bool = False) -> Program:
     """What the joint stage trains."""
     config, stage = run.config, run.config.joint
-    for wanted, why in (
-        (stage.train_item_qformer, "joint.train_item_qformer re-encodes the items of each batch"),
-        (stage.candidates == "qwen3", "joint.candidates: qwen3 reads a prompt for each item of a batch"),
-        (stage.mining.count, "joint.mining adds negatives to drawn ones"),
-    ):
-        if wanted and stage.loss.negatives == "full":
-            raise StageError(f"{why}, so joint.loss.negatives cannot be 'full'; set it to 'sampled' or 'in-batch'")
     if not abstract and not stage.backbone.path:
         keep_tokenizer(run)
     parts = joint_parts(run, abstract=abstract)

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import yaml
 
-from nqf.config import DataConfig, SyntheticConfig
+from nqf.config import ConfigError, DataConfig, SyntheticConfig
 from nqf.data.errors import DataError
 from nqf.data.interactions import MISSING_TIME
 from nqf.data.load import Dataset, open_dataset, prepare
@@ -160,7 +160,7 @@ def test_a_field_absent_from_every_item_is_a_warning(tmp_path: Path) -> None:
             {"bad_values": "refuse", "items": ITEMS.replace(",x,", ",2,")},
             r"events\.csv: row 7 \(user_id 'w'\): timestamp cannot be read: 'soon'",
         ),
-        ({"cold_share": 1.0}, "the training split is empty"),
+        ({"cold_share": 0.99}, "the training split is empty"),
         ({"schema": {"fields": {"name": "texts"}}}, r"schema\.yaml: name: unknown modality 'texts'"),
     ],
 )
@@ -171,8 +171,8 @@ def test_bad_tables_are_refused(changes: dict, message: str, tmp_path: Path) -> 
 
 
 def test_missing_paths_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.items: format 'table' needs this path"):
-        prepare(DataConfig(format="table"), tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"items: format 'table' needs this path"):
+        DataConfig(format="table")
     config = config_of(tmp_path)
     (tmp_path / "events.csv").unlink()
     with pytest.raises(DataError, match=r"events\.csv: no such file"):

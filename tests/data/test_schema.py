@@ -50,7 +50,7 @@ def test_every_modality_goes_through_yaml(modality: str, tmp_path: Path) -> None
         ({"fields": {"a": {"column": "b"}}}, "a: unknown modality None"),
         ({"fields": {"a": {"modality": "text", "wieght": 2}}}, "a: unknown option 'wieght'; did you mean 'weight'"),
         ({"fields": {"a": {"modality": "text", "weight": "much"}}}, "weight: expected a number"),
-        ({"fields": {"a": {"modality": "text", "weight": -1}}}, "weight must not be negative"),
+        ({"fields": {"a": {"modality": "text", "weight": -1}}}, "weight: expected a number from 0"),
         ({"fields": {"a": {"modality": "geo"}}}, r"columns: \[latitude, longitude\]"),
         ({"fields": {"a": {"modality": "text", "columns": ["x", "y"]}}}, "needs one column"),
         ({"fields": {"a": {"modality": "text", "column": "x", "columns": ["y"]}}}, "either column or columns"),

@@ -7,8 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nqf.config import DataConfig, SyntheticConfig
-from nqf.data.errors import DataError
+from nqf.config import ConfigError, DataConfig, SyntheticConfig
 from nqf.data.lexicon import DEPARTMENTS, STYLES, TIERS
 from nqf.data.load import prepare
 from nqf.data.synthetic import TOPICS, World, draw_world, generate, next_topic
@@ -126,14 +125,14 @@ def test_no_noun_belongs_to_two_topics() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"items": 30}, "needs users and at least 40 items"),
-        ({"users": 0}, "needs users"),
-        ({"min_events": 2}, "needs 3 <= min_events"),
-        ({"min_events": 30}, "needs 3 <= min_events <= max_events"),
-        ({"unseen_share": 0.6}, "unseen_share must be in"),
-        ({"missing_share": 1.0}, "missing_share in"),
+        ({"items": 30}, "items: 30 are too few .* at least 40"),
+        ({"users": 0}, "users: expected a whole number from 1"),
+        ({"min_events": 2}, "min_events: expected a whole number from 3"),
+        ({"min_events": 30}, "min_events: 30 is above max_events, 20"),
+        ({"unseen_share": 0.6}, "unseen_share: expected a number from 0 to 0.5"),
+        ({"missing_share": 1.0}, "missing_share: expected a number from 0, below 1"),
     ],
 )
 def test_impossible_sizes_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        draw_world(SyntheticConfig(**options), 0)
+    with pytest.raises(ConfigError, match=message):
+        SyntheticConfig(**options)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nqf.config import MiningConfig
+from nqf.config import LossConfig, MiningConfig
 from nqf.stages import mining
 from nqf.stages.run import Run, open_run
 
@@ -50,7 +50,9 @@ def run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("mining") / "run"
     shutil.copytree(tiny_run, folder)
     run = open_run(folder)
-    joint = dataclasses.replace(run.config.joint, mining=MiningConfig(count=4, margin=0.9))
+    joint = dataclasses.replace(
+        run.config.joint, mining=MiningConfig(count=4, margin=0.9), loss=LossConfig(negatives="sampled")
+    )
     return dataclasses.replace(run, config=dataclasses.replace(run.config, joint=joint))
 
 
