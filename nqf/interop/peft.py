@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import math
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,181 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from nqf.files import write_json
 from nqf.interop.huggingface import Pooling, check_tensors, list_tensors, write_golden
 from nqf.interop.tensors import read_json
 from nqf.interop.tokenizer import Tokenizer
+from nqf.interop.torch_file import Tensor, TorchFile
 from nqf.models.qwen3 import LORA_TARGETS, Qwen3, Qwen3Config
 
-_WEIGHTS = "adapter_model.safetensors"
-_KEY = re.compile(
-    r"base_model\.model\.(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight"
+_LOG = logging.getLogger(__name__)
+_WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+_TABLE = re.compile(r"base_model\.model\.(?:model\.)?(?:embed_tokens|lm_head)\.(?:base_layer\.)?weight")
+# What peft's "all-linear" takes (every projection but the output's), and what it takes where nothing is said.
+_ALL_LINEAR, _DEFAULT_TARGETS = "all-linear", ["q_proj", "v_proj"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_pattern(frame: str, value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(frame.replace("PATTERN", value)))
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def _is_names(value: Any, frame: str = "PATTERN") -> bool:
+    names = all(isinstance(name, str) for name in value) if isinstance(value, list) else _is_pattern(frame, value)
+    return value is None or names
+
+
+def _is_patterns(value: Any, kind: Callable[[Any], bool]) -> bool:
+    ok = isinstance(value, dict) and all(_is_pattern(_SUFFIX, key) and kind(value[key]) for key in value)
+    return value is None or ok
+
+
+# Where peft looks for a name in `rank_pattern` and `alpha_pattern`, and for a layer's number.
+_SUFFIX, _LAYER, _ANY_LAYER = r"(.*\.)?(PATTERN)$", r"(?:^|.*?\.)PATTERN\.(?P<idx>\d+)\.", r".*?\.[^.]*\.(?P<idx>\d+)\."
+# Initializations that leave the base as it is. The others subtract from it what A and B start with, or quantize it.
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Every key of `adapter_config.json`, as of peft 0.21, is in one of three tables. First, what is read: what it may be.
+_READ: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": (lambda value: value == "LORA", "'LORA'"),
+    "r": (_is_count, "a positive whole number"),
+    "lora_alpha": (lambda value: _is_number(value) and value != 0, "a number other than 0"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a share below 1"),
+    "use_rslora": (lambda value: value in (True, False, None), "true or false"),
+    "rank_pattern": (lambda value: _is_patterns(value, _is_count), "patterns of names with positive whole numbers"),
+    "alpha_pattern": (lambda value: _is_patterns(value, _is_number), "patterns of names with numbers"),
+    "target_modules": (_is_names, "names or one regular expression"),
+    "exclude_modules": (_is_names, "names or one regular expression"),
+    "layers_to_transform": (
+        lambda value: value is None or all(isinstance(index, int) for index in _listed(value)),
+        "numbers of layers",
+    ),
+    "layers_pattern": (
+        lambda value: value is None or all(_is_pattern(_LAYER, pattern) for pattern in _listed(value)),
+        "one or more patterns",
+    ),
+    "init_lora_weights": (
+        lambda value: value in _INITIALIZATIONS,
+        "an initialization that leaves the base as it is: peft changes the base when it loads this adapter. Write it "
+        "with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`, or merge it into the base",
+    ),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+}
+# Second, what no number of a loaded adapter depends on: where it comes from, and how it was initialized and trained.
+# `bias` and `fan_in_fan_out` have nothing to act on in a Qwen3, `use_qalora` only on a quantized base.
+_NEUTRAL = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "use_qalora",
+    "qalora_group_size",
+    "fan_in_fan_out",
+    "megatron_core",
+    "ensure_weight_tying",
+    "merge_weights",
 )
-_EMBEDDING = re.compile(r"base_model\.model\.(?:model\.)?(?:embed_tokens|lm_head)\..*")
-# Options of adapter_config.json that change the mathematics and are not implemented.
+# Third, what changes numbers in ways that are not implemented. It may only be off, as any key that is not known.
 _REFUSED = (
     "use_dora",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
     "modules_to_save",
-    "layers_to_transform",
-    "lora_bias",
     "trainable_token_indices",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "megatron_config",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
 )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    tree = read_json(path)
+    errors = [f"no '{key}'" for key in ("peft_type", "r", "lora_alpha") if key not in tree]
+    for key, value in tree.items():
+        if key in _READ:
+            kind, expected = _READ[key]
+            if not kind(value):
+                errors.append(f"{key} is {reprlib.repr(value)}, not {expected}")
+        # An empty object is not off: peft makes a setting with defaults of it.
+        elif key not in _NEUTRAL and not (value is None or value is False or value == []):
+            state = "is not supported" if key in _REFUSED else "is unknown and may change the result"
+            errors.append(f"{reprlib.repr(key)[1:-1]} {state} (it is {reprlib.repr(value)})")
+    layers, patterns = tree.get("layers_to_transform"), tree.get("layers_pattern")
+    if isinstance(tree.get("target_modules"), str) and (layers is not None or patterns is not None):
+        errors.append("target_modules is one regular expression, which excludes layers_to_transform and layers_pattern")
+    if patterns and layers is None:
+        errors.append("layers_pattern without layers_to_transform")
+    if errors:
+        raise ValueError(f"{path}: " + "; ".join(errors))
+    return tree
+
+
+def _is_targeted(tree: Mapping[str, Any], key: str) -> bool:
+    """Whether peft puts an adapter on a projection (as `peft.tuners.tuners_utils.check_target_module_exists`)."""
+    excluded, targets = tree.get("exclude_modules") or [], tree.get("target_modules")
+    if isinstance(excluded, str) and re.fullmatch(excluded, key):
+        return False
+    if isinstance(excluded, list) and any(f".{key}".endswith(f".{name}") for name in excluded):
+        return False
+    if isinstance(targets, str):
+        return targets.lower() == _ALL_LINEAR or bool(re.fullmatch(targets, key))
+    targets, layers = _DEFAULT_TARGETS if targets is None else targets, tree.get("layers_to_transform")
+    if key in targets or not any(key.endswith(f".{name}") for name in targets):
+        return key in targets
+    if layers in (None, []):
+        return True
+    patterns = [_LAYER.replace("PATTERN", pattern) for pattern in _listed(tree.get("layers_pattern") or [])]
+    matches = (re.match(pattern, key) for pattern in patterns or [_ANY_LAYER])
+    found = next((int(match["idx"]) for match in matches if match), None)
+    return found is not None and found in _listed(layers)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+    matches = (value for name, value in (patterns or {}).items() if re.match(_SUFFIX.replace("PATTERN", name), key))
+    return next(matches, default)
+
+
+def _open(folder: Path) -> tuple[Path, dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """The file of weights that peft would take, shapes of its tensors, and a function that reads one."""
+    path = folder / _PICKLE
+    if (folder / _WEIGHTS).is_file() or not path.is_file():
+        path = folder / _WEIGHTS
+        files = list_tensors([path])
+        shapes = {name: file.shape for name, file in files.items()}
+        return path, shapes, lambda name: np.concatenate([block for _, block in files[name].blocks()])
+    with TorchFile(path) as file:
+        tree = file.tree if isinstance(file.tree, dict) else {"": file.tree}
+        others = [name for name, tensor in tree.items() if not isinstance(tensor, Tensor)]
+        if others:
+            raise ValueError(f"{path}: {reprlib.repr(others)} are no tensors; this is not an adapter as peft writes it")
+        arrays = {str(name): file.read(tensor) for name, tensor in tree.items()}
+    return path, {name: array.shape for name, array in arrays.items()}, arrays.__getitem__
 
 
 def _abstract(config: Qwen3Config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -49,10 +204,67 @@ def _name(path: tuple[str, ...], layer: int, prefix: str) -> str:
     return f"{prefix}layers.{layer}.{path[1]}.{path[2]}.lora_{path[3][-1].upper()}.weight"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Adapter of one projection of one layer: names of its tensors, rank, and what B A is multiplied by."""
+
+    path: tuple[str, ...]
+    layer: int
+    names: tuple[str, str]
+    rank: int
+    scale: float
+
+
+def _parts(
+    path: Path, tree: Mapping[str, Any], config: Qwen3Config, shapes: Mapping[str, tuple[int, ...]]
+) -> list[_Part]:
+    """The adapters that the configuration asks for and the file holds.
+
+    Raises:
+      ValueError: Tensors that are missing, surplus or of another shape.
+    """
+    # Patterns are matched against names as in the model that was trained: a bare decoder, or one under `model.`.
+    prefix = _PREFIX + ("model." if any(name.startswith(f"{_PREFIX}model.") for name in shapes) else "")
+    abstract = _abstract(dataclasses.replace(config, lora_rank=1, lora_targets=LORA_TARGETS))
+    root = math.sqrt if tree.get("use_rslora") else float
+    parts, expected, absent = [], {}, []
+    for where in sorted({path[:-1] for path in abstract}):
+        (_, wide, _), (_, _, out) = (abstract[*where, matrix].shape for matrix in ("lora_a", "lora_b"))
+        for layer in range(config.num_hidden_layers):
+            a, b = (_name((*where, matrix), layer, prefix) for matrix in ("lora_a", "lora_b"))
+            key = a.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            if not _is_targeted(tree, key):
+                continue
+            if a not in shapes and b not in shapes:
+                absent.append(key)
+                continue
+            rank = _by_pattern(tree.get("rank_pattern"), key, tree["r"])
+            # Rank-stabilized LoRA divides alpha by the root of the rank (arXiv 2312.03732).
+            scale = _by_pattern(tree.get("alpha_pattern"), key, tree["lora_alpha"]) / root(rank)
+            parts.append(_Part(path=where, layer=layer, names=(a, b), rank=rank, scale=scale))
+            expected |= {a: (rank, wide), b: (out, rank)}
+    if not parts:
+        raise ValueError(
+            f"{path}: no adapter of a Qwen3 projection ({', '.join(LORA_TARGETS)}) that target_modules names, under "
+            f"the names that peft writes, e.g. {_PREFIX}layers.0.self_attn.q_proj.lora_A.weight"
+        )
+    check_tensors(expected, shapes, where=str(path))
+    if absent:
+        message = f"{len(absent)} of {len(absent) + len(parts)} projections that target_modules names are not in it"
+        if tree.get("init_lora_weights", True) not in (True, "gaussian", "eva"):
+            raise ValueError(f"{path}: {message} ({reprlib.repr(absent)}), and this initialization changes them")
+        _LOG.warning("%s: %s (%s); they stay those of the base, as in peft", path, message, reprlib.repr(absent))
+    return parts
+
+
 def load_adapter(
     folder: str | Path, config: Qwen3Config, *, ignore_embeddings: bool = False
 ) -> tuple[Qwen3Config, dict[str, Any]]:
-    """Reads a PEFT adapter folder.
+    """Reads a PEFT adapter folder: what peft makes of it on the same base, or an error.
+
+    All projections get one rank, the largest, and one scale. A lower rank (`rank_pattern`) is filled with zeros, which
+    stay zeros in training; another scale (`alpha_pattern`) goes into B; where the adapter leaves out a projection of
+    some layers, it is zeros.
 
     Args:
       folder: Local folder.
@@ -64,57 +276,31 @@ def load_adapter(
       The configuration with rank, alpha, dropout and targets, and the `lora` collection, float32.
 
     Raises:
-      ValueError: No adapter, a variant of LoRA that is not implemented, or tensors that do not fit the base; all
-        of them are named.
+      ValueError: No adapter, a key of `adapter_config.json` that is not understood or may change the result, or
+        tensors that do not fit the base and the configuration; all of them are named.
     """
     folder = Path(folder)
-    where = folder / "adapter_config.json"
-    tree = read_json(where)
-    errors = [] if tree.get("peft_type") == "LORA" else [f"peft_type is {tree.get('peft_type')!r}, not 'LORA'"]
-    errors += [f"{key} is not supported" for key in _REFUSED if tree.get(key)]
-    if tree.get("bias", "none") != "none":
-        errors.append(f"bias {tree['bias']!r} is not supported")
-    errors += [f"no '{key}'" for key in ("r", "lora_alpha") if key not in tree]
-    if errors:
-        raise ValueError(f"{where}: " + "; ".join(errors))
-    tensors = list_tensors([folder / _WEIGHTS])
+    tree = _read_config(folder / "adapter_config.json")
+    path, shapes, read = _open(folder)
     if ignore_embeddings:
-        tensors = {name: tensor for name, tensor in tensors.items() if not _EMBEDDING.fullmatch(name)}
-
-    # The targets are read off the tensors: the configuration may name them by a pattern.
-    matches = {name: _KEY.fullmatch(name) for name in tensors}
-    found = {match[3] for match in matches.values() if match}
-    rank = tree["r"]
+        shapes = {name: shape for name, shape in shapes.items() if not _TABLE.fullmatch(name)}
+    parts = _parts(path, tree, config, shapes)
+    rank, root = max(part.rank for part in parts), math.sqrt if tree.get("use_rslora") else float
+    found = {part.path[-1] for part in parts}
     config = dataclasses.replace(
         config,
         lora_rank=rank,
-        # Rank-stabilized LoRA divides alpha by the root of the rank (arXiv 2312.03732).
-        lora_alpha=float(tree["lora_alpha"]) * (math.sqrt(rank) if tree.get("use_rslora") else 1.0),
-        lora_dropout=float(tree.get("lora_dropout") or 0.0),
+        lora_alpha=tree["lora_alpha"] * rank / root(tree["r"]),
+        lora_dropout=float(tree.get("lora_dropout", 0.0)),
         lora_targets=tuple(name for name in LORA_TARGETS if name in found),
     )
-    if not config.lora_targets:
-        raise ValueError(f"{folder / _WEIGHTS}: no adapter of a Qwen3 projection ({', '.join(LORA_TARGETS)})")
-    abstract, layers, prefix = _abstract(config), config.num_hidden_layers, "base_model.model."
-    known = {_canonical(match) if match else name: name for name, match in matches.items()}
-    check_tensors(
-        {_name(path, layer, prefix): leaf.shape[:0:-1] for path, leaf in abstract.items() for layer in range(layers)},
-        {canonical: tensors[name].shape for canonical, name in known.items()},
-        where=str(folder / _WEIGHTS),
-    )
-    lora = {}
-    for path, leaf in abstract.items():
-        host = np.empty(leaf.shape, np.float32)
-        for layer in range(layers):
-            for rows, block in tensors[known[_name(path, layer, prefix)]].blocks():
-                host[layer].T[rows] = block
-        lora[path] = jnp.asarray(host)
-    return config, traverse_util.unflatten_dict(lora)
-
-
-def _canonical(match: re.Match[str]) -> str:
-    layer, block, name, matrix = match.groups()
-    return _name(("layers", block, name, f"lora_{matrix.lower()}"), int(layer), "base_model.model.")
+    lora = {path: np.zeros(leaf.shape, np.float32) for path, leaf in _abstract(config).items()}
+    for part in parts:
+        a, b = (lora[*part.path, matrix][part.layer] for matrix in ("lora_a", "lora_b"))
+        a[:, : part.rank] = read(part.names[0]).T
+        b[: part.rank] = read(part.names[1]).T
+        b *= np.float32(part.scale / config.lora_scale)
+    return config, traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in lora.items()})
 
 
 def save_adapter(
@@ -151,7 +337,7 @@ def save_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "adapter_config.json", tree)
 
 
 def export_adapter(

@@ -118,13 +118,38 @@ class Tokenizer:
         return spare[:count]
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers' `AutoTokenizer` reads."""
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers' `AutoTokenizer` reads.
+
+        It then encodes as this one does with its end token, whatever the template of the folder was that this one was
+        read from: many have none, and vectors of the last token are other ones without it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._settings, indent=2, ensure_ascii=False)
+        backend, settings = (self._backend, self._settings) if self._template else self._with_end()
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         # Last, and at once: its presence says that the folder is complete.
-        files.write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        files.write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
+
+    def _with_end(self) -> tuple[Any, dict[str, Any]]:
+        """Backend and settings whose own template appends the end token, and nothing else."""
+        import tokenizers
+        from tokenizers import processors
+
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        # Written by transformers alone; those that a template is made of would replace it.
+        settings = {
+            key: value for key, value in self._settings.items() if key not in ("add_bos_token", "add_eos_token")
+        }
+        plain, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        if full != [*plain, self.eos_id]:
+            end = backend.id_to_token(self.eos_id)
+            template = processors.TemplateProcessing(
+                single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, self.eos_id)]
+            )
+            offsets = backend.post_processor if full == plain else None
+            backend.post_processor = processors.Sequence([offsets, template]) if offsets else template
+        return backend, settings | {"split_special_tokens": True}
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

@@ -1,7 +1,11 @@
-"""LoRA against peft: forward, gradients, folders both ways, and what is refused."""
+"""LoRA against peft: forward, gradients, folders both ways, every key of `adapter_config.json`, and what is refused."""
 
+import copy
 import dataclasses
 import json
+import logging
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,13 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+from hypothesis import HealthCheck, event, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from tiny_qwen3 import SIZES, random_model, save  # noqa: E402
 
 from nqf.interop.huggingface import golden_difference, load_qwen3, text_inputs  # noqa: E402
-from nqf.interop.peft import export_adapter, load_adapter, save_adapter  # noqa: E402
+from nqf.interop.peft import _NEUTRAL, _READ, _REFUSED, export_adapter, load_adapter, save_adapter  # noqa: E402
 from nqf.interop.tokenizer import load_tokenizer, train_byte_bpe  # noqa: E402
 from nqf.models.lora import merge_lora  # noqa: E402
 from nqf.models.qwen3 import LORA_TARGETS, Qwen3  # noqa: E402
@@ -206,6 +212,281 @@ def test_a_model_without_adapters_is_not_exported(base: Path, tmp_path: Path) ->
         export_adapter(tmp_path, model, {"params": params}, train_byte_bpe([], 270), golden={}, base="base")
 
 
+def edit(folder: Path, change: dict[str, Any]) -> Path:
+    """Changes keys of the configuration; None stays null."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return folder
+
+
+def read_by_peft(folder: Path, *, causal_lm: bool = False) -> np.ndarray:
+    """Hidden states of the base of these tests with an adapter, as peft reads it."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # peft's on what it ignores; that is what the comparison shows.
+        model = peft.PeftModel.from_pretrained(random_model(causal_lm=causal_lm), folder).eval()
+        return hidden_of(model).numpy()
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path) -> tuple[Qwen3, Any, Any]:
+    model, params = load_qwen3(base)
+    return model, params, jax.jit(lambda params: model.apply({"params": params}, IDS))
+
+
+def read_by_us(folder: Path, plain: Any) -> np.ndarray:
+    """The same by nqf; adapters are merged, so that nothing is compiled for each of them."""
+    model, params, apply = plain
+    config, lora = load_adapter(folder, model.config)
+    return np.asarray(apply(merge_lora(params, lora, scale=config.lora_scale)))
+
+
+def test_every_key_of_peft_is_known() -> None:
+    """A new peft adds a key: it has to be put into one of the tables, after reading what it does."""
+    tables = [*_READ, *_NEUTRAL, *_REFUSED]
+    assert len(set(tables)) == len(tables)
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= set(tables)
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert [key for key in tables if f"`{key}`" not in docs] == []
+
+
+class TestEqualToPeft:
+    """Every key that is read, and every one that changes nothing."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target_modules": r"layers\.(1|2)\.self_attn\.(q_proj|v_proj)"},
+            {"exclude_modules": ["layers.0.mlp.up_proj", "k_proj"]},
+            {"exclude_modules": r".*\.(0|2)\..*"},
+            {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+            {"layers_to_transform": 1, "layers_pattern": ["h", "layers"]},
+            {"rank_pattern": {"v_proj": 2, r"layers\.0\.mlp.*": 7}},
+            {"rank_pattern": {"q_proj": 4}},
+            {"alpha_pattern": {"^layers.0.self_attn.v_proj": 16, "v_proj": -3, "up_proj": 0}},
+            {"rank_pattern": {"v_proj": 9}, "alpha_pattern": {"v_proj": 16}, "use_rslora": True},
+            {"target_modules": "all-linear", "use_rslora": True},
+            {"target_modules": ["q_proj", "layers.1.self_attn.v_proj"]},
+            {"use_qalora": True, "qalora_group_size": 8},
+            {"bias": "all", "fan_in_fan_out": True},
+            {"init_lora_weights": "orthogonal"},
+            {"init_lora_weights": "mica"},
+            {"init_lora_weights": False, "lora_dropout": 0.3},
+            {"megatron_core": "other", "ensure_weight_tying": True, "inference_mode": True},
+        ],
+        ids=lambda options: "-".join(options),
+    )
+    def test_as_peft_writes_it(self, options: dict[str, Any], plain: Any, tmp_path: Path) -> None:
+        theirs = adapted(random_model(causal_lm=False), **options)
+        theirs.save_pretrained(tmp_path)
+        found = read_by_us(tmp_path, plain)
+        np.testing.assert_allclose(found, hidden_of(theirs).detach().numpy(), atol=1e-4)
+        np.testing.assert_allclose(found, read_by_peft(tmp_path), atol=1e-4)
+        assert np.max(np.abs(found - plain[2](plain[1]))) > 0.05
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"target_modules": "ALL-linear"},
+            {"rank_pattern": None, "alpha_pattern": None, "layers_to_transform": []},
+            {"lora_dropout": 0, "use_rslora": None, "layers_pattern": None},
+            # As alpaca-lora and Unsloth wrote it, and a newer peft with what is off.
+            {"enable_lora": None, "merge_weights": False, "trainable_token_indices": None, "of_tomorrow": False},
+        ],
+        ids=lambda change: "-".join(change),
+    )
+    def test_as_others_write_it(self, change: dict[str, Any], theirs: Any, plain: Any, tmp_path: Path) -> None:
+        theirs.save_pretrained(tmp_path)
+        found = read_by_us(edit(tmp_path, change), plain)
+        np.testing.assert_allclose(found, hidden_of(theirs).detach().numpy(), atol=1e-4)
+
+    def test_no_targets_are_those_of_peft(self, plain: Any, tmp_path: Path) -> None:
+        adapted(random_model(causal_lm=False), target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path)
+        edit(tmp_path, {"target_modules": None})
+        np.testing.assert_allclose(read_by_us(tmp_path, plain), read_by_peft(tmp_path), atol=1e-4)
+
+    @pytest.mark.parametrize("options", [{}, {"layers_to_transform": [0, 2]}, {"target_modules": r"model\..*_proj"}])
+    def test_of_a_causal_model(self, options: dict[str, Any], plain: Any, tmp_path: Path) -> None:
+        """Names are matched under `model.`; peft loads such a file into the same class alone (peft#2412)."""
+        theirs = adapted(random_model(causal_lm=True), **options)
+        theirs.save_pretrained(tmp_path)
+        model, params, apply = plain
+        # The causal model draws the same numbers, but for its output projection.
+        params = load_qwen3(save(theirs.unload(), tmp_path / "base"))[1]
+        found = read_by_us(tmp_path, (model, params, apply))
+        np.testing.assert_allclose(found, read_by_peft(tmp_path, causal_lm=True), atol=1e-4)
+
+    def test_pissa_that_peft_converted(self, plain: Any, tmp_path: Path) -> None:
+        theirs = peft.get_peft_model(random_model(causal_lm=False), peft.LoraConfig(r=4, init_lora_weights="pissa"))
+        theirs.save_pretrained(tmp_path / "start")
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        options = {"path_initial_model_for_weight_conversion": str(tmp_path / "start")}
+        theirs.save_pretrained(tmp_path / "end", **options)
+        expected = hidden_of(theirs.eval()).detach().numpy()
+        np.testing.assert_allclose(read_by_us(tmp_path / "end", plain), expected, atol=1e-4)
+
+    def test_absent_pairs_stay_the_base(
+        self, theirs: Any, plain: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        theirs.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_model.safetensors"
+        save_file({name: tensor for name, tensor in load_file(path).items() if "layers.1." not in name}, path)
+        with caplog.at_level(logging.WARNING):
+            found = read_by_us(tmp_path, plain)
+        np.testing.assert_allclose(found, read_by_peft(tmp_path), atol=1e-4)
+        assert "7 of 21 projections" in caplog.text and "layers.1." in caplog.text
+        with pytest.raises(ValueError, match=r"7 of 21 projections .* this initialization changes them"):
+            read_by_us(edit(tmp_path, {"init_lora_weights": False}), plain)
+
+    def test_what_is_filled_up_stays_zero_in_training(self, base: Path, tmp_path: Path) -> None:
+        options = {"rank_pattern": {"v_proj": 2}, "exclude_modules": ["layers.0.self_attn.q_proj"]}
+        adapted(random_model(causal_lm=False), **options).save_pretrained(tmp_path)
+        model, params = load_qwen3(base)
+        config, lora = load_adapter(tmp_path, model.config)
+        weight = np.random.default_rng(1).normal(size=SIZES["hidden_size"]).astype(np.float32)
+        gradient = jax.grad(lambda lora: jnp.mean(Qwen3(config).apply({"params": params, "lora": lora}, IDS) @ weight))
+        found = gradient(lora)["layers"]["self_attn"]
+        assert not np.any(found["v_proj"]["lora_a"][..., 2:]) and not np.any(found["v_proj"]["lora_b"][:, 2:])
+        assert not np.any(found["q_proj"]["lora_a"][0]) and not np.any(found["q_proj"]["lora_b"][0])
+        assert np.any(found["v_proj"]["lora_b"][:, :2]) and np.any(found["q_proj"]["lora_b"][1])
+
+
+_NAMES = [
+    "q_proj",
+    "v_proj",
+    "up_proj",
+    "layers.0.self_attn.k_proj",
+    "self_attn.o_proj",
+    "proj",
+    "layers.2.mlp.down_proj",
+]
+_REGEXES = [r".*\.[qv]_proj", r"layers\.[01]\..*_proj", r".*(0|2).mlp.*proj", "all-linear"]
+_PATTERNS = [*_NAMES[:5], r"layers\.1\..*", "^layers.0.mlp.up_proj", r".*\d.self.*", "nothing"]
+_LAYERS = st.sampled_from(
+    [
+        {"layers_to_transform": layers, "layers_pattern": pattern}
+        for layers in (0, 1, [0, 2], [])
+        for pattern in ("layers", ["h", "layers"], r"lay\w+")
+    ]
+)
+_OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "exclude_modules": st.lists(st.sampled_from(_NAMES), max_size=2) | st.sampled_from([*_REGEXES[:3], None]),
+        "rank_pattern": st.dictionaries(st.sampled_from(_PATTERNS), st.sampled_from([1, 2, 6]), max_size=2),
+        "alpha_pattern": st.dictionaries(st.sampled_from(_PATTERNS), st.sampled_from([1, 0.5, -8, 0]), max_size=2),
+        "r": st.sampled_from([2, 6]),
+        "lora_alpha": st.sampled_from([1, 7, 0.25, -2]),
+        "use_rslora": st.booleans(),
+        "init_lora_weights": st.sampled_from([True, True, False, "gaussian", "eva", "mica", "orthogonal"]),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
+        "use_qalora": st.booleans(),
+    },
+)
+_LISTS = st.lists(st.sampled_from(_NAMES), min_size=1, max_size=4, unique=True) | st.none()
+_WRITTEN = st.builds(
+    lambda targets, layers, options: {"target_modules": targets} | layers | options,
+    _LISTS,
+    st.just({}) | _LAYERS,
+    _OPTIONS,
+) | st.builds(lambda targets, options: {"target_modules": targets} | options, st.sampled_from(_REGEXES), _OPTIONS)
+# What stands in the file afterwards and was not there when the tensors were written.
+_LATER = st.sampled_from(
+    [
+        *({key: value} for key in _REFUSED for value in (None, True, {}, [])),
+        *({key: value} for key in ("r", "lora_alpha", "lora_dropout") for value in (0, "4", None, 5, -1.5)),
+        *({"init_lora_weights": value} for value in ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", False)),
+        *({"target_modules": value} for value in ("(", "", [], [1], ["v_proj"], "layers.*", {"a": 1}, 3)),
+        *({key: {"(": 2}} for key in ("rank_pattern", "alpha_pattern")),
+        *({"rank_pattern": {"q_proj": value}} for value in (2, 2.0, 0, True)),
+        *({"alpha_pattern": {"q_proj": value}} for value in (3, 0, "3")),
+        *({"layers_to_transform": value} for value in ([1], 1, "1", [5])),
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        {"layers_pattern": "("},
+        {"exclude_modules": ["q_proj"]},
+        {"use_rslora": True},
+        {"peft_type": "LOHA"},
+        {"of_tomorrow": True},
+    ]
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    written=_WRITTEN,
+    later=st.just({}) | st.just({}) | _LATER,
+    drop=st.sampled_from([None, None, None, "layers.2.", "lora_A", "0.self_attn.q_proj.lora_B"]),
+)
+def test_any_configuration_is_equal_or_refused(
+    written: dict[str, Any], later: dict[str, Any], drop: str | None, plain: Any
+) -> None:
+    """An adapter as peft writes it, then perhaps another configuration beside it, or tensors lost."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                adapted(random_model(causal_lm=False), **written).save_pretrained(folder)
+        except Exception:  # peft's own refusals are of many types.
+            event("peft does not write it")
+            adapted(random_model(causal_lm=False)).save_pretrained(folder)
+            later = written
+        edit(folder, later)
+        if drop:
+            path = folder / "adapter_model.safetensors"
+            kept = {name: tensor for name, tensor in load_file(path).items() if drop not in name}
+            save_file(kept, path)
+        try:
+            found = read_by_us(folder, plain)
+        except ValueError as error:
+            event("refused")
+            assert str(folder) in str(error) and len(str(error)) < 6_000
+            return
+        try:
+            expected = read_by_peft(folder)
+        except ValueError as error:
+            # A pattern that names norms beside projections: there is no number to differ from.
+            assert "is not supported" in str(error)
+            event("peft refuses it")
+            return
+        event("equal")
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+class TestPickles:
+    def test_equal(self, theirs: Any, plain: Any, tmp_path: Path) -> None:
+        theirs.save_pretrained(tmp_path, safe_serialization=False)
+        assert not list(tmp_path.glob("*.safetensors"))
+        found = read_by_us(tmp_path, plain)
+        np.testing.assert_allclose(found, hidden_of(theirs).detach().numpy(), atol=1e-4)
+
+    def test_safetensors_go_before(self, theirs: Any, plain: Any, tmp_path: Path) -> None:
+        theirs.save_pretrained(tmp_path)
+        torch.save({}, tmp_path / "adapter_model.bin")
+        found = read_by_us(tmp_path, plain)
+        np.testing.assert_allclose(found, hidden_of(theirs).detach().numpy(), atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({}, "no adapter of a Qwen3 projection"),
+            ({"state_dict": {"a": 1}}, "are no tensors"),
+            ([1], "are no tensors"),
+            (Path, "refused"),
+            (copy.deepcopy, "refused"),
+        ],
+        ids=["empty", "nested", "list", "class", "function"],
+    )
+    def test_others_are_refused(self, content: Any, message: str, theirs: Any, plain: Any, tmp_path: Path) -> None:
+        theirs.save_pretrained(tmp_path)
+        (tmp_path / "adapter_model.safetensors").unlink()
+        torch.save(content, tmp_path / "adapter_model.bin")
+        with pytest.raises(ValueError, match=rf"adapter_model\.bin: .*{message}"):
+            read_by_us(tmp_path, plain)
+
+
 class TestRefused:
     @pytest.fixture
     def folder(self, theirs: Any, tmp_path: Path) -> Path:
@@ -215,17 +496,70 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"peft_type": "IA3"}, "'IA3', not 'LORA'"),
-            ({"use_dora": True}, "use_dora"),
-            ({"bias": "all"}, "bias 'all'"),
-            ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-            ({"modules_to_save": ["norm"]}, "modules_to_save"),
+            ({"peft_type": "IA3"}, "peft_type is 'IA3', not 'LORA'"),
+            ({"bias": "some"}, "bias is 'some'"),
+            ({"r": "4"}, "r is '4', not a positive whole number"),
+            ({"r": 0}, "r is 0"),
+            ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+            ({"rank_pattern": {"q_proj": 2}}, r"q_proj.lora_A.weight has shape \(4, 32\), expected \(2, 32\)"),
+            ({"rank_pattern": {"(": 2}}, "rank_pattern is .* not patterns"),
+            ({"target_modules": "("}, r"target_modules is '\(', not names or one regular expression"),
+            ({"target_modules": ["lm_head"]}, "no adapter of a Qwen3 projection .* that target_modules names"),
+            ({"target_modules": ["q_proj"]}, r"surplus base_model\.model\.layers\.0\.mlp\.up_proj\.lora_A"),
+            ({"exclude_modules": ["q_proj"]}, r"surplus base_model\.model\.layers\.0\.self_attn\.q_proj"),
+            ({"layers_to_transform": [0]}, "no adapter of a Qwen3 projection"),
+            ({"layers_pattern": "layers"}, "layers_pattern without layers_to_transform"),
+            ({"target_modules": ".*proj", "layers_to_transform": [0]}, "excludes layers_to_transform"),
+            ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'.*merge it into the base"),
+            *(
+                ({"init_lora_weights": name}, f"init_lora_weights is '{name}'")
+                for name in ("corda", "loftq", "lora_ga")
+            ),
+            *(({key: True}, f"{key} is not supported") for key in _REFUSED),
+            # An empty object is a configuration with defaults.
+            ({"kasa_config": {}}, "kasa_config is not supported"),
+            ({"of_tomorrow": 16}, r"of_tomorrow is unknown and may change the result \(it is 16\)"),
+            ({"x" * 9_000: "y" * 9_000}, r"xxx\.\.\.xxx"),
         ],
+        ids=lambda value: "-".join(value)[:40] if isinstance(value, dict) else "",
     )
-    def test_other_adapters(self, change: dict[str, Any], message: str, folder: Path, ours: Any) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    def test_keys(self, change: dict[str, Any], message: str, folder: Path, ours: Any) -> None:
+        with pytest.raises(ValueError, match=message) as error:
+            load_adapter(edit(folder, change), ours[0].config)
+        assert str(folder) in str(error.value) and len(str(error.value)) < 6_000
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'.*path_initial_model_for_weight_conversion"),
+            ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+            ({"use_dora": True, "use_rslora": True}, "use_dora"),
+            ({"modules_to_save": ["norm"]}, r"modules_to_save is not supported \(it is \['norm'\]\)"),
+            ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+            ({"lora_bias": True}, "lora_bias"),
+            (
+                {"target_modules": ["embed_tokens", "q_proj"]},
+                r"surplus base_model\.model\.embed_tokens\.lora_embedding_A",
+            ),
+            ({"target_parameters": ["q_proj.weight"], "target_modules": []}, "target_parameters"),
+            ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_as_peft_writes_it(self, options: dict[str, Any], message: str, ours: Any, tmp_path: Path) -> None:
+        adapted(random_model(causal_lm=False), lora_dropout=0.0, **options).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=message):
+            load_adapter(tmp_path, ours[0].config)
+
+    def test_missing_keys(self, folder: Path, ours: Any) -> None:
+        (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 16}')
+        with pytest.raises(ValueError, match="no 'peft_type'; no 'r'; no 'lora_alpha'; fine_tune_type is unknown"):
+            load_adapter(folder, ours[0].config)
+
+    @pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
+    def test_no_configuration(self, text: str, folder: Path, ours: Any) -> None:
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config\.json: (not readable|expected an object)"):
             load_adapter(folder, ours[0].config)
 
     def test_all_mismatches_in_one_message(self, folder: Path, ours: Any) -> None:
@@ -233,16 +567,28 @@ class TestRefused:
         tensors = load_file(path)
         start = "base_model.model.layers."
         del tensors[f"{start}0.mlp.up_proj.lora_A.weight"]
-        tensors[f"{start}1.self_attn.q_proj.lora_B.weight"] = np.zeros((5, 4), np.float32)
+        # As DeepSpeed's ZeRO-3 leaves what it has not gathered (peft#2500).
+        tensors[f"{start}1.self_attn.q_proj.lora_B.weight"] = np.zeros(0, np.float32)
         tensors[f"{start}9.self_attn.q_proj.lora_B.weight"] = np.zeros((48, 4), np.float32)
+        # As a state dictionary has it; peft ignores it (peft#2699).
+        tensors[f"{start}2.self_attn.q_proj.lora_B.default.weight"] = np.zeros((48, 4), np.float32)
         save_file(tensors, path)
         with pytest.raises(ValueError) as error:
             load_adapter(folder, ours[0].config)
         message = str(error.value)
-        assert "3 tensors" in message
+        assert "4 tensors" in message
         assert f"missing {start}0.mlp.up_proj.lora_A.weight (4, 32)" in message
         assert f"surplus {start}9.self_attn.q_proj.lora_B.weight" in message
-        assert f"{start}1.self_attn.q_proj.lora_B.weight has shape (5, 4), expected (48, 4)" in message
+        assert f"surplus {start}2.self_attn.q_proj.lora_B.default.weight" in message
+        assert f"{start}1.self_attn.q_proj.lora_B.weight has shape (0,), expected (48, 4)" in message
+
+    def test_names_of_two_models(self, folder: Path, ours: Any) -> None:
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        moved = {name.replace("model.layers.0", "model.model.layers.0"): tensor for name, tensor in tensors.items()}
+        save_file(moved, path)
+        with pytest.raises(ValueError, match=r"surplus base_model\.model\.layers\.1\."):
+            load_adapter(folder, ours[0].config)
 
     def test_resized_embeddings_only_on_request(self, folder: Path, ours: Any) -> None:
         path = folder / "adapter_model.safetensors"
