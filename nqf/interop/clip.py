@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from nqf.fields.image import MAX_PIXELS
-from nqf.interop.tensors import assemble, layer_norm, linear, open_tensors, read_json, resolve_folder
+from nqf.interop.tensors import assemble, layer_norm, linear, list_tensors, read_json, resolve_folder, weight_files
 from nqf.models.clip import ClipVision, ClipVisionConfig
 from nqf.ops.products import DotGeneral
 
@@ -80,8 +80,10 @@ def load_clip(
     module = ClipVision(config=config, dtype=dtype, dot_general=dot_general)
     pixels = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     abstract = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
-    shapes, read = open_tensors(folder)
-    params = assemble(clip_table(config), abstract, shapes, read, where=str(folder), ignore=_UNUSED, dtype=dtype)
+    tensors = list_tensors(weight_files(folder), skip=_UNUSED)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    read = lambda name: tensors[name].read()  # noqa: E731
+    params = assemble(clip_table(config), abstract, shapes, read, where=str(folder), dtype=dtype)
     path = folder / "preprocessor_config.json"
     # All published models resize to just what they read.
     default = Preprocessing(resize=config.image_size, crop=config.image_size)

@@ -6,7 +6,7 @@ The only module that imports tokenizers and transformers, and only where they ar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,56 @@ def _convert(folder: Path) -> tuple[Any, dict[str, Any]]:
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}: no tokenizer.json, and no other tokenizer files to make it of") from error
     return backend, dict(tokenizer.special_tokens_map)
+
+
+def load_text_tokenizer(folder: Path, *, options: Mapping[str, Any], max_length: int | None, lower_case: bool) -> Any:
+    """A folder's tokenizer as sentence-transformers uses it: transformers reads all of its settings.
+
+    Args:
+      folder: Local folder.
+      options: Further arguments for transformers.
+      max_length: Takes the place of the folder's own longest text, in tokens.
+      lower_case: Whether texts are lower-cased before its own normalization.
+
+    Returns:
+      transformers' fast tokenizer.
+
+    Raises:
+      ValueError: There is none, or a damaged one.
+    """
+    import transformers
+    from tokenizers import normalizers
+
+    if max_length is not None:
+        options = {"model_max_length": max_length, **options}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        backend = tokenizer.backend_tokenizer
+        backend.encode("a")
+    except Exception as error:  # A damaged file may raise anything, `tokenizers`' bare `Exception` among it.
+        raise ValueError(f"{folder}: no tokenizer that transformers could read ({error!s:.500})") from error
+    if lower_case:
+        own = backend.normalizer
+        own = [] if own is None else list(own) if isinstance(own, normalizers.Sequence) else [own]
+        if not any(isinstance(part, normalizers.Lowercase) for part in own):
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    return tokenizer
+
+
+def text_encoder(tokenizer: Any, max_length: int) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Texts to token ids as `tokenizer(texts, truncation=True, max_length=max_length)` gives them, but faster.
+
+    Raises:
+      ValueError: `max_length` leaves no room for a text between the special tokens.
+    """
+    backend = tokenizer.backend_tokenizer
+    special = backend.num_special_tokens_to_add(is_pair=False)
+    if max_length <= special:
+        raise ValueError(f"max_length {max_length} leaves no room for a text beside {special} special tokens")
+    backend.no_padding()
+    backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
 
 
 def train_byte_bpe(
