@@ -266,8 +266,8 @@ def _module(kind: str, folder: Path) -> Module:
 
 
 def _pooling(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
-    if not {"word_embedding_dimension", "embedding_dimension"} & set(tree):
-        raise ValueError(f"{path}: no embedding_dimension; sentence-transformers does not load such a pooling")
+    if not tree:
+        raise ValueError(f"{path}: missing or empty, so it does not say how to pool")
     modes = tree.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if tree.get(flag)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
     if not isinstance(modes, list) or not modes or any(mode not in _FLAGS.values() for mode in modes):
