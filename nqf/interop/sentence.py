@@ -144,9 +144,10 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     known = {_TOKENS}
     for module in modules:
         source, target = _names(module)
-        if source not in known and module.kind != "Normalize":
+        if source in known:
+            known.add(target)
+        elif module.kind != "Normalize":
             raise ValueError(f"{path}: module '{module.kind}' reads {source!r}, which none before it writes")
-        known.add(target)
     if _SENTENCE not in known:
         raise ValueError(f"{path}: no module makes one vector of a text; there must be a 'Pooling'")
     model = read_understood(folder / "config_sentence_transformers.json", _MODEL)

@@ -5,8 +5,9 @@ The only module that imports tokenizers and transformers, and only where they ar
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,17 @@ class Tokenizer:
         files.write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
 
 
+@contextlib.contextmanager
+def _readable(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        # A damaged file may raise anything; where `tokenizers` panics, it is no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{where}: not readable as a tokenizer ({error!s:.500})") from error
+
+
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """Reads the tokenizer of a local folder or hub name.
 
@@ -140,10 +152,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     settings_path = folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
     if path.is_file():
-        try:
+        with _readable(path):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises bare `Exception`.
-            raise ValueError(f"{path}: not readable as a tokenizer ({error})") from error
     else:
         backend, settings = _convert(folder)
     config = folder / "config.json"
@@ -183,12 +193,10 @@ def load_text_tokenizer(folder: Path, *, options: Mapping[str, Any], max_length:
 
     if max_length is not None:
         options = {"model_max_length": max_length, **options}
-    try:
+    with _readable(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
         backend = tokenizer.backend_tokenizer
         backend.encode("a")
-    except Exception as error:  # A damaged file may raise anything, `tokenizers`' bare `Exception` among it.
-        raise ValueError(f"{folder}: no tokenizer that transformers could read ({error!s:.500})") from error
     if lower_case:
         own = backend.normalizer
         own = [] if own is None else list(own) if isinstance(own, normalizers.Sequence) else [own]
