@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import tyro
 
 from nqf.cli import guard
+from nqf.files import partial, publish, whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,13 @@ def main(arguments: list[str]) -> None:
         max_length=options.max_length,
     )
     vectors = embedder.embed(list(texts.values()))
-    temporary = options.output.with_name(options.output.name + ".tmp")
     if options.output.suffix == ".npy":
-        with temporary.open("wb") as file:
+        with whole(options.output) as file:
             np.save(file, vectors)
     else:
+        temporary = partial(options.output)
         write_candidate_embeddings(temporary, texts, vectors)
-    os.replace(temporary, options.output)
+        publish(temporary, options.output)
     print(f"wrote {len(vectors)} vectors of width {embedder.width} to {options.output}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nqf.interop.settings import BERT, understood
+from nqf.interop.settings import BERT, check_sizes, understood
 from nqf.interop.tensors import (
     assemble,
     layer_norm,
@@ -47,6 +47,7 @@ def load_bert(
     folder = resolve_folder(name)
     where = folder / "config.json"
     tree = read_json(where)
+    check_sizes(tree, where=where)
     try:
         config = BertConfig.from_hf(tree)
     except (ValueError, TypeError) as error:

@@ -16,6 +16,7 @@ import numpy as np
 
 from nqf.config import FieldsConfig
 from nqf.fields.encoder import EncoderFactory, unit_rows
+from nqf.files import write_text
 from nqf.interop.bert import load_bert
 from nqf.interop.clip import load_clip
 from nqf.interop.images import ImageReader
@@ -418,4 +419,4 @@ def _image_encoder(name: str) -> ClipImageEncoder:
 
 
 def _save_identity(identity: dict[str, Any], directory: Path) -> None:
-    (directory / "encoder.json").write_text(json.dumps(identity, indent=1, sort_keys=True), encoding="utf-8")
+    write_text(directory / "encoder.json", json.dumps(identity, indent=1, sort_keys=True))

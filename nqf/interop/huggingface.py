@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Sharding
 
-from nqf.interop.settings import check_qwen3
+from nqf.interop.settings import check_qwen3, check_sizes
 from nqf.interop.tensors import GOLDEN, GOLDEN_TEXTS, TensorFile, list_tensors, read_json, resolve_folder, weight_files
 from nqf.interop.tokenizer import Tokenizer
 from nqf.models.lora import merge_lora
@@ -117,6 +117,7 @@ def load_qwen3(
     folder = resolve_folder(name)
     where = folder / "config.json"
     tree = read_json(where)
+    check_sizes(tree, where=where)
     try:
         config = Qwen3Config.from_hf(tree, dtype=dtype, param_dtype=dtype)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:

@@ -65,7 +65,10 @@ _TRANSFORMER: Table = {
 _ARGUMENTS: dict[str, Table] = {
     "model": keys("trust_remote_code torch_dtype dtype attn_implementation low_cpu_mem_usage"),
     "config": keys("trust_remote_code use_cache torch_dtype dtype attn_implementation"),
-    "tokenizer": keys("trust_remote_code use_fast model_max_length truncation_side padding_side do_lower_case"),
+    "tokenizer": keys(
+        "trust_remote_code use_fast model_max_length truncation_side padding_side do_lower_case "
+        "add_eos_token add_bos_token"
+    ),
 }
 _FILES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _INPUTS = {"module_input_name": ANY, "module_output_name": ANY}

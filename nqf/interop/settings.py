@@ -14,6 +14,10 @@ from typing import Any
 from nqf.interop.tensors import read_json
 
 ANY = None
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings type_vocab_size image_size patch_size projection_dim"
+)
 Table = Mapping[str, tuple[Any, ...] | None]
 
 
@@ -23,6 +27,8 @@ def understood(tree: Mapping[str, Any], table: Table, *, where: str | Path) -> N
     Raises:
       ValueError: Names the file, every key that is not understood, and its value.
     """
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where}: expected an object, found {reprlib.repr(tree)}")
     errors = []
     for key, value in tree.items():
         values = table.get(key, ())
@@ -44,6 +50,18 @@ def read_understood(path: Path, table: Table) -> dict[str, Any]:
     tree = read_json(path) if path.is_file() else {}
     understood(tree, table, where=path)
     return tree
+
+
+def check_sizes(tree: Mapping[str, Any], *, where: str | Path) -> None:
+    """Checks that a model's sizes, where they are given, are positive whole numbers.
+
+    Raises:
+      ValueError: Names the file, every size that is none, and its value.
+    """
+    found = {key: tree[key] for key in _SIZES.split() if tree.get(key) is not None}
+    errors = [f"{key} is {reprlib.repr(value)}" for key, value in found.items() if type(value) is not int or value < 1]
+    if errors:
+        raise ValueError(f"{where}: " + "; ".join(errors) + "; sizes are positive whole numbers")
 
 
 def keys(names: str) -> dict[str, None]:
@@ -68,10 +86,10 @@ _COMMON: Table = keys(
 BERT: Table = {
     **_COMMON,
     # The sizes are checked against the tensors; dropout and the pooler's sizes have nothing to act on.
+    **keys(_SIZES),
     **keys(
-        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
-        "type_vocab_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout "
-        "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"
+        "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout directionality pooler_fc_size "
+        "pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"
     ),
     # `nqf.models.bert.BertConfig` refuses other values.
     **keys("hidden_act layer_norm_eps position_embedding_type is_decoder add_cross_attention"),
@@ -79,11 +97,8 @@ BERT: Table = {
 """`config.json` of a BERT."""
 QWEN3: Table = {
     **_COMMON,
-    **keys(
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "rms_norm_eps rope_theta rope_parameters rope_scaling max_position_embeddings sliding_window "
-        "max_window_layers layer_types"
-    ),
+    **keys(_SIZES),
+    **keys("rms_norm_eps rope_theta rope_parameters rope_scaling sliding_window max_window_layers layer_types"),
     # `nqf.models.qwen3.Qwen3Config` refuses other values.
     **keys("hidden_act attention_bias use_sliding_window"),
     "is_causal": (True, None),
@@ -92,6 +107,28 @@ QWEN3: Table = {
 """`config.json` of a Qwen3."""
 ROPE: Table = {"rope_theta": ANY, "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0, None)}
 """`rope_parameters` of a Qwen3."""
+
+CLIP: Table = {
+    **_COMMON,
+    **keys("logit_scale_init_value text_config text_config_dict vision_config"),
+    # Where it says anything, it takes the place of `vision_config`.
+    "vision_config_dict": (None, {}),
+    # The vision tower's.
+    **keys(_SIZES),
+    **keys("hidden_act layer_norm_eps dropout"),
+    "num_channels": (3,),
+}
+"""`config.json` of a CLIP, and its vision tower's part."""
+CLIP_IMAGES: Table = {
+    # `nqf.interop.clip` refuses what is not CLIP's.
+    **keys("size crop_size do_resize do_center_crop do_rescale do_normalize do_convert_rgb resample rescale_factor"),
+    **keys("image_mean image_std default_to_square"),
+    # How arrays are handed over.
+    **keys("processor_class data_format input_data_format return_tensors device disable_grouping image_seq_length"),
+    "image_processor_type": tuple(f"CLIPImageProcessor{kind}" for kind in ("", "Fast", "Pil")),
+    "feature_extractor_type": ("CLIPFeatureExtractor",),
+}
+"""`preprocessor_config.json` of a CLIP."""
 
 
 def check_qwen3(tree: Mapping[str, Any], where: Path) -> None:
@@ -105,8 +142,6 @@ def check_qwen3(tree: Mapping[str, Any], where: Path) -> None:
     # A `rope_scaling` that says anything takes the place of `rope_parameters`, its `rope_theta` included.
     scaling = tree.get("rope_scaling") or {}
     for name, part in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        if not isinstance(part, dict):
-            raise ValueError(f"{where}: {name} is not an object")
         understood(part, ROPE if name == "rope_parameters" else ROPE | {"rope_theta": ()}, where=f"{where}: {name}")
     if scaling and rope:
         raise ValueError(f"{where}: rope_scaling and rope_parameters are both given; remove one")
