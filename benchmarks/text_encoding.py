@@ -78,12 +78,14 @@ def main() -> None:
     import numpy as np
 
     from nqf.interop.encoders import load_text_embedder, precision
+    from nqf.interop.sentence import read_sentence_folder
 
     folder = bench.options.model or packaged_model()
     titles, source = read_titles(bench.options.data)
     titles = titles[: bench.options.texts or (48 if bench.options.quick else None)]
     embedder = load_text_embedder(folder)
-    if embedder.settings.pooling != "mean" or not embedder.settings.normalize:
+    pooling, *others = read_sentence_folder(folder).modules
+    if pooling.settings.get("modes") != ("mean",) or [module.kind for module in others] != ["Normalize"]:
         raise SystemExit("the loop beside it pools by the mean and normalizes; this model does not")
     encoders = {
         "nqf": embedder.embed,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from nqf.cli import guard, parse
 from nqf.config import Count, Width, section
+from nqf.files import partial, publish, whole
 
 
 @section
@@ -61,13 +61,13 @@ def main(arguments: list[str]) -> None:
         max_length=options.max_length,
     )
     vectors = embedder.embed(list(texts.values()))
-    temporary = options.output.with_name(options.output.name + ".tmp")
     if options.output.suffix == ".npy":
-        with temporary.open("wb") as file:
+        with whole(options.output) as file:
             np.save(file, vectors)
     else:
+        temporary = partial(options.output)
         write_candidate_embeddings(temporary, texts, vectors)
-    os.replace(temporary, options.output)
+        publish(temporary, options.output)
     print(f"wrote {len(vectors)} vectors of width {embedder.width} to {options.output}")
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from nqf.fields.image import MAX_PIXELS
-from nqf.interop.tensors import assemble, layer_norm, linear, open_tensors, read_json, resolve_folder
+from nqf.interop.settings import CLIP, CLIP_IMAGES, check_sizes, understood
+from nqf.interop.tensors import assemble, layer_norm, linear, list_tensors, read_json, resolve_folder, weight_files
 from nqf.models.clip import ClipVision, ClipVisionConfig
 from nqf.ops.products import DotGeneral
 
@@ -73,19 +74,30 @@ def load_clip(
       ValueError: Another model, unreadable files, or tensors that do not fit; all of them are named.
     """
     folder = resolve_folder(name)
+    where = folder / "config.json"
+    tree = read_json(where)
     try:
-        config = ClipVisionConfig.from_hf(read_json(folder / "config.json"))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        config = ClipVisionConfig.from_hf(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    for part in (tree, tree.get("vision_config", {})):
+        understood(part, CLIP, where=where)
+        check_sizes(part, where=where)
     module = ClipVision(config=config, dtype=dtype, dot_general=dot_general)
     pixels = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     abstract = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
-    shapes, read = open_tensors(folder)
-    params = assemble(clip_table(config), abstract, shapes, read, where=str(folder), ignore=_UNUSED, dtype=dtype)
-    path = folder / "preprocessor_config.json"
+    tensors = list_tensors(weight_files(folder), skip=_UNUSED)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    read = lambda name: tensors[name].read()  # noqa: E731
+    params = assemble(clip_table(config), abstract, shapes, read, where=str(folder), dtype=dtype)
+    path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    # Transformers 5 writes the parts of a processor into one file.
+    path = path if path.is_file() or not whole.is_file() else whole
+    said = read_json(path) if path.is_file() else {}
+    said = said if path != whole else said.get("image_processor")
     # All published models resize to just what they read.
     default = Preprocessing(resize=config.image_size, crop=config.image_size)
-    preprocessing = _preprocessing(path) if path.is_file() else default
+    preprocessing = _preprocessing(path, said) if said else default
     if preprocessing.crop != config.image_size:
         raise ValueError(f"{path}: images are cut to {preprocessing.crop} pixels, the model reads {config.image_size}")
     return module, params, preprocessing
@@ -114,8 +126,8 @@ def clip_table(config: ClipVisionConfig) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def _preprocessing(path: Path) -> Preprocessing:
-    config = read_json(path)
+def _preprocessing(path: Path, config: dict[str, Any]) -> Preprocessing:
+    understood(config, CLIP_IMAGES, where=path)
     size, crop, default = config.get("size", 224), config.get("crop_size", 224), Preprocessing()
     # Older files have a number where newer ones have a dictionary.
     resize = size.get("shortest_edge") if isinstance(size, dict) else size

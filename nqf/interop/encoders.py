@@ -16,10 +16,13 @@ import numpy as np
 
 from nqf.config import FieldsConfig
 from nqf.fields.encoder import EncoderFactory, unit_rows
-from nqf.interop.bert import SentenceSettings, load_bert
+from nqf.files import write_text
+from nqf.interop.bert import load_bert
 from nqf.interop.clip import load_clip
 from nqf.interop.images import ImageReader
+from nqf.interop.sentence import Module, SentenceFolder, read_sentence_folder, sentence_vectors, width_after
 from nqf.interop.tensors import folder_digest, read_json, resolve_folder
+from nqf.interop.tokenizer import load_text_tokenizer, text_encoder
 from nqf.ops.products import bfloat16_dot_general
 
 _LOG = logging.getLogger(__name__)
@@ -28,8 +31,6 @@ _LENGTHS = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Tokens of a batch: enough to keep the matrix units busy, few enough to stay in a CPU's cache or a small GPU.
 _TOKENS = {"cpu": 1_024, "gpu": 65_536, "tpu": 65_536}
 _IMAGES = {"cpu": 16, "gpu": 256, "tpu": 256}
-# Longest text of Qwen3-Embedding: its card evaluates with 8,192 tokens, far more than any field has.
-QWEN3_LENGTH = 8_192
 # Failed images that a warning names one by one.
 _NAMED = 5
 
@@ -45,12 +46,31 @@ def precision(dtype: Any = None) -> dict[str, Any]:
     return {"dtype": dtype or jnp.bfloat16}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How a text becomes a vector, beside what the folder's files say.
+
+    Attributes:
+      max_length: Longest text in tokens, special tokens included; longer ones are cut.
+      prompt: Put before every text.
+      prompt_length: Tokens of the prompt, for poolings that leave it out.
+      dimensions: Components kept of each vector.
+      rescale: Whether what is kept is brought to unit norm.
+    """
+
+    max_length: int
+    prompt: str
+    prompt_length: int
+    dimensions: int
+    rescale: bool
+
+
 class TextEmbedder:
     """Texts to vectors with a pretrained model.
 
     Attributes:
       width: Length of a vector.
-      settings: Pooling, normalisation, longest text and prompt.
+      settings: Longest text, prompt and components kept.
       digest: SHA-256 of the model's files.
     """
 
@@ -59,9 +79,9 @@ class TextEmbedder:
         *,
         hidden: Callable[[Any, jax.Array, jax.Array], jax.Array],
         params: Any,
+        modules: Sequence[Module],
         tokenize: Callable[[list[str]], list[list[int]]],
-        settings: SentenceSettings,
-        width: int,
+        settings: TextSettings,
         pad_id: int,
         digest: str,
     ):
@@ -70,28 +90,21 @@ class TextEmbedder:
         Args:
           hidden: (params, int32 ids [B, T], bool mask [B, T]) to hidden states [B, T, D]; padding is on the right.
           params: The model's parameters.
+          modules: What makes a text's vector of its tokens' vectors.
           tokenize: Texts to token ids with special tokens, cut to the longest length.
-          settings: How token vectors become a text's vector; pooling `last` takes the last token's.
-          width: Components kept of each vector, counted from the first.
+          settings: Longest text, prompt and components kept.
           pad_id: Token at padding.
           digest: SHA-256 of the model's files.
         """
-        self.width, self.settings, self.digest = width, settings, digest
-        self._params, self._tokenize, self._pad_id = params, tokenize, pad_id
+        self.width, self.settings, self.digest = settings.dimensions, settings, digest
+        self._tokenize, self._pad_id = tokenize, pad_id
+        self._params = params, [jax.tree.map(jnp.asarray, dict(module.weights)) for module in modules]
 
         @jax.jit
         def vectors(params: Any, ids_BxT: jax.Array, lengths_B: jax.Array) -> jax.Array:
             mask_BxT = jnp.arange(ids_BxT.shape[1])[None] < lengths_B[:, None]
-            hidden_BxTxD = hidden(params, ids_BxT.astype(jnp.int32), mask_BxT).astype(jnp.float32)
-            if settings.pooling == "cls":
-                pooled_BxD = hidden_BxTxD[:, 0]
-            elif settings.pooling == "last":
-                last = jnp.maximum(lengths_B - 1, 0)[:, None, None]
-                pooled_BxD = jnp.take_along_axis(hidden_BxTxD, last, axis=1)[:, 0]
-            else:
-                total = jnp.sum(jnp.where(mask_BxT[..., None], hidden_BxTxD, 0), axis=1)
-                pooled_BxD = total / jnp.maximum(lengths_B, 1)[:, None]
-            return pooled_BxD[:, :width]
+            hidden_BxTxD = hidden(params[0], ids_BxT.astype(jnp.int32), mask_BxT).astype(jnp.float32)
+            return sentence_vectors(modules, params[1], hidden_BxTxD, mask_BxT, settings.prompt_length)[:, : self.width]
 
         self._vectors = vectors
 
@@ -100,14 +113,14 @@ class TextEmbedder:
 
         Returns:
           float32 [n, width].
+
+        Raises:
+          ValueError: A text that has no vector, because no token of it counts; it is named.
         """
         distinct = list(dict.fromkeys(texts))
         if not distinct:
             return np.zeros((0, self.width), np.float32)
-        prompted = [self.settings.prompt + text for text in distinct]
-        if self.settings.lower_case:
-            prompted = [text.lower() for text in prompted]
-        tokens = self._tokenize(prompted)
+        tokens = self._tokenize([self.settings.prompt + text for text in distinct])
         order = sorted(range(len(distinct)), key=lambda i: -len(tokens[i]))
         results, start = [], 0
         while start < len(order):
@@ -121,13 +134,18 @@ class TextEmbedder:
                 ids[row, : len(tokens[index])] = tokens[index]
             lengths = np.zeros(rows, np.int32)
             lengths[: len(chosen)] = [len(tokens[index]) for index in chosen]
-            # Not fetched here: the next batch is made while this one computes.
-            results.append(self._vectors(self._params, ids, lengths))
+            # Not fetched here: the next batch is made while this one computes. Rows of padding are left out.
+            results.append((self._vectors(self._params, ids, lengths), len(chosen)))
             start += len(chosen)
-        found = np.concatenate([np.asarray(result) for result in results])[: len(order)]
         vectors = np.empty((len(distinct), self.width), np.float32)
-        vectors[order] = found
-        if self.settings.normalize:
+        vectors[order] = np.concatenate([np.asarray(result)[:count] for result, count in results])
+        empty = [index for index in range(len(distinct)) if not tokens[index] or not np.isfinite(vectors[index]).all()]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} texts have no vector, e.g. {distinct[empty[0]][:80]!r}: no token of it counts, or the "
+                "model's numbers are not finite"
+            )
+        if self.settings.rescale:
             vectors = unit_rows(vectors)
         row_of = {text: row for row, text in enumerate(distinct)}
         return vectors[[row_of[text] for text in texts]]
@@ -141,86 +159,142 @@ def load_text_embedder(
     instruction: str = "",
     dimensions: int | None = None,
 ) -> TextEmbedder:
-    """Loads a BERT-family or Qwen3-Embedding folder or hub name.
+    """Loads a BERT-family or Qwen3-Embedding folder or hub name, as sentence-transformers reads it.
 
     Args:
       name: Local folder or hub name.
       dtype: Type of parameters and computation; by default what `precision` says.
       max_length: Longest text in tokens; the folder's own limit by default, and never more than it.
-      instruction: Qwen3-Embedding only: the task that the texts are queries of; documents have none.
-      dimensions: Qwen3-Embedding only: components kept (it is trained for shorter, Matryoshka vectors).
+      instruction: Qwen3-Embedding only: the task that the texts are queries of, in place of the folder's prompt.
+      dimensions: Qwen3-Embedding only: components kept (it is trained for shorter, Matryoshka vectors), at unit norm.
 
     Raises:
-      ValueError: A model that cannot be loaded, or an option that it does not have.
+      ValueError: A model that cannot be loaded, a setting that is not understood, or an option that it does not have.
     """
     folder = resolve_folder(name)
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind == "qwen3":
-        return _load_qwen3_embedder(folder, dtype, max_length, instruction, dimensions)
-    if kind != "bert":
-        raise ValueError(f"{folder / 'config.json'}: model_type is {kind!r}; text encoders are 'bert' or 'qwen3'")
-    if instruction or dimensions:
+    said = read_sentence_folder(folder)
+    base = said.transformer
+    if (base / "adapter_config.json").is_file() and not (base / "config.json").is_file():
+        base = _base_folder(base)
+    config = base / "config.json"
+    tree = read_json(config)
+    kind = tree.get("model_type")
+    if kind not in ("bert", "qwen3"):
+        raise ValueError(f"{config}: model_type is {kind!r}; text encoders are 'bert' or 'qwen3'")
+    if kind == "bert" and (instruction or dimensions):
         raise ValueError(f"{folder}: instructions and shorter vectors are Qwen3-Embedding's; this is a BERT")
-    from nqf.interop.tokenizer import load_tokenizer
-
-    module, params, settings = load_bert(folder, **precision(dtype))
-    settings = _shortened(settings, max_length)
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > module.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {module.config.vocab_size} rows"
-        )
+    hidden, params, rows, hidden_width = (_bert if kind == "bert" else _qwen3)(base, said.transformer, dtype)
+    tokenizer = load_text_tokenizer(
+        said.transformer, options=said.tokenizer_options, max_length=said.max_length, lower_case=said.lower_case
+    )
+    _check_tokenizer(said, tokenizer, kind, rows)
+    limit = _longest(said, tokenizer, tree, config)
+    if max_length is not None:
+        limit = min(limit, max_length)
+    tokenize = text_encoder(tokenizer, limit)
+    # The form that the model card of Qwen3-Embedding gives.
+    prompt = f"Instruct: {instruction}\nQuery:" if instruction else said.prompt
+    prompt_length = 0
+    if prompt:
+        ids = tokenize([prompt])[0]
+        # As sentence-transformers counts, also where a text's first word joins the prompt's last token.
+        prompt_length = len(ids) - (ids[-1] in tokenizer.all_special_ids)
+    width = width_after(said.modules, hidden_width, folder)
+    kept = min(said.dimensions or width, width)
+    if dimensions is not None and not 0 < dimensions <= kept:
+        raise ValueError(f"{folder}: vectors have {kept} components, {dimensions} cannot be kept")
+    pad = tokenizer.pad_token_id
     return TextEmbedder(
-        hidden=lambda params, ids, mask: module.apply({"params": params}, ids, mask),
+        hidden=hidden,
         params=params,
-        tokenize=lambda texts: tokenizer.encode(texts, max_length=settings.max_length, add_eos=False),
-        settings=settings,
-        width=module.config.hidden_size,
-        pad_id=tokenizer.pad_id,
-        digest=folder_digest(folder),
+        modules=said.modules,
+        tokenize=tokenize,
+        settings=TextSettings(
+            max_length=limit,
+            prompt=prompt,
+            prompt_length=prompt_length,
+            dimensions=dimensions or kept,
+            rescale=bool(dimensions),
+        ),
+        pad_id=0 if pad is None else pad,
+        digest=folder_digest(folder) if base.is_relative_to(folder) else folder_digest(folder) + folder_digest(base),
     )
 
 
-def _load_qwen3_embedder(
-    folder: Path, dtype: Any, max_length: int | None, instruction: str, dimensions: int | None
-) -> TextEmbedder:
-    from nqf.interop.huggingface import check_embedding, load_qwen3
-    from nqf.interop.tokenizer import load_tokenizer
+def _bert(base: Path, transformer: Path, dtype: Any) -> tuple[Callable[..., jax.Array], Any, int, int]:
+    if (transformer / "adapter_config.json").is_file():
+        raise ValueError(f"{transformer / 'adapter_config.json'}: adapters of a BERT are not read; merge it first")
+    module, params = load_bert(base, **precision(dtype))
+    size = module.config
+    return (
+        lambda params, ids, mask: module.apply({"params": params}, ids, mask),
+        params,
+        size.vocab_size,
+        size.hidden_size,
+    )
+
+
+def _qwen3(base: Path, transformer: Path, dtype: Any) -> tuple[Callable[..., jax.Array], Any, int, int]:
+    from nqf.interop.huggingface import load_qwen3
+    from nqf.interop.peft import load_adapter
     from nqf.models.qwen3 import Qwen3
 
     options = precision(dtype)
-    model, params = load_qwen3(folder, dtype=jnp.bfloat16 if "dot_general" in options else options["dtype"])
-    model = Qwen3(dataclasses.replace(model.config, **options))
-    tokenizer = load_tokenizer(folder)
-    check_embedding(folder, model, params, tokenizer)
-    # The form that the model card of Qwen3-Embedding gives.
-    prompt = f"Instruct: {instruction}\nQuery:" if instruction else ""
-    settings = SentenceSettings(pooling="last", normalize=True, max_length=QWEN3_LENGTH, prompt=prompt)
-    settings = _shortened(settings, max_length)
-    width = model.config.hidden_size
-    if not 0 < (dimensions or width) <= width:
-        raise ValueError(f"{folder}: vectors have {width} components, {dimensions} cannot be kept")
-    return TextEmbedder(
-        # Padding on the right changes nothing under causal order, and without a mask attention is faster.
-        hidden=lambda params, ids, mask: model.apply({"params": params}, ids),
-        params=params,
-        tokenize=lambda texts: tokenizer.encode(texts, max_length=settings.max_length, add_eos=True),
-        settings=settings,
-        width=dimensions or width,
-        pad_id=tokenizer.pad_id,
-        digest=folder_digest(folder),
-    )
+    model, params = load_qwen3(base, dtype=jnp.bfloat16 if "dot_general" in options else options["dtype"])
+    config, variables = dataclasses.replace(model.config, **options), {"params": params}
+    if (transformer / "adapter_config.json").is_file():
+        config, variables["lora"] = load_adapter(transformer, config)
+    model = Qwen3(config)
+    # Padding on the right changes nothing under causal order, and without a mask attention is faster.
+    hidden = lambda variables, ids, mask: model.apply(variables, ids)  # noqa: E731
+    return hidden, variables, config.vocab_size, config.hidden_size
 
 
-def _shortened(settings: SentenceSettings, max_length: int | None) -> SentenceSettings:
-    if max_length is None:
-        return settings
-    return dataclasses.replace(settings, max_length=min(max_length, settings.max_length))
+def _base_folder(adapter: Path) -> Path:
+    """The model that an adapter was trained on, as peft finds it, or beside the adapter's folder."""
+    path = adapter / "adapter_config.json"
+    name = read_json(path).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path}: no base_model_name_or_path, and no config.json beside it")
+    if not Path(name).is_dir() and (adapter / name).is_dir():
+        return adapter / name
+    try:
+        return resolve_folder(name)
+    except ValueError as error:
+        raise ValueError(f"{path}: base_model_name_or_path: {error}") from error
+
+
+def _check_tokenizer(said: SentenceFolder, tokenizer: Any, kind: str, rows: int) -> None:
+    path = said.transformer / "tokenizer_config.json"
+    if len(tokenizer) > rows:
+        raise ValueError(f"{said.transformer}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows")
+    if said.is_plain and tokenizer.chat_template is not None:
+        raise ValueError(
+            f"{path}: has a chat_template, and without modules.json sentence-transformers would put every text into "
+            "it; add the modules.json of the embedding model"
+        )
+    if "attention_mask" not in tokenizer.model_input_names:
+        raise ValueError(f"{path}: model_input_names has no attention_mask, so vectors would depend on padding")
+    if kind == "bert" and tokenizer.padding_side != "right":
+        raise ValueError(f"{path}: padding_side is {tokenizer.padding_side!r}, so a BERT's vectors depend on padding")
+    if kind == "bert" and any(tokenizer.backend_tokenizer.encode("a").type_ids):
+        raise ValueError(f"{said.transformer / 'tokenizer.json'}: gives single texts a token type other than 0")
+
+
+def _longest(said: SentenceFolder, tokenizer: Any, tree: dict[str, Any], config: Path) -> int:
+    """Longest text in tokens: what the folder asks for, else the tokenizer's limit or the model's, the smaller."""
+    limit, positions = tokenizer.model_max_length, tree.get("max_position_embeddings")
+    asked = said.max_length is not None or "model_max_length" in said.tokenizer_options
+    if positions is None or (asked and tree["model_type"] == "qwen3"):
+        return int(limit)
+    if asked and limit > positions:
+        _LOG.warning("%s: the model has %d positions; longer texts are cut there, not at %d", config, positions, limit)
+    return int(min(limit, positions))
 
 
 def _bucket(length: int, longest: int) -> int:
     """The length that a batch is padded to: the next one of `_LENGTHS`, but not beyond the longest text's."""
-    return min(next((bucket for bucket in _LENGTHS if bucket >= length), -(-length // 128) * 128), longest)
+    return max(1, min(next((bucket for bucket in _LENGTHS if bucket >= length), -(-length // 128) * 128), longest))
 
 
 class PretrainedTextEncoder:
@@ -240,7 +314,7 @@ class PretrainedTextEncoder:
         """
         settings = dataclasses.asdict(self._embedder.settings)
         options = {**settings, "max_words": self._max_words, "width": self.width}
-        return {"kind": "pretrained-text", "version": 2, "options": options, "state": self._embedder.digest}
+        return {"kind": "pretrained-text", "version": 3, "options": options, "state": self._embedder.digest}
 
     def encode(self, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """float32 [n, width]; every text can be read."""
@@ -345,4 +419,4 @@ def _image_encoder(name: str) -> ClipImageEncoder:
 
 
 def _save_identity(identity: dict[str, Any], directory: Path) -> None:
-    (directory / "encoder.json").write_text(json.dumps(identity, indent=1, sort_keys=True), encoding="utf-8")
+    write_text(directory / "encoder.json", json.dumps(identity, indent=1, sort_keys=True))

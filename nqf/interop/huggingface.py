@@ -6,106 +6,29 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Sharding
 
-from nqf.interop.tensors import read_json, resolve_folder
+from nqf.interop.settings import check_qwen3, check_sizes
+from nqf.interop.tensors import GOLDEN, GOLDEN_TEXTS, TensorFile, list_tensors, read_json, resolve_folder, weight_files
 from nqf.interop.tokenizer import Tokenizer
 from nqf.models.lora import merge_lora
 from nqf.models.qwen3 import Qwen3, Qwen3Config
 from nqf.ops.pooling import last_token_pool, mean_pool
 
 Pooling = Literal["last", "mean"]
-# Bytes of a tensor that are read at a time: few enough to be transposed within a core's cache.
-_BLOCK = 1 << 17
 # Size of a shard: the default of transformers' save_pretrained was 5 GB for years.
 _SHARD = 5 * 10**9
 _LISTED = 40
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # What sentence-transformers calls the poolings.
 _POOLING_FLAGS = {"last": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
-GOLDEN, GOLDEN_TEXTS = "golden.safetensors", "golden_texts.safetensors"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorFile:
-    """A tensor's place in a `.safetensors` file.
-
-    The file is read, not mapped: mapped pages would stay in memory beside the arrays made of them.
-
-    Attributes:
-      path: The file.
-      dtype: Type of the elements.
-      shape: Shape.
-      start: First byte.
-    """
-
-    path: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    def blocks(self, rows: slice = slice(None)) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields what `rows` of the first axis hold, a bounded number of bytes at a time, each with its place in it."""
-        start, stop, _ = rows.indices(self.shape[0])
-        row = math.prod(self.shape[1:])
-        size = max(_BLOCK // (row * self.dtype.itemsize), 1)
-        with self.path.open("rb") as file:
-            file.seek(self.start + start * row * self.dtype.itemsize)
-            for first in range(0, stop - start, size):
-                count = min(size, stop - start - first)
-                block = np.fromfile(file, self.dtype, count * row)
-                yield slice(first, first + count), block.reshape(count, *self.shape[1:])
-
-
-def list_tensors(paths: Sequence[Path]) -> dict[str, TensorFile]:
-    """Reads the headers of `.safetensors` files (format: huggingface.co/docs/safetensors).
-
-    Raises:
-      ValueError: A file that is missing, damaged or cut short, or a tensor of a type that weights do not have.
-    """
-    tensors = {}
-    for path in paths:
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if length > size - 8:
-                    raise ValueError("the header is cut short")
-                header = json.loads(file.read(length))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, stop = (8 + length + offset for offset in entry["data_offsets"])
-                if entry["dtype"] not in _DTYPES:
-                    raise ValueError(f"{name} is of type {entry['dtype']}; read are {', '.join(_DTYPES)}")
-                dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-                if stop - start != math.prod(shape) * dtype.itemsize or stop > size:
-                    raise ValueError(f"{name} is cut short")
-                tensors[name] = TensorFile(path=path, dtype=dtype, shape=shape, start=start)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not readable as safetensors ({error})") from error
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    # A folder may hold an adapter and golden vectors beside the model.
-    others = ("adapter_model.safetensors", GOLDEN, GOLDEN_TEXTS)
-    paths = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in others]
-    if not paths:
-        raise ValueError(f"{folder}: no .safetensors file; weights in other formats are not read")
-    return paths
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -192,11 +115,16 @@ def load_qwen3(
       ValueError: Another model, unreadable files, or tensors that do not fit; all of them are named.
     """
     folder = resolve_folder(name)
+    where = folder / "config.json"
+    tree = read_json(where)
+    check_sizes(tree, where=where)
     try:
-        config = Qwen3Config.from_hf(read_json(folder / "config.json"), dtype=dtype, param_dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    tensors = list_tensors(_weight_files(folder))
+        config = Qwen3Config.from_hf(tree, dtype=dtype, param_dtype=dtype)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        # The last three come of values that are not of their kind.
+        raise ValueError(f"{where}: {error}") from error
+    check_qwen3(tree, where)
+    tensors = list_tensors(weight_files(folder))
     # Models saved with an output projection have the decoder under `model.`.
     prefix = "model." if any(key.startswith("model.") for key in tensors) else ""
     abstract = _abstract(config)

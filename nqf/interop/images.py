@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +15,10 @@ from typing import TypeVar
 from PIL import Image
 
 from nqf.fields.image import open_picture
+from nqf.files import whole
+from nqf.net import open_url, read_chunks
 
 T = TypeVar("T")
-_CHUNK = 1 << 16
 # Answers that may differ the next time; all others are final.
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
@@ -38,6 +37,7 @@ class ImageReader:
       cache: Folder of downloaded files, named by the SHA-256 of their URL.
       threads: Downloads and decodes at a time.
       timeout: Longest wait for a connection or for further bytes, in seconds.
+      longest: Longest time for one download, in seconds.
       attempts: Tries per URL when the failure may pass.
       pause: Wait before the second try, in seconds; it doubles for each further one.
       max_bytes: Largest file.
@@ -46,6 +46,7 @@ class ImageReader:
     cache: Path = dataclasses.field(default_factory=cache_folder)
     threads: int = 16
     timeout: float = 10.0
+    longest: float = 120.0
     attempts: int = 3
     pause: float = 0.5
     max_bytes: int = 32 * 2**20
@@ -63,11 +64,21 @@ class ImageReader:
 
         def one(value: str) -> T | Exception:
             try:
-                path = self.fetch(value) if value.startswith(("http://", "https://")) else Path(value)
-                with open_picture(path) as image:
-                    if path.stat().st_size > self.max_bytes:
-                        raise ValueError(f"larger than {self.max_bytes} bytes")
-                    return prepare(image)
+                if not value.startswith(("http://", "https://")):
+                    return self._open(Path(value), prepare)
+                try:
+                    return self._open(self.fetch(value), prepare)
+                except (OSError, SyntaxError, EOFError):
+                    # A body without a length that was cut off shows only here; what is in the cache may be old, too.
+                    path = self._cached(value)
+                    if not path.is_file():
+                        raise
+                    path.unlink()
+                try:
+                    return self._open(self.fetch(value), prepare)
+                except (OSError, SyntaxError, EOFError):
+                    self._cached(value).unlink(missing_ok=True)
+                    raise
             except Exception as error:
                 # A damaged file may raise anything that a decoder of forty formats can.
                 return error
@@ -75,49 +86,37 @@ class ImageReader:
         with ThreadPoolExecutor(self.threads) as pool:
             yield from zip(values, pool.map(one, values), strict=True)
 
+    def _open(self, path: Path, prepare: Callable[[Image.Image], T]) -> T:
+        with open_picture(path) as image:
+            if path.stat().st_size > self.max_bytes:
+                raise ValueError(f"larger than {self.max_bytes} bytes")
+            return prepare(image)
+
+    def _cached(self, url: str) -> Path:
+        return self.cache / hashlib.sha256(url.encode()).hexdigest()
+
     def fetch(self, url: str) -> Path:
         """The local copy of a URL, downloaded if it is not in the cache.
 
         Raises:
-          OSError, ValueError: It cannot be had, or is larger than `max_bytes`.
+          OSError, ValueError: It is unavailable, refused (see `nqf.net.open_url`), or larger than `max_bytes`.
         """
-        path = self.cache / hashlib.sha256(url.encode()).hexdigest()
+        path = self._cached(url)
         if path.is_file():
             return path
         for attempt in range(self.attempts):
             try:
                 return self._download(url, path)
-            except urllib.error.HTTPError as error:
-                if error.code not in _TRANSIENT or attempt == self.attempts - 1:
-                    raise
-            except OSError:
-                # Time-outs, refused and broken connections.
-                if attempt == self.attempts - 1:
+            except OSError as error:
+                # Time-outs, refused and broken connections, and answers of a busy server.
+                final = isinstance(error, urllib.error.HTTPError) and error.code not in _TRANSIENT
+                if final or attempt == self.attempts - 1:
                     raise
             time.sleep(self.pause * 2**attempt)
         raise ValueError("attempts must be at least 1")
 
     def _download(self, url: str, path: Path) -> Path:
-        # Some shops refuse urllib's own name.
-        request = urllib.request.Request(url, headers={"User-Agent": "nqf/0.1 (image field encoder)"})
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(request, timeout=self.timeout) as response,
-            tempfile.NamedTemporaryFile(dir=self.cache, delete=False) as file,
-        ):
-            try:
-                size = 0
-                while chunk := response.read(_CHUNK):
-                    size += len(chunk)
-                    if size > self.max_bytes:
-                        raise ValueError(f"larger than {self.max_bytes} bytes")
-                    file.write(chunk)
-                if response.headers.get("Content-Length") not in (None, str(size)):
-                    raise ConnectionError(f"broke off after {size} bytes")
-                file.close()
-                # Atomic, so that another process never sees half a file.
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with open_url(url, timeout=self.timeout) as response, whole(path) as file:
+            for chunk in read_chunks(response, limit=self.max_bytes, seconds=self.longest):
+                file.write(chunk)
         return path

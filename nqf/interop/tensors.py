@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
+
+from nqf.files import sha256
+from nqf.interop.torch_file import CheckpointError, Tensor, TorchFile
 
 # A tensor's name in the PyTorch model to its path in the parameter tree.
 Table = Mapping[str, tuple[str, ...]]
 _LISTED = 40
-# What a model folder is read for; weights in other formats (pickles among them) are never fetched.
-_PATTERNS = ["*.json", "*.safetensors", "*.txt"]
+# What a model folder is read for, and what only if there are no such weights (`nqf.interop.torch_file` reads them).
+_PATTERNS, _PICKLES = ["*.json", "*.safetensors", "*.txt", "*/pytorch_model.bin"], ["*.bin"]
+# Bytes of a tensor that are read at a time: few enough to be transposed within a core's cache.
+_BLOCK = 1 << 17
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+GOLDEN, GOLDEN_TEXTS = "golden.safetensors", "golden_texts.safetensors"
 
 
 def resolve_folder(name: str | Path) -> Path:
@@ -31,12 +41,16 @@ def resolve_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    options: dict[str, Any] = {"ignore_patterns": ["onnx/*", "openvino/*"]}
     try:
-        return Path(snapshot_download(str(name), allow_patterns=_PATTERNS, ignore_patterns=["onnx/*", "openvino/*"]))
+        folder = Path(snapshot_download(str(name), allow_patterns=_PATTERNS, **options))
+        if not any(folder.rglob("*.safetensors")):
+            snapshot_download(str(name), allow_patterns=_PATTERNS + _PICKLES, **options)
+        return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{name}: no such folder, and not to be had from the hub ({error}); without a network give a folder with "
-            "config.json and .safetensors files"
+            "config.json and model.safetensors"
         ) from error
 
 
@@ -55,35 +69,128 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """Shapes of all tensors in a folder's `.safetensors` files, and a function that reads one by name.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorFile:
+    """A tensor's place in a file of weights.
+
+    The file is read, not mapped: mapped pages would stay in memory beside the arrays made of them.
+
+    Attributes:
+      path: The file.
+      dtype: Type of the elements.
+      shape: Shape.
+      start: First byte.
+    """
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    def blocks(self, rows: slice = slice(None)) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields what `rows` of the first axis hold, a bounded number of bytes at a time, each with its place in it."""
+        start, stop, _ = rows.indices(self.shape[0])
+        row = math.prod(self.shape[1:])
+        size = max(_BLOCK // (row * self.dtype.itemsize), 1)
+        with self.path.open("rb") as file:
+            file.seek(self.start + start * row * self.dtype.itemsize)
+            for first in range(0, stop - start, size):
+                count = min(size, stop - start - first)
+                block = np.fromfile(file, self.dtype, count * row)
+                yield slice(first, first + count), block.reshape(count, *self.shape[1:])
+
+    def read(self) -> np.ndarray:
+        """The whole tensor."""
+        return np.fromfile(self.path, self.dtype, math.prod(self.shape), offset=self.start).reshape(self.shape)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read a folder's weights from, in its order of preference.
 
     Raises:
-      ValueError: No such file in the folder, or a damaged one.
+      ValueError: There are none, or an index names none.
     """
-    from safetensors import SafetensorError, safe_open
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
+                raise ValueError(f"{index}: no 'weight_map' from tensors to files")
+            inside = {name for name in names.values() if Path(name).name == name}
+            if len(inside) < len(set(names.values())):
+                raise ValueError(f"{index}: names files outside of the folder")
+            return [folder / name for name in sorted(inside)]
+    raise ValueError(
+        f"{folder}: no model.safetensors and no pytorch_model.bin, nor an index of either; weights in other formats "
+        "are not read"
+    )
 
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(f"{folder}: no .safetensors file; weights in other formats are not read")
-    shapes, where = {}, {}
+
+def list_tensors(paths: Sequence[Path], *, skip: str = r"(?!)") -> dict[str, TensorFile]:
+    """Places of all tensors in `.safetensors` files (format: huggingface.co/docs/safetensors) or files of `torch.save`.
+
+    Args:
+      paths: The files.
+      skip: Regular expression of names that are left out, whatever their type.
+
+    Raises:
+      ValueError: A file that is missing, damaged or cut short, or a tensor of a type that weights do not have.
+    """
+    tensors = {}
     for path in paths:
-        try:
-            file = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged ({error})") from error
-        for name in file.keys():
-            shapes[name], where[name] = tuple(file.get_slice(name).get_shape()), file
-    return shapes, lambda name: where[name].get_tensor(name)
+        tensors |= _torch_tensors(path, skip) if path.suffix == ".bin" else _safetensors(path, skip)
+    return tensors
+
+
+def _safetensors(path: Path, skip: str) -> dict[str, TensorFile]:
+    tensors = {}
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError("the header is cut short")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__" or re.fullmatch(skip, name):
+                continue
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} is of type {entry['dtype']}; read are {', '.join(_DTYPES)}")
+            dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+                raise ValueError(f"{name} has shape {shape} at {start} to {stop}")
+            if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
+                raise ValueError(f"{name} is cut short")
+            tensors[name] = TensorFile(path=path, dtype=dtype, shape=shape, start=8 + length + start)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as safetensors ({error})") from error
+    return tensors
+
+
+def _torch_tensors(path: Path, skip: str) -> dict[str, TensorFile]:
+    tensors = {}
+    with TorchFile(path) as file:
+        for name, tensor in (file.tree if isinstance(file.tree, dict) else {"": None}).items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise CheckpointError(f"{path}: {name!r} is no tensor; read are dictionaries of tensors (`state_dict`)")
+            if re.fullmatch(skip, name):
+                continue
+            dtype = tensor.storage.dtype
+            if dtype not in _DTYPES.values():
+                raise CheckpointError(f"{path}: {name} is of type {dtype}; read are {', '.join(_DTYPES)}")
+            tensors[name] = TensorFile(path=path, dtype=dtype, shape=tensor.shape, start=file.place(tensor, name))
+    return tensors
 
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a model folder's weights, configuration and vocabulary."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _PATTERNS for path in folder.rglob(pattern)):
+    patterns = ("*.json", "*.safetensors", "*.txt", "*.bin")
+    for path in sorted(path for pattern in patterns for path in folder.rglob(pattern)):
         digest.update(f"{path.relative_to(folder).as_posix()}|{path.stat().st_size}|".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

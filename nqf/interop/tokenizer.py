@@ -5,8 +5,9 @@ The only module that imports tokenizers and transformers, and only where they ar
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,17 @@ class Tokenizer:
         return backend, settings | {"split_special_tokens": True}
 
 
+@contextlib.contextmanager
+def _readable(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        # A damaged file may raise anything; where `tokenizers` panics, it is no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{where}: not readable as a tokenizer ({error!s:.500})") from error
+
+
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """Reads the tokenizer of a local folder or hub name.
 
@@ -165,10 +177,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     settings_path = folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
     if path.is_file():
-        try:
+        with _readable(path):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises bare `Exception`.
-            raise ValueError(f"{path}: not readable as a tokenizer ({error})") from error
     else:
         backend, settings = _convert(folder)
     config = folder / "config.json"
@@ -186,6 +196,54 @@ def _convert(folder: Path) -> tuple[Any, dict[str, Any]]:
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}: no tokenizer.json, and no other tokenizer files to make it of") from error
     return backend, dict(tokenizer.special_tokens_map)
+
+
+def load_text_tokenizer(folder: Path, *, options: Mapping[str, Any], max_length: int | None, lower_case: bool) -> Any:
+    """A folder's tokenizer as sentence-transformers uses it: transformers reads all of its settings.
+
+    Args:
+      folder: Local folder.
+      options: Further arguments for transformers.
+      max_length: Takes the place of the folder's own longest text, in tokens.
+      lower_case: Whether texts are lower-cased before its own normalization.
+
+    Returns:
+      transformers' fast tokenizer.
+
+    Raises:
+      ValueError: There is none, or a damaged one.
+    """
+    import transformers
+    from tokenizers import normalizers
+
+    if max_length is not None:
+        options = {"model_max_length": max_length, **options}
+    with _readable(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        backend = tokenizer.backend_tokenizer
+        backend.encode("a")
+    if lower_case:
+        own = backend.normalizer
+        own = [] if own is None else list(own) if isinstance(own, normalizers.Sequence) else [own]
+        if not any(isinstance(part, normalizers.Lowercase) for part in own):
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    return tokenizer
+
+
+def text_encoder(tokenizer: Any, max_length: int) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Texts to token ids as `tokenizer(texts, truncation=True, max_length=max_length)` gives them, but faster.
+
+    Raises:
+      ValueError: `max_length` leaves no room for a text between the special tokens.
+    """
+    backend = tokenizer.backend_tokenizer
+    special = backend.num_special_tokens_to_add(is_pair=False)
+    if max_length <= special:
+        raise ValueError(f"max_length {max_length} leaves no room for a text beside {special} special tokens")
+    backend.no_padding()
+    backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
 
 
 def train_byte_bpe(

@@ -110,14 +110,20 @@ class TorchFile:
     def __exit__(self, *exception: object) -> None:
         self._zip.close()
 
-    def _bytes(self, name: str, limit: int) -> bytes:
+    def _entry(self, name: str, limit: int) -> zipfile.ZipInfo:
         try:
             info = self._zip.getinfo(self._root + name)
-            # torch.save stores without compression; a compressed entry could be a bomb.
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
-                raise CheckpointError(f"{self.path}: entry '{name}' is compressed or larger than its tensors")
-            return self._zip.read(info)
-        except (KeyError, zipfile.BadZipFile, EOFError) as error:
+        except KeyError as error:
+            raise CheckpointError(f"{self.path}: damaged ({error})") from None
+        # torch.save stores without compression; a compressed entry could be a bomb.
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
+            raise CheckpointError(f"{self.path}: entry '{name}' is compressed or larger than its tensors")
+        return info
+
+    def _bytes(self, name: str, limit: int) -> bytes:
+        try:
+            return self._zip.read(self._entry(name, limit))
+        except (zipfile.BadZipFile, EOFError) as error:
             raise CheckpointError(f"{self.path}: damaged ({error})") from None
 
     def entry(self, name: str, kind: type) -> Any:
@@ -133,6 +139,22 @@ class TorchFile:
         if not isinstance(tensor, Tensor) or len(tensor.shape) != rank:
             raise CheckpointError(f"{self.path}: has no tensor {name!r} of rank {rank}")
         return tensor.shape
+
+    def place(self, tensor: Tensor, name: str) -> int:
+        """First byte in the file of a tensor whose elements stand there one after another."""
+        entry = self._entry(f"data/{tensor.storage.key}", tensor.storage.length * tensor.storage.dtype.itemsize)
+        count = 1
+        for size, stride in zip(tensor.shape[::-1], tensor.strides[::-1], strict=True):
+            if size > 1 and stride != count:
+                raise CheckpointError(f"{self.path}: {name} is not stored row by row; save it again with .contiguous()")
+            count *= size
+        if (tensor.offset + count) * tensor.storage.dtype.itemsize > entry.file_size:
+            raise CheckpointError(f"{self.path}: {name} reaches beyond its storage '{tensor.storage.key}'")
+        # The local header's own lengths count (APPNOTE 4.3.7): torch pads it so that storages are aligned.
+        with self.path.open("rb") as file:
+            file.seek(entry.header_offset + 26)
+            lengths = np.fromfile(file, "<u2", 2)
+        return entry.header_offset + 30 + int(lengths.sum()) + tensor.offset * tensor.storage.dtype.itemsize
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """Reads a tensor."""

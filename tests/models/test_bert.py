@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
-from nqf.interop.bert import bert_table, load_bert, sentence_settings  # noqa: E402
+from nqf.interop.bert import bert_table, load_bert  # noqa: E402
 from nqf.interop.tensors import disassemble  # noqa: E402
 from nqf.models.bert import Bert, BertConfig  # noqa: E402
 
@@ -49,7 +49,7 @@ def run(model, ids, mask):
 def test_equals_transformers_from_its_folder(inputs, tmp_path) -> None:
     model = original()
     model.save_pretrained(tmp_path)
-    module, params, _ = load_bert(tmp_path)
+    module, params = load_bert(tmp_path)
     output = module.apply({"params": params}, *inputs)
     valid = inputs[1].astype(bool)
     np.testing.assert_allclose(output[valid], run(model, *inputs)[valid], atol=1e-5)
@@ -84,7 +84,7 @@ def test_transformers_equals_it_from_our_weights(inputs) -> None:
 def test_folders_with_a_head_load(inputs, tmp_path) -> None:
     model = original(transformers.BertForMaskedLM)
     model.save_pretrained(tmp_path)
-    module, params, _ = load_bert(tmp_path)
+    module, params = load_bert(tmp_path)
     valid = inputs[1].astype(bool)
     expected = run(model.bert, *inputs)[valid]
     np.testing.assert_allclose(module.apply({"params": params}, *inputs)[valid], expected, atol=1e-5)
@@ -93,10 +93,10 @@ def test_folders_with_a_head_load(inputs, tmp_path) -> None:
 def test_bfloat16_folders_are_read_to_the_wanted_type(inputs, tmp_path) -> None:
     model = original().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    _, params, _ = load_bert(tmp_path)
+    _, params = load_bert(tmp_path)
     expected = model.embeddings.word_embeddings.weight.detach().float().numpy()
     np.testing.assert_array_equal(params["word_embeddings"]["embedding"], expected)
-    _, half, _ = load_bert(tmp_path, dtype=jnp.bfloat16)
+    _, half = load_bert(tmp_path, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -105,7 +105,7 @@ def test_many_shards_equal_one(inputs, tmp_path) -> None:
     for folder, size in (("one", "1GB"), ("many", "20KB")):
         model.save_pretrained(tmp_path / folder, max_shard_size=size)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
-    (_, one, _), (_, many, _) = load_bert(tmp_path / "one"), load_bert(tmp_path / "many")
+    (_, one), (_, many) = load_bert(tmp_path / "one"), load_bert(tmp_path / "many")
     jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
@@ -132,41 +132,3 @@ def test_all_mismatches_are_named_at_once(tmp_path) -> None:
 def test_other_models_are_refused(change, reason) -> None:
     with pytest.raises(ValueError, match=reason):
         BertConfig.from_hf({"model_type": "bert", "hidden_act": "gelu", **SIZES, **change})
-
-
-def sentence_folder(folder, pooling=None, modules=("Transformer", "Pooling", "Normalize"), **files):
-    (folder / "1_Pooling").mkdir()
-    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
-    entries = [{"type": f"sentence_transformers.models.{m}", "path": paths.get(m, m)} for m in modules]
-    (folder / "modules.json").write_text(json.dumps(entries))
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling or {"pooling_mode_mean_tokens": True}))
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
-
-def test_sentence_settings_come_from_the_folder(tmp_path) -> None:
-    assert sentence_settings(tmp_path, 16).pooling == "mean" and not sentence_settings(tmp_path, 16).normalize
-    folder = sentence_folder(
-        tmp_path,
-        {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
-        sentence_bert_config={"max_seq_length": 12, "do_lower_case": True},
-        config_sentence_transformers={"prompts": {"document": "passage: "}, "default_prompt_name": "document"},
-    )
-    settings = sentence_settings(folder, 16)
-    assert (settings.pooling, settings.normalize, settings.max_length) == ("cls", True, 12)
-    assert settings.lower_case and settings.prompt == "passage: "
-    assert sentence_settings(folder, 8).max_length == 8, "more tokens than the model has positions for"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"pooling": {"pooling_mode_max_tokens": True}}, "max_tokens"),
-        ({"pooling": {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}}, "max_tokens"),
-        ({"modules": ("Transformer", "Pooling", "Dense")}, "module 'Dense'"),
-    ],
-)
-def test_settings_that_would_give_other_vectors_are_refused(tmp_path, arguments, reason) -> None:
-    with pytest.raises(ValueError, match=reason):
-        sentence_settings(sentence_folder(tmp_path, **arguments), 16)

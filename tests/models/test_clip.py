@@ -128,6 +128,8 @@ def test_preprocessing_comes_from_the_folder(tmp_path) -> None:
         ({"resample": 2}, "not CLIP's"),
         ({"do_center_crop": False}, "not CLIP's"),
         ({"crop_size": 10}, "the model reads 12"),
+        ({"image_processor_type": "SiglipImageProcessor"}, "image_processor_type"),
+        ({"do_sharpen": True}, "do_sharpen is unknown"),
     ],
 )
 def test_other_preprocessing_is_refused(tmp_path, change, reason) -> None:
@@ -141,3 +143,22 @@ def test_other_preprocessing_is_refused(tmp_path, change, reason) -> None:
 def test_extreme_shapes_are_refused_before_they_take_memory() -> None:
     with pytest.raises(ValueError, match="too long and narrow"):
         Preprocessing()(Image.new("L", (1, 2_000_000)))
+
+
+def test_preprocessing_inside_a_processor_file(tmp_path) -> None:
+    tower().save_pretrained(tmp_path)
+    part = {"size": {"shortest_edge": 14}, "crop_size": 12, "image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": part, "tokenizer": {}}))
+    assert load_clip(tmp_path)[2] == Preprocessing(resize=14, crop=12, mean=(0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_channels": 4}, {"layer_scale": 0.1}, {"vision_config_dict": {"hidden_size": 8}}, {"hidden_size": "x"}],
+)
+def test_other_towers_are_refused(tmp_path, change) -> None:
+    tower().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=next(iter(change))):
+        load_clip(tmp_path)
