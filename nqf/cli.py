@@ -40,10 +40,10 @@ def guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         # The message of a KeyError is the repr of its argument.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         text = " ".join(str(message).split())
-        if hasattr(error, "exit_code"):
+        if (code := getattr(error, "exit_code", None)) is not None:
             # Not a fault: training that was asked to stop (nqf.training.stop).
             print(f"stopped: {text}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
+            raise SystemExit(code) from None
         print(f"error: {text}\n(--debug shows the traceback)", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -143,28 +143,34 @@ def range_of(hint: Any) -> str:
     return ""
 
 
+def _refuse(wrong: object, key: str, problem: str) -> None:
+    if wrong:
+        raise ConfigError(problem, key=key)
+
+
 def _check_heads(heads: int, width: int) -> None:
-    if width % heads:
-        raise ConfigError(
-            f"{heads} heads cannot share a width of {width} evenly; give a number that divides width", key="heads"
-        )
+    _refuse(
+        width % heads,
+        "heads",
+        f"{heads} heads cannot share a width of {width} evenly; give a number that divides width",
+    )
 
 
 def _check_decay(learning_rate: float, weight_decay: float) -> None:
-    if learning_rate * weight_decay >= 1:
-        raise ConfigError(
-            f"{weight_decay:g} times learning_rate, {learning_rate:g}, takes the whole of a weight in a step; give "
-            f"one below {1 / learning_rate:g}, or lower learning_rate",
-            key="weight_decay",
-        )
+    _refuse(
+        learning_rate * weight_decay >= 1,
+        "weight_decay",
+        f"{weight_decay:g} times learning_rate, {learning_rate:g}, takes the whole of a weight in a step; give "
+        f"one below {1 / learning_rate:g}, or lower learning_rate",
+    )
 
 
 def _check_batch(loss: LossConfig, optim: OptimConfig) -> None:
-    if loss.negatives == "in-batch" and loss.positions == "last" and optim.batch_size == 1:
-        raise ConfigError(
-            "a batch of 1 with one position has no negatives for loss.negatives: in-batch; give at least 2",
-            key="optim.batch_size",
-        )
+    _refuse(
+        loss.negatives == "in-batch" and loss.positions == "last" and optim.batch_size == 1,
+        "optim.batch_size",
+        "a batch of 1 with one position has no negatives for loss.negatives: in-batch; give at least 2",
+    )
 
 
 @section
@@ -190,14 +196,17 @@ class SyntheticConfig:
     images: bool = True
 
     def __post_init__(self) -> None:
-        if self.min_events > self.max_events:
-            raise ConfigError(f"{self.min_events} is above max_events, {self.max_events}; lower it", key="min_events")
-        if self.items < 2 * self.max_events:
-            raise ConfigError(
-                f"{self.items} are too few for histories of max_events, {self.max_events}, without an item twice; "
-                f"give at least {2 * self.max_events}, or lower max_events",
-                key="items",
-            )
+        _refuse(
+            self.min_events > self.max_events,
+            "min_events",
+            f"{self.min_events} is above max_events, {self.max_events}; lower it",
+        )
+        _refuse(
+            self.items < 2 * self.max_events,
+            "items",
+            f"{self.items} are too few for histories of max_events, {self.max_events}, without an item twice; "
+            f"give at least {2 * self.max_events}, or lower max_events",
+        )
 
 
 @section
@@ -247,14 +256,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for key in _PATH_KEYS if self.format != "synthetic" else ():
-            if not getattr(self, key):
-                raise ConfigError(f"format '{self.format}' needs this path; give it, or format: synthetic", key=key)
-        if self.valid_share + self.test_share >= 1:
-            raise ConfigError(
-                f"{self.valid_share:g} and test_share, {self.test_share:g}, leave nothing to train on; "
-                "give shares whose sum is below 1",
-                key="valid_share",
+            _refuse(
+                not getattr(self, key), key, f"format '{self.format}' needs this path; give it, or format: synthetic"
             )
+        _refuse(
+            self.valid_share + self.test_share >= 1,
+            "valid_share",
+            f"{self.valid_share:g} and test_share, {self.test_share:g}, leave nothing to train on; "
+            "give shares whose sum is below 1",
+        )
 
 
 @section
@@ -375,17 +385,17 @@ class ItemConfig:
 
     def __post_init__(self) -> None:
         contrastive = self.contrastive != "none" and self.contrastive_weight > 0
-        if not (contrastive or self.reconstruction_weight or not self.optim.epochs):
-            raise ConfigError(
-                "0 with no contrastive loss leaves nothing to learn; give one of the two a weight, or set optim.epochs "
-                "to 0",
-                key="reconstruction_weight",
-            )
-        if contrastive and self.contrastive == "infonce" and self.optim.batch_size == 1:
-            raise ConfigError(
-                "a batch of 1 has no negatives for contrastive: infonce; give at least 2, or set contrastive to none",
-                key="optim.batch_size",
-            )
+        _refuse(
+            not (contrastive or self.reconstruction_weight or not self.optim.epochs),
+            "reconstruction_weight",
+            "0 with no contrastive loss leaves nothing to learn; give one of the two a weight, or set optim.epochs "
+            "to 0",
+        )
+        _refuse(
+            contrastive and self.contrastive == "infonce" and self.optim.batch_size == 1,
+            "optim.batch_size",
+            "a batch of 1 has no negatives for contrastive: infonce; give at least 2, or set contrastive to none",
+        )
 
 
 @section
@@ -419,14 +429,17 @@ class CandidatesConfig:
     learn_temperature: bool = True
 
     def __post_init__(self) -> None:
-        if len(set(self.sources)) < len(self.sources):
-            raise ConfigError(f"{', '.join(self.sources)}: one is named twice; name each once", key="sources")
-        if self.learn_temperature and self.temperature < 0.01:
-            raise ConfigError(
-                f"{self.temperature:g} is below 0.01, the least that is learned, where learning stands still; give a "
-                "larger one, or set learn_temperature to false",
-                key="temperature",
-            )
+        _refuse(
+            len(set(self.sources)) < len(self.sources),
+            "sources",
+            f"{', '.join(self.sources)}: one is named twice; name each once",
+        )
+        _refuse(
+            self.learn_temperature and self.temperature < 0.01,
+            "temperature",
+            f"{self.temperature:g} is below 0.01, the least that is learned, where learning stands still; give a "
+            "larger one, or set learn_temperature to false",
+        )
 
 
 @section
@@ -479,12 +492,12 @@ class UserConfig:
 
     def __post_init__(self) -> None:
         _check_batch(self.loss, self.optim)
-        if not (self.regression_weight or self.ranking_weight or not self.optim.epochs):
-            raise ConfigError(
-                "0 with a regression_weight of 0 leaves nothing to learn; give one of the two a weight, or set "
-                "optim.epochs to 0",
-                key="ranking_weight",
-            )
+        _refuse(
+            not (self.regression_weight or self.ranking_weight or not self.optim.epochs),
+            "ranking_weight",
+            "0 with a regression_weight of 0 leaves nothing to learn; give one of the two a weight, or set "
+            "optim.epochs to 0",
+        )
 
 
 @section
@@ -535,14 +548,13 @@ class BackboneConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ConfigError(
-                f"{self.kv_heads} key-value heads cannot serve {self.heads} heads in equal groups; give a number that "
-                "divides heads",
-                key="kv_heads",
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"{self.head_dim} is odd; rotary positions turn pairs, give an even one", key="head_dim")
+        _refuse(
+            self.heads % self.kv_heads,
+            "kv_heads",
+            f"{self.kv_heads} key-value heads cannot serve {self.heads} heads in equal groups; give a number that "
+            "divides heads",
+        )
+        _refuse(self.head_dim % 2, "head_dim", f"{self.head_dim} is odd; rotary positions turn pairs, give an even one")
 
 
 @section
@@ -611,10 +623,11 @@ class JointConfig:
             ("candidates", self.candidates == "qwen3", "qwen3 reads a prompt for each item of a batch"),
             ("mining.count", self.mining.count, "mining adds negatives to drawn ones"),
         ):
-            if wanted and self.loss.negatives == "full":
-                raise ConfigError(
-                    f"{why}, so loss.negatives cannot be 'full'; set it to 'sampled' or 'in-batch'", key=key
-                )
+            _refuse(
+                wanted and self.loss.negatives == "full",
+                key,
+                f"{why}, so loss.negatives cannot be 'full'; set it to 'sampled' or 'in-batch'",
+            )
         if not self.mining.count:
             _check_batch(self.loss, self.optim)
 
@@ -768,19 +781,19 @@ class Config:
 
     def __post_init__(self) -> None:
         history, prompt = self.user.max_history, self.joint.prompt.history_items
-        if prompt > history:
-            raise ConfigError(
-                f"{prompt} items cannot stand in the prompt, as histories end after user.max_history, {history}; lower "
-                "it, or raise that",
-                key="joint.prompt.history_items",
-            )
+        _refuse(
+            prompt > history,
+            "joint.prompt.history_items",
+            f"{prompt} items cannot stand in the prompt, as histories end after user.max_history, {history}; lower "
+            "it, or raise that",
+        )
         for stage, loss in (("user", self.user.loss), ("joint", self.joint.loss)):
-            if self.training.tables == "host" and loss.negatives == "full":
-                raise ConfigError(
-                    "'full' scores the whole catalogue, whose tables training.tables: host keeps off the device; set "
-                    "this to 'sampled' or 'in-batch', or that to 'auto'",
-                    key=f"{stage}.loss.negatives",
-                )
+            _refuse(
+                self.training.tables == "host" and loss.negatives == "full",
+                f"{stage}.loss.negatives",
+                "'full' scores the whole catalogue, whose tables training.tables: host keeps off the device; set "
+                "this to 'sampled' or 'in-batch', or that to 'auto'",
+            )
 
 
 _SHOWN = reprlib.Repr()
@@ -897,11 +910,11 @@ def _build(cls: type[T], tree: Any, base: T | None) -> T:
             continue
         try:
             # A section's own defaults hold for the keys of it that are not given, not those of its type.
-            values[key] = _build(hint, value, getattr(base or cls, key, None))
+            values[key] = _build(typing.cast(type, hint), value, getattr(base or cls, key, None))
         except ConfigError as error:
             dotted = f"{key}.{error.key}" if error.key else key
             raise ConfigError(error.problem, key=dotted) from None
-    return dataclasses.replace(base, **values) if base is not None else cls(**values)
+    return cls(**values) if base is None else dataclasses.replace(typing.cast(Any, base), **values)
 
 
 def _plain(hint: Any, value: Any) -> Any:

@@ -71,7 +71,7 @@ def _help(default: TrainArguments, topic: str) -> None:
     import tyro
 
     sections = {
-        field.name: type(getattr(default, field.name)).__doc__.split("\n")[0]
+        field.name: (type(getattr(default, field.name)).__doc__ or "").split("\n")[0]
         for field in dataclasses.fields(default)
         if dataclasses.is_dataclass(getattr(default, field.name))
     }
@@ -82,7 +82,9 @@ def _help(default: TrainArguments, topic: str) -> None:
     if topic:
         description = f"Options of {_PROGRAM}: {sections.get(topic, 'all of them')}"
     else:
-        description = TrainArguments.__doc__.split("\n")[0] + " Every key of the configuration is an option, too:\n"
+        description = (TrainArguments.__doc__ or "").split("\n")[
+            0
+        ] + " Every key of the configuration is an option, too:\n"
         description += "\n".join(f"--help {name:<12}{about}" for name, about in sections.items())
         description += f"\n--help {'all':<12}Everything."
 

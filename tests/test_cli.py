@@ -107,7 +107,7 @@ def test_errors_of_values_are_one_paragraph(capsys: pytest.CaptureFixture[str]) 
 
 def test_options_are_explained_as_attributes_are() -> None:
     texts = cli.documented(importlib.import_module("nqf.train").TrainArguments)
-    assert texts["name"].startswith("Name of the run") and texts["restart"].startswith("Begin")
+    assert texts["name"].startswith("Name of the run") and texts["restart"].endswith("their checkpoints.")
     # A section of the configuration has no entry of its own.
     assert texts["joint"] == "Joint stage: Qwen3 reads item and user tokens; its pooled vector ranks the catalogue."
     assert cli.documented(type(Config().data))["format"].endswith("(the reference system's JSON files).")
