@@ -31,6 +31,7 @@ _LENGTHS = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Tokens of a batch: enough to keep the matrix units busy, few enough to stay in a CPU's cache or a small GPU.
 _TOKENS = {"cpu": 1_024, "gpu": 65_536, "tpu": 65_536}
 _IMAGES = {"cpu": 16, "gpu": 256, "tpu": 256}
+_NO_LIMIT = 1 << 30
 # Failed images that a warning names one by one.
 _NAMED = 5
 
@@ -191,7 +192,7 @@ def load_text_embedder(
     limit = _longest(said, tokenizer, tree, config)
     if max_length is not None:
         limit = min(limit, max_length)
-    tokenize = text_encoder(tokenizer, limit)
+    tokenize = text_encoder(tokenizer, limit, where=said.transformer)
     # The form that the model card of Qwen3-Embedding gives.
     prompt = f"Instruct: {instruction}\nQuery:" if instruction else said.prompt
     prompt_length = 0
@@ -284,12 +285,16 @@ def _check_tokenizer(said: SentenceFolder, tokenizer: Any, kind: str, rows: int)
 def _longest(said: SentenceFolder, tokenizer: Any, tree: dict[str, Any], config: Path) -> int:
     """Longest text in tokens: what the folder asks for, else the tokenizer's limit or the model's, the smaller."""
     limit, positions = tokenizer.model_max_length, tree.get("max_position_embeddings")
+    if type(limit) not in (int, float) or not limit > 0:
+        raise ValueError(f"{said.transformer / 'tokenizer_config.json'}: model_max_length is {limit!r}, not a length")
+    # No limit is written as 10^30.
+    limit = int(min(limit, _NO_LIMIT))
     asked = said.max_length is not None or "model_max_length" in said.tokenizer_options
     if positions is None or (asked and tree["model_type"] == "qwen3"):
-        return int(limit)
+        return limit
     if asked and limit > positions:
         _LOG.warning("%s: the model has %d positions; longer texts are cut there, not at %d", config, positions, limit)
-    return int(min(limit, positions))
+    return min(limit, positions)
 
 
 def _bucket(length: int, longest: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -232,7 +233,7 @@ def _prompt(path: Path, model: Mapping[str, Any]) -> str:
         if others:
             _LOG.warning("%s: no prompt is the default, so none is used; there are %s", path, ", ".join(others)[:200])
         return ""
-    if name not in {"query", "document", *prompts}:
+    if not isinstance(name, str) or name not in {"query", "document", *prompts}:
         raise ValueError(f"{path}: default_prompt_name {name!r} is none of the prompts")
     return prompts.get(name) or ""
 
@@ -265,7 +266,7 @@ def _module(kind: str, folder: Path) -> Module:
     tensors = list_tensors(weight_files(folder))
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected:
-        raise ValueError(f"{folder}: weights are {found}, and {path.name} says {expected}")
+        raise ValueError(f"{folder}: weights are {reprlib.repr(found)}, and {path.name} says {expected}")
     return Module(kind=kind, settings=tree, weights={key: tensors[key].read().astype(np.float32) for key in expected})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from nqf.interop.tensors import read_json
 
 ANY = None
+_LISTED = 10
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings type_vocab_size image_size patch_size projection_dim"
@@ -36,8 +37,11 @@ def understood(tree: Mapping[str, Any], table: Table, *, where: str | Path) -> N
             reason = "is unknown" if key not in table else f"can only be {' or '.join(map(repr, values))}"
             errors.append(f"{reprlib.repr(key)[1:-1]} {reason} (it is {reprlib.repr(value)})")
     if errors:
+        more = [f"{len(errors) - _LISTED} more"] if len(errors) > _LISTED else []
         raise ValueError(
-            f"{where}: " + "; ".join(errors) + ". It may change the vectors; if it does not, remove it from the file"
+            f"{where}: "
+            + "; ".join(errors[:_LISTED] + more)
+            + ". It may change the vectors; if it does not, remove it from the file"
         )
 
 

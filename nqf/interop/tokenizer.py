@@ -26,8 +26,6 @@ SPARE_TOKENS = tuple(f"<|spare_{i}|>" for i in range(8))
 class Tokenizer:
     """A tokenizer with the rules of Qwen3-Embedding: special tokens in a text are plain text, one end token.
 
-    Tokenizers with a classification token (BERT) put their own special tokens around every text instead.
-
     Attributes:
       eos_id: Id of the end token: the one that the folder's own template appends, else the `eos_token`.
       pad_id: Id at padding.
@@ -50,9 +48,8 @@ class Tokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         self.rows = rows or len(self)
-        self._template = bool(settings.get("cls_token"))
         # A title that spells an end token or a placeholder must not become one.
-        backend.encode_special_tokens = not self._template
+        backend.encode_special_tokens = True
         plain, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
         end = full[-1] if len(full) > len(plain) else self._token_id(settings, "eos_token")
         if end is None:
@@ -76,26 +73,16 @@ class Tokenizer:
           texts: The texts.
           max_length: Most tokens of a text, special tokens included; longer texts lose their end, never the end
             token.
-          add_eos: Whether the end token follows, exactly once. BERT-family tokenizers always put their own
-            special tokens.
+          add_eos: Whether the end token follows, exactly once.
 
         Raises:
-          ValueError: `max_length` leaves no room for the special tokens.
+          ValueError: `max_length` leaves no room for the end token.
         """
-        special = self._backend.num_special_tokens_to_add(is_pair=False) if self._template else int(add_eos)
-        if max_length is not None and max_length < special:
-            raise ValueError(f"max_length {max_length} leaves no room for {special} special tokens")
-        texts = list(texts)
-        if self._template:
-            if max_length is not None:
-                self._backend.enable_truncation(max_length)
-            try:
-                return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
-            finally:
-                self._backend.no_truncation()
+        if max_length is not None and max_length < add_eos:
+            raise ValueError(f"max_length {max_length} leaves no room for 1 special token, the end token")
         end = [self.eos_id] if add_eos else []
-        stop = None if max_length is None else max_length - special
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        stop = None if max_length is None else max_length - len(end)
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids[:stop] + end for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -126,7 +113,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        backend, settings = (self._backend, self._settings) if self._template else self._with_end()
+        backend, settings = self._with_end()
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         # Last, and at once: its presence says that the folder is complete.
@@ -230,7 +217,7 @@ def load_text_tokenizer(folder: Path, *, options: Mapping[str, Any], max_length:
     return tokenizer
 
 
-def text_encoder(tokenizer: Any, max_length: int) -> Callable[[Sequence[str]], list[list[int]]]:
+def text_encoder(tokenizer: Any, max_length: int, *, where: Path) -> Callable[[Sequence[str]], list[list[int]]]:
     """Texts to token ids as `tokenizer(texts, truncation=True, max_length=max_length)` gives them, but faster.
 
     Raises:
@@ -239,7 +226,7 @@ def text_encoder(tokenizer: Any, max_length: int) -> Callable[[Sequence[str]], l
     backend = tokenizer.backend_tokenizer
     special = backend.num_special_tokens_to_add(is_pair=False)
     if max_length <= special:
-        raise ValueError(f"max_length {max_length} leaves no room for a text beside {special} special tokens")
+        raise ValueError(f"{where}: {max_length} tokens leave no room for a text beside {special} special tokens")
     backend.no_padding()
     backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     backend.encode_special_tokens = tokenizer.split_special_tokens

@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer  # noqa: E402
 
 from nqf.interop.encoders import load_text_embedder  # noqa: E402
 from nqf.interop.settings import understood  # noqa: E402
-from nqf.interop.tensors import list_tensors  # noqa: E402
+from nqf.interop.tensors import list_tensors, resolve_folder  # noqa: E402
 from nqf.interop.tokenizer import train_byte_bpe  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -443,7 +443,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "task": ("either", "sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task"),
     "length": ("either", "sentence_bert_config.json", {"max_seq_length": -1}, "max_seq_length is -1"),
-    "no room": ("bert", "sentence_bert_config.json", {"max_seq_length": 2}, "no room"),
+    "no room": ("bert", "sentence_bert_config.json", {"max_seq_length": 2}, "leave no room"),
     "sparse": ("either", "config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "SparseEncoder"),
     "absent prompt": (
         "either",
@@ -462,12 +462,12 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_the_name_of_file_and_key(name: str, request: pytest.FixtureRequest) -> None:
     family, file, keys, reason = REFUSED[name]
-    for folder in [request.getfixturevalue(family)] if family != "either" else map(request.getfixturevalue, ("bert",)):
-        change(folder / file, **keys)
-        with pytest.raises(ValueError) as error:
-            ours(folder)
-        assert reason in str(error.value)
-        assert Path(file).name in str(error.value) or name == "no room"
+    folder = request.getfixturevalue("bert" if family == "either" else family)
+    change(folder / file, **keys)
+    with pytest.raises(ValueError) as error:
+        ours(folder)
+    assert reason in str(error.value)
+    assert Path(file).name in str(error.value) or name == "no room"
 
 
 @pytest.mark.parametrize(
@@ -517,14 +517,24 @@ def test_modules_json_that_is_refused(entries: Any, reason: str, bert: Path) -> 
     assert reason in str(error.value)
 
 
+def test_a_tokenizer_without_a_limit(qwen: Path) -> None:
+    change(qwen / "tokenizer_config.json", model_max_length=10**30)
+    write(qwen / "sentence_bert_config.json", {"max_seq_length": None, "tokenizer_args": {"model_max_length": 10**30}})
+    check(qwen, ["cup " * 100])
+    for bad in ("512", -3, 0, [8]):
+        change(qwen / "sentence_bert_config.json", tokenizer_args={"model_max_length": bad})
+        with pytest.raises(ValueError, match="model"):
+            ours(qwen)
+
+
 def test_unknown_keys_may_be_off() -> None:
     understood({"new": None, "old": False, "list": [], "object": {}, "text": ""}, {}, where="config.json")
     with pytest.raises(ValueError, match=r"config\.json: new is unknown \(it is 1\); two is unknown"):
         understood({"new": 1, "two": "x" * 10_000}, {}, where="config.json")
-    try:
-        understood({"k" * 10_000: "x" * 10_000}, {}, where="config.json")
-    except ValueError as error:
-        assert len(str(error)) < 400
+    for tree in ({"k" * 10_000: "x" * 10_000}, dict.fromkeys(map(str, range(10_000)), 1)):
+        with pytest.raises(ValueError) as error:
+            understood(tree, {}, where="config.json")
+        assert len(str(error.value)) < 1_000
 
 
 @st.composite
@@ -656,3 +666,16 @@ def test_pickles_are_not_run(bert: Path) -> None:
     torch.save({"x": Evil()}, bert / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: mentions '.*exec'"):
         ours(bert)
+
+
+def test_pickles_are_fetched_only_where_there_is_nothing_else(bert_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append("*.bin" in allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for folder, expected in ((bert_base, [False]), (bert_base / "1_Pooling", [False, True])):
+        asked.clear()
+        assert resolve_folder("some/model") == folder and asked == expected

@@ -125,18 +125,3 @@ def test_agrees_with_transformers(folder: Path, model_type: str | None) -> None:
     cut = theirs(texts, truncation=True, max_length=4)["input_ids"]
     assert cut == ours.encode(texts, max_length=4, add_eos=True)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
-
-
-def test_bert_keeps_its_own_special_tokens(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "deep", "sea", "lamp", "##s"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    theirs = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
-    theirs.save_pretrained(tmp_path / "saved")
-    ours = load_tokenizer(tmp_path / "saved")
-    texts = ["Deep sea lamps", "lamp", "deep " * 9]
-    for add_eos in (False, True):
-        assert ours.encode(texts, 5, add_eos) == theirs(texts, truncation=True, max_length=5)["input_ids"]
-    # Cutting one call does not cut the next.
-    assert ours.encode(texts) == theirs(texts)["input_ids"]
-    assert ours.encode(["lamp"]) == [[2, 7, 3]] and ours.pad_id == 0
