@@ -1,4 +1,4 @@
-"""No leak, proven by planting: other held-out events make the same models, baselines and mined negatives, bit for bit."""
+"""No leak, proven by planting: other held-out events make the same models, baselines and negatives, bit for bit."""
 
 import shutil
 from collections.abc import Callable
