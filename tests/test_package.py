@@ -161,4 +161,4 @@ def test_an_editor_sees_the_lazy_names(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "--project", tmp_path]
     told = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["generalDiagnostics"]
     assert 'is "type[Recommender]"' in told[0]["message"], told
-    assert '-> tuple[Qwen3, ' in told[1]["message"], told
+    assert "-> tuple[Qwen3, " in told[1]["message"], told
