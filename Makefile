@@ -19,11 +19,11 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nqf needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[viz]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[viz]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[viz,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[viz,test]'
 	touch $@
 
 quickstart: setup  ## Train on the built-in catalogue, evaluate, and recommend for a user.

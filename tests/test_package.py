@@ -97,6 +97,7 @@ def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_the_wheel_trains_the_quick_start_without_a_checkout(wheel: Path, tmp_path: Path) -> None:
     programs, elsewhere = environment(tmp_path / "environment", wheel), tmp_path / "elsewhere"
     elsewhere.mkdir()
