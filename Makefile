@@ -51,4 +51,4 @@ bench: setup-test  ## Run the benchmarks on the present device and write docs/pe
 	$(BIN)/python benchmarks $(BENCH)
 
 clean:  ## Remove environments and caches; runs are kept.
-	rm -rf .venv .venv-newest .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache build dist
