@@ -163,3 +163,15 @@ def test_an_editor_sees_the_lazy_names(tmp_path: Path) -> None:
     told = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["generalDiagnostics"]
     assert 'is "type[Recommender]"' in told[0]["message"], told
     assert "-> tuple[Qwen3, " in told[1]["message"], told
+
+
+def test_every_make_target_that_is_named_exists_and_ci_is_one_of_them() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for name in ("README.md", "CONTRIBUTING.md", ".ci/run", ".pre-commit-config.yaml"):
+        named = set(re.findall(r"(?:^|[`(])make ([a-z-]+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+        assert named <= targets, name
+        assert "ci" in named or name.startswith(".pre"), name
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert ".ci/run" in [step.get("run") for step in workflow["jobs"]["ci"]["steps"]]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert {repository["repo"] for repository in hooks} == {"local"}
