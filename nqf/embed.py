@@ -10,7 +10,7 @@ import numpy as np
 
 from nqf.cli import guard, parse, program
 from nqf.config import Count, Width, section
-from nqf.files import partial, publish, whole
+from nqf.files import whole
 
 
 @section
@@ -65,9 +65,7 @@ def main(arguments: list[str]) -> None:
         with whole(options.output) as file:
             np.save(file, vectors)
     else:
-        temporary = partial(options.output)
-        write_candidate_embeddings(temporary, texts, vectors)
-        publish(temporary, options.output)
+        write_candidate_embeddings(options.output, texts, vectors)
     print(f"wrote {len(vectors)} vectors of width {embedder.width} to {options.output}")
 
 
