@@ -1,8 +1,6 @@
 """The distribution: what the wheel and the sdist hold, that they work without a checkout, and what an editor sees."""
 
-import ast
 import email
-import importlib.metadata
 import json
 import os
 import re
@@ -135,22 +133,6 @@ def test_the_version_stands_in_one_place() -> None:
     )
     assert releases[0] == (cited["version"], str(cited["date-released"]))
     assert nqf.__version__ == cited["version"], "a release has its entry in CHANGELOG.md and CITATION.cff"
-
-
-def test_every_package_that_is_imported_is_declared() -> None:
-    declared = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["viz"]
-    names = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in declared}
-    imported = set()
-    for path in (ROOT / "nqf").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                imported.add(node.module.split(".")[0])
-    owners = importlib.metadata.packages_distributions()
-    for package in imported - sys.stdlib_module_names - {"nqf"}:
-        distributions = {name.lower().replace("_", "-") for name in owners.get(package, [package])}
-        assert distributions & names, f"{package} of {distributions} is imported and not declared"
 
 
 def test_an_editor_sees_the_lazy_names(tmp_path: Path) -> None:
