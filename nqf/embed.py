@@ -10,7 +10,7 @@ import numpy as np
 
 from nqf.cli import guard, parse, program
 from nqf.config import Count, Width, section
-from nqf.files import whole
+from nqf.files import partial, publish, whole
 
 
 @section
@@ -65,7 +65,9 @@ def main(arguments: list[str]) -> None:
         with whole(options.output) as file:
             np.save(file, vectors)
     else:
-        write_candidate_embeddings(options.output, texts, vectors)
+        temporary = partial(options.output)
+        write_candidate_embeddings(temporary, texts, vectors)
+        publish(temporary, options.output)
     print(f"wrote {len(vectors)} vectors of width {embedder.width} to {options.output}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,6 @@ import tyro
 
 from nqf.cli import guard, parse, program, terminal
 from nqf.config import Count, section
-from nqf.files import whole
 
 
 @section
@@ -50,8 +50,9 @@ def main(arguments: list[str]) -> None:
     console = terminal()
     recommender = Recommender.load(options.run, stage=options.stage)
     if options.all is not None:
-        with whole(options.all) as file:
-            pl.concat(recommender.recommend_all(k=options.k)).write_parquet(file)
+        temporary = options.all.with_suffix(".tmp")
+        pl.concat(recommender.recommend_all(k=options.k)).write_parquet(temporary)
+        os.replace(temporary, options.all)
         console.print(f"wrote {options.all}", highlight=False)
         return
     if options.user is not None:

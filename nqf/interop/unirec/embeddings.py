@@ -13,7 +13,6 @@ import numpy as np
 
 from nqf.data.errors import DataError
 from nqf.data.unirec import read_json
-from nqf.files import whole
 
 
 def read_candidate_embeddings(path: str | Path) -> tuple[list[str], np.ndarray]:
@@ -50,7 +49,7 @@ def read_candidate_embeddings(path: str | Path) -> tuple[list[str], np.ndarray]:
 def write_candidate_embeddings(path: str | Path, item_ids: Iterable[str], vectors: np.ndarray) -> None:
     """Writes candidate embeddings, float [items, width], as the reference reads them."""
     # Row by row: as one tree of Python floats a catalogue would take thirty times the room.
-    with whole(path, "w") as file:
+    with Path(path).open("w", encoding="utf-8") as file:
         for row, (item_id, vector) in enumerate(zip(item_ids, vectors, strict=True)):
             file.write(f"{',' if row else '{'}\n{json.dumps(item_id)}: {json.dumps(vector.tolist())}")
         file.write("\n}\n")
