@@ -6,9 +6,15 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    # What an editor and a type checker see in place of `__getattr__`.
+    from nqf import interop
+    from nqf.interop.huggingface import load_qwen3
+    from nqf.serving.recommender import Recommender
+
+__version__ = "0.2.0"
 
 _LAZY = {
     "Recommender": ("nqf.serving.recommender", "Recommender"),
@@ -25,3 +31,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'nqf' has no attribute {name!r}")
     module, attribute = _LAZY[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

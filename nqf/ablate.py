@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from annotated_types import Len
 
-from nqf.cli import guard, parse, terminal
+from nqf.cli import configuration, guard, parse, program, terminal
 from nqf.config import (
     Config,
     ConfigError,
@@ -40,7 +40,7 @@ class AblateArguments:
     """Trains and tests every variant of a study, then writes its results and docs/results.md.
 
     Attributes:
-      study: YAML file with `config` and `variants`.
+      study: YAML file with `config` and `variants`, or name of a shipped study.
       runs: Folder of the run folders; `runs/<name of the study>` by default.
       seeds: Seeds of every variant.
       only: Names of the variants to run; all by default.
@@ -180,12 +180,12 @@ def row_of(variant: Variant) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = parse(AblateArguments, arguments, prog="python -m nqf.ablate")
+    options = parse(AblateArguments, arguments, prog=program("ablate"))
     from nqf.files import write_json
     from nqf.tools.study import write_studies
 
     runs = options.runs or Path("runs") / options.study.stem
-    variants = load_study(options.study, runs, options.seeds, options.only)
+    variants = load_study(configuration(options.study, "studies"), runs, options.seeds, options.only)
     folders = [variant.folder for variant in variants]
     console = terminal()
     path = options.results / f"{options.study.stem}.json"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from nqf.cli import guard, parse, terminal
+from nqf.cli import configuration, guard, parse, program, terminal
 from nqf.config import load_config, section
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class AuditArguments:
     """Audits the data of a configuration. Exit status: 0 clean, 3 a leak, 1 an error, 2 a wrong option.
 
     Attributes:
-      config: YAML file of the configuration.
+      config: YAML file of the configuration, or name of a shipped one.
       accept: Checks whose leak is known and accepted, as `split` for leave-one-out results that are compared with
         published ones; such a leak is shown and does not change the exit status.
       debug: Show the traceback of an error.
@@ -40,8 +40,8 @@ class AuditArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = parse(AuditArguments, arguments, prog="python -m nqf.audit")
-    data = load_config(options.config).data
+    options = parse(AuditArguments, arguments, prog=program("audit"))
+    data = load_config(configuration(options.config)).data
     import tempfile
 
     from nqf.data.load import prepare

@@ -1,10 +1,11 @@
-"""What the entry points share: the terminal, and errors as one paragraph with the traceback only on request."""
+"""The command `nqf`, and what its commands share: the terminal, and errors as one paragraph without a traceback."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import os
 import re
@@ -13,15 +14,103 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nqf.config import ConfigError, from_tree, hints_of
-
 if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
 
+COMMANDS = {
+    "train": ("nqf.train", "train a run, stage by stage, and evaluate it"),
+    "evaluate": ("nqf.evaluate", "rank the whole catalogue for every user, beside all baselines"),
+    "recommend": ("nqf.recommend", "recommend items for a user, a history or everybody"),
+    "items": ("nqf.items", "add, change or remove items of a trained run"),
+    "embed": ("nqf.embed", "make vectors of texts with a pretrained encoder"),
+    "export": ("nqf.export", "write a run in other formats: PEFT, Hugging Face, index, Parquet"),
+    "compare": ("nqf.compare", "compare the models of several runs, user by user"),
+    "ablate": ("nqf.ablate", "train and tabulate every variant of a study"),
+    "report": ("nqf.report", "write a page about an evaluated run"),
+    "audit": ("nqf.audit", "look for leaks in the data before training"),
+    "data": ("nqf.data.__main__", "fetch a public data set, or look at tables of your own"),
+    "completion": ("nqf.tools.completion", "print the completion script of a shell"),
+}
+"""Command: module with its `main`, and a line about it."""
+
 # Errors whose message is written for the person at the terminal; anything else is a bug and shows its traceback.
 _EXPECTED = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `nqf COMMAND ...`; nothing heavy is imported before the command is known."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("-h", "--help"):
+        print(_usage())
+    elif name == "--version":
+        from nqf import __version__
+
+        print(f"nqf {__version__}")
+    elif name in COMMANDS:
+        guard(lambda rest: importlib.import_module(COMMANDS[name][0]).main(rest), rest)
+    else:
+        from nqf.data.schema import nearest
+
+        said = f"error: unknown command '{name}'{nearest(name, COMMANDS)}" if name else _usage()
+        print(said, file=sys.stderr)
+        # As for an unknown option.
+        raise SystemExit(2)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items()]
+    how = program("").strip(" .")
+    return "\n".join(
+        [
+            f"usage: {how} COMMAND ...",
+            "",
+            *lines,
+            "",
+            f"{how} COMMAND --help explains a command, --version prints the version.",
+        ]
+    )
+
+
+def program(command: str) -> str:
+    """How a command was called, for its help: `nqf train`, `python -m nqf train` or `python -m nqf.train`."""
+    called = Path(sys.argv[0])
+    if called.stem == "nqf":
+        return f"nqf {command}"
+    return f"python -m nqf {command}" if called.parts[-2:] == ("nqf", "__main__.py") else f"python -m nqf.{command}"
+
+
+def configuration(given: str | Path, folder: str = "") -> Path:
+    """The file that a command means by a configuration: the one of that path, or else a shipped one of that name.
+
+    `quickstart` and `configs/quickstart.yaml` both name the shipped quick start where there is no such file. What was
+    taken is said on stderr unless it is the given path.
+
+    Args:
+      given: Path, or name of a shipped configuration.
+      folder: Folder of the shipped configurations to look in, `studies` for those of `nqf ablate`.
+
+    Raises:
+      ConfigError: Neither a file nor a shipped configuration.
+    """
+    path = Path(given)
+    if path.is_file():
+        return path
+    from nqf.config import ConfigError
+    from nqf.data.schema import nearest
+
+    package = Path(__file__).parent
+    # A wheel has them inside the package, a checkout beside it.
+    root = next(root for root in (package / "configs", package.parent / "configs") if root.is_dir()) / folder
+    shipped = {file.stem: file for file in sorted(root.glob("*.yaml"))}
+    name = path.name.removesuffix(".yaml")
+    if name not in shipped or path.parent not in (Path(), Path("configs"), Path("configs", folder), Path(folder)):
+        raise ConfigError(
+            f"{path}: no such configuration file, and none of that name is shipped{nearest(name, shipped)}"
+        )
+    print(f"{path}: not a file here; taking {shipped[name]}, shipped with nqf", file=sys.stderr)
+    return shipped[name]
 
 
 def guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
@@ -64,6 +153,8 @@ def parse(cls: type[T], arguments: Sequence[str], *, prog: str, default: T | Non
     import tyro
     from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+    from nqf.config import ConfigError, from_tree, hints_of
+
     registry = ConstructorRegistry()
 
     @registry.struct_rule
@@ -93,6 +184,8 @@ def documented(cls: type) -> dict[str, str]:
 
     Of a section without an entry, the first line of its own docstring.
     """
+    from nqf.config import hints_of
+
     texts = {name: inspect.cleandoc(hint.__doc__ or "").partition("\n")[0] for name, hint in hints_of(cls).items()}
     for base in reversed(cls.__mro__):
         attributes = inspect.cleandoc(base.__doc__ or "").partition("Attributes:")[2]

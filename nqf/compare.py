@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from nqf.cli import guard, parse, terminal
+from nqf.cli import guard, parse, program, terminal
 from nqf.config import CountOrNone, Seed, section
 
 
@@ -39,7 +39,7 @@ class CompareArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = parse(CompareArguments, arguments, prog="python -m nqf.compare")
+    options = parse(CompareArguments, arguments, prog=program("compare"))
     from nqf.evaluation.table import print_table
 
     header, rows = compare(options)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nqf.cli import guard, parse
+from nqf.cli import guard, parse, program
 from nqf.config import Count, Width, section
 from nqf.files import partial, publish, whole
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     Raises:
       ValueError: An input that cannot be used, or a model that cannot be loaded.
     """
-    options = parse(EmbedArguments, arguments, prog="python -m nqf.embed")
+    options = parse(EmbedArguments, arguments, prog=program("embed"))
     if options.output.suffix not in (".npy", ".json"):
         raise ValueError(f"{options.output}: vectors are written to .npy or .json")
     if options.output.suffix == ".json" and options.input.suffix != ".json":

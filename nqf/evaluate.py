@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nqf.cli import guard, parse, terminal
+from nqf.cli import guard, parse, program, terminal
 from nqf.config import Count, Weight, section
 
 
@@ -45,7 +45,7 @@ class EvaluateArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = parse(EvaluateArguments, arguments, prog="python -m nqf.evaluate")
+    options = parse(EvaluateArguments, arguments, prog=program("evaluate"))
     from nqf.evaluation.results import print_results
     from nqf.stages.assess import assess, results_folder
     from nqf.stages.graph import lock_run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from nqf.cli import guard, parse
+from nqf.cli import guard, parse, program
 from nqf.config import section
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
       ValueError: The output exists, or the run has nothing to write in that format.
       StageError: The run or its joint stage is missing or stale.
     """
-    options = parse(ExportArguments, arguments, prog="python -m nqf.export")
+    options = parse(ExportArguments, arguments, prog=program("export"))
     output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists already; name a new folder")

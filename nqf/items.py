@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nqf.cli import guard, parse, terminal
+from nqf.cli import guard, parse, program, terminal
 from nqf.config import section
 
 
@@ -37,7 +37,7 @@ class ItemsArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = parse(ItemsArguments, arguments, prog="python -m nqf.items")
+    options = parse(ItemsArguments, arguments, prog=program("items"))
     import polars as pl
 
     from nqf.data.errors import DataError

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from nqf.cli import guard, parse, terminal
+from nqf.cli import guard, parse, program, terminal
 from nqf.config import Count, section
 
 
@@ -38,7 +38,7 @@ class RecommendArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = parse(RecommendArguments, arguments, prog="python -m nqf.recommend")
+    options = parse(RecommendArguments, arguments, prog=program("recommend"))
     chosen = [value for value in (options.user, options.history, options.all) if value is not None]
     if len(chosen) != 1:
         raise ValueError("give exactly one of --user ID, --history ID,ID,... and --all OUT.parquet")

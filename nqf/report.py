@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from nqf.cli import guard, parse, terminal
+from nqf.cli import guard, parse, program, terminal
 from nqf.config import Few, section
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ReportArguments:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = parse(ReportArguments, arguments, prog="python -m nqf.report")
+    options = parse(ReportArguments, arguments, prog=program("report"))
     import importlib.util
     import os
 

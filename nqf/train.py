@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nqf import cli
-from nqf.cli import guard, keep_freed_memory, terminal
+from nqf.cli import configuration, guard, keep_freed_memory, program, terminal
 from nqf.config import Config, ConfigError, CountOrNone, Weight, load_config, section
 from nqf.data.schema import nearest
-
-_PROGRAM = "python -m nqf.train"
 
 
 @section
@@ -21,7 +19,7 @@ class TrainArguments(Config):
     """Trains a run, stage by stage; what is finished and unchanged is not run again.
 
     Attributes:
-      config: YAML file; without it, the configuration that the run folder holds.
+      config: YAML file or name of a shipped configuration; without it, the configuration that the run folder holds.
       stage: What to run: one stage, or `all` that are missing or stale, followed by the evaluation.
       run: Run folder; `runs/<name>` by default.
       restart: Begin anew the stages that were cut off, instead of going on from their checkpoints.
@@ -51,14 +49,17 @@ def parse(arguments: list[str]) -> TrainArguments:
     run = _value_of(arguments, "--run")
     if path is None and run is not None and (Path(run) / "config.yaml").is_file():
         path = str(Path(run) / "config.yaml")
-    config = load_config(path) if path else Config()
+    config = load_config(configuration(path)) if path else Config()
     # A shallow copy: the nested dataclasses stay what they are.
     default = TrainArguments(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
     if {"-h", "--help"} & set(arguments):
         _help(default, _value_of(arguments, "--help") or _value_of(arguments, "-h") or "")
-    options = cli.parse(TrainArguments, arguments, prog=_PROGRAM, default=default)
+    options = cli.parse(TrainArguments, arguments, prog=program("train"), default=default)
     if path is None:
-        raise ConfigError("no configuration: give --config configs/X.yaml, or --run with an existing run folder")
+        raise ConfigError(
+            "no configuration: give --config configs/X.yaml or the name of a shipped one, "
+            "or --run with an existing run folder"
+        )
     return options
 
 
@@ -80,7 +81,7 @@ def _help(default: TrainArguments, topic: str) -> None:
     if topic and topic not in (*sections, "all"):
         raise ConfigError(f"--help: no section '{topic}'{nearest(topic, (*sections, 'all'))}")
     if topic:
-        description = f"Options of {_PROGRAM}: {sections.get(topic, 'all of them')}"
+        description = f"Options of {program('train')}: {sections.get(topic, 'all of them')}"
     else:
         description = (TrainArguments.__doc__ or "").split("\n")[
             0
@@ -98,7 +99,7 @@ def _help(default: TrainArguments, topic: str) -> None:
     ]
     part = dataclasses.make_dataclass("Help", hidden, bases=(TrainArguments,), kw_only=True, frozen=True)
     values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
-    cli.parse(part, ["--help"], prog=_PROGRAM, default=part(**values), description=description)
+    cli.parse(part, ["--help"], prog=program("train"), default=part(**values), description=description)
 
 
 def _value_of(arguments: list[str], option: str) -> str | None:

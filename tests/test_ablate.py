@@ -65,6 +65,7 @@ def test_a_study_without_variants_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_one_command_trains_and_tabulates(tiny_run: Path, tmp_path: Path) -> None:
     study, runs = tmp_path / "study.yaml", tmp_path / "runs"
     variants = {"all": {}, "everything": EVERYTHING, "refit": REFIT}

@@ -34,7 +34,7 @@ def test_configuration_page_is_current() -> None:
     assert (DOCS / "configuration.md").read_text() == generator["page"](), "run: python docs/generate.py"
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     if not page.is_file():
         pytest.skip(f"there is no {page.name} yet")
@@ -100,6 +100,7 @@ def clone(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(("text", "status"), blocks("bash"))
 def test_commands_run(clone: Path, text: str, status: int) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -109,6 +110,7 @@ def test_commands_run(clone: Path, text: str, status: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(("text", "status"), blocks("python"))
 def test_python_runs(clone: Path, text: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(clone)

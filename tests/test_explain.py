@@ -167,6 +167,7 @@ def test_nothing_changes_for_those_who_do_not_ask_for_attention(monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_planted_preferences_are_found(planted: Recommender) -> None:
     config = load_config(TESTS / "planted.yaml").data
     world = draw_world(config.synthetic, config.seed)

@@ -27,6 +27,7 @@ def test_committed_without_outputs(path: Path) -> None:
             assert cell.execution_count is None
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NQF_RUN", str(shutil.copytree(tiny_run, tmp_path / "run")))

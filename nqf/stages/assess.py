@@ -125,5 +125,5 @@ def command_line() -> str:
     """The command of this process, as a person would type it, for the record."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
-    head = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    head = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     return " ".join([head, *sys.argv[1:]])

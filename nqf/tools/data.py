@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from nqf.cli import terminal
+from nqf.cli import program, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,14 +52,15 @@ class InspectArguments:
     debug: bool = False
 
 
+DataArguments = (
+    Annotated[FetchArguments, tyro.conf.subcommand("fetch")]
+    | Annotated[InspectArguments, tyro.conf.subcommand("inspect")]
+)
+
+
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    options = tyro.cli(
-        Annotated[FetchArguments, tyro.conf.subcommand("fetch")]
-        | Annotated[InspectArguments, tyro.conf.subcommand("inspect")],
-        args=arguments,
-        prog="python -m nqf.data",
-    )
+    options = tyro.cli(DataArguments, args=arguments, prog=program("data"))
     console = terminal()
     if isinstance(options, FetchArguments):
         run_fetch(options, console)

@@ -38,6 +38,7 @@ def killed(process: subprocess.Popen, folder: Path, stage: str, moment: random.R
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_stage_ends_as_if_nothing_had_happened(
     stage: str, smallest_run: Path, tmp_path: Path, record: Callable[..., None]

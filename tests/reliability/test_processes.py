@@ -16,6 +16,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_end_as_one_process_with_two_devices(tmp_path: Path, record: Callable[..., None]) -> None:
     address = f"127.0.0.1:{free_port()}"
     together = [

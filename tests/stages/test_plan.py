@@ -41,6 +41,7 @@ def test_without_a_fields_stage_the_plan_says_what_to_run(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_every_training_stage_is_planned_from_the_command_line_without_training(tiny_run, tmp_path):
     run = tmp_path / "run"
     base = [sys.executable, "-m", "nqf.train", "--config", str(tiny_run / "config.yaml"), "--run", str(run)]

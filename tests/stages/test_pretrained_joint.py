@@ -33,7 +33,7 @@ from nqf.training import loop  # noqa: E402
 from nqf.training.checkpoint import restore_params  # noqa: E402
 from nqf.training.program import Program  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 OPTIONS = {
     "joint.backbone.lora-rank": 4,
     "joint.prompt.title-tokens": 2,

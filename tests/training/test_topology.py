@@ -39,6 +39,7 @@ def spread(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("stage", ["item", "joint"])
 def test_loss_and_gradients_are_those_of_one_device(
     spread: tuple[Path, dict], stage: str, record: Callable[..., None]
@@ -62,12 +63,14 @@ def test_loss_and_gradients_are_those_of_one_device(
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_ranking_is_that_of_one_device(spread: tuple[Path, dict]) -> None:
     assert jax.device_count() == 1
     assert spread[1]["ranking"] == eight_devices.ranking()
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_checkpoint_of_eight_devices_is_restored_on_fewer(
     spread: tuple[Path, dict], record: Callable[..., None]
 ) -> None:

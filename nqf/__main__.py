@@ -1,0 +1,6 @@
+"""`python -m nqf`: the command `nqf`."""
+
+from nqf.cli import main
+
+if __name__ == "__main__":
+    main()
