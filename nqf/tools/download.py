@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import pooch
 
@@ -32,6 +32,8 @@ UNSTATED_LIMIT = 1 << 30
 _CHUNK = 1 << 20
 # Answers that may differ the next time; all others are final.
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+# Of the disk, not of the network.
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _MAGIC = {".gz": b"\x1f\x8b", ".zip": b"PK"}
 
 # Called with the bytes that are there and the bytes of the whole file, None if the server does not say.
@@ -89,7 +91,8 @@ def download(
             known_hash=f"sha256:{known}" if known else None,
             fname=path.name,
             path=path.parent,
-            downloader=part.download,
+            # Its protocol names the arguments otherwise; they are given by place.
+            downloader=cast(Any, part.download),
         )
     except ValueError as error:
         if isinstance(error, DataError):
@@ -140,13 +143,7 @@ class _Part:
             except RefusedError as error:
                 raise DataError(f"{url}: {error}") from None
             except (OSError, http.client.HTTPException) as error:
-                if getattr(error, "errno", None) in (
-                    errno.ENOSPC,
-                    errno.EDQUOT,
-                    errno.EFBIG,
-                    errno.EROFS,
-                    errno.EACCES,
-                ):
+                if isinstance(error, OSError) and error.errno in _UNWRITABLE:
                     raise OSError(error.errno, error.strerror, str(self.file)) from error
                 # Refused, reset and stalled connections, and bodies that end early.
                 reason = str(getattr(error, "reason", error)) or type(error).__name__

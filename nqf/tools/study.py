@@ -81,7 +81,9 @@ def _line(label: str, rows: list[dict[str, Any]], model: str) -> str:
             return format_interval(values[0])
         means = [value[0] for value in values]
         _, low, high = values[0]
-        return f"{_short(np.mean(means))} ± {_short(np.std(means, ddof=1))} [{_short(low)}, {_short(high)}]"
+        return (
+            f"{_short(float(np.mean(means)))} ± {_short(float(np.std(means, ddof=1)))} [{_short(low)}, {_short(high)}]"
+        )
 
     against = ""
     if model == "joint":

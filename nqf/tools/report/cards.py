@@ -8,6 +8,7 @@ import datetime
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from markupsafe import Markup
@@ -95,7 +96,7 @@ def thumbnail(path: str | None) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _value(field: Field, value: object) -> str:
+def _value(field: Field, value: Any) -> str:
     if field.modality == "category":
         return ", ".join(value)
     if field.modality == "time":

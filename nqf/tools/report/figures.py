@@ -27,7 +27,7 @@ _SERIES = [f"#0400{index:02x}" for index in range(COLORS)]
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule"} | {
     color: f"--c{index}" for index, color in enumerate(_SERIES)
 }
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -197,8 +197,10 @@ def segment_figure(results: Results, models: Sequence[str], colors: Mapping[str,
     ratios = [max(len(names), 2) + 1 for names in panels.values()]
 
     def paint(figure: MatplotlibFigure, is_narrow: bool) -> None:
-        shape = {"nrows": len(panels)} if is_narrow else {"ncols": len(panels), "width_ratios": ratios}
-        all_axes = np.atleast_1d(figure.subplots(**shape, sharey=True))
+        if is_narrow:
+            all_axes = np.atleast_1d(figure.subplots(nrows=len(panels), sharey=True))
+        else:
+            all_axes = np.atleast_1d(figure.subplots(ncols=len(panels), width_ratios=ratios, sharey=True))
         for axes, (title, names) in zip(all_axes, panels.items(), strict=True):
             for index, model in enumerate(models):
                 mean, low, high = np.array([results.models[model][name][f"hr@{k}"] for name in names]).T
@@ -230,7 +232,8 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], best_steps: Mapping[st
 
     def paint(figure: MatplotlibFigure, is_narrow: bool) -> None:
         columns = 1 if is_narrow else 2
-        panels = figure.subplots(2 * len(stages) // columns, columns, squeeze=False).reshape(-1, 2)
+        grid = figure.subplots(2 * len(stages) // columns, columns, squeeze=False)
+        panels = np.asarray(grid).reshape(-1, 2)
         for row, stage in zip(panels, stages, strict=True):
             records = pl.DataFrame([record for record in metrics if record["stage"] == stage], infer_schema_length=None)
             for axes, names in zip(row, (["loss"], checked), strict=True):
