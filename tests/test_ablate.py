@@ -71,7 +71,7 @@ def test_changes_that_are_none_are_named(changes: object, tmp_path: Path) -> Non
 def test_a_study_without_variants_is_refused(variants: object, tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump({"config": str(ROOT / "tests/tiny.yaml"), "variants": variants}))
-    with pytest.raises(ConfigError, match="a study has the keys|two variants are called '1'"):
+    with pytest.raises(ConfigError, match=r"a study has the keys|two variants are called '1'"):
         load_study(study, tmp_path, (0,), ())
 
 

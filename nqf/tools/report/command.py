@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from nqf.cli import parse, terminal
-from nqf.config import Few, section
+from nqf.config import FewOrNone, section
 
 
 @section
@@ -25,7 +25,7 @@ class ReportArguments:
 
     run: Annotated[Path, tyro.conf.Positional]
     output: Path | None = None
-    users: Few = 6
+    users: FewOrNone = 6
     debug: bool = False
 
 
