@@ -29,7 +29,9 @@ def check_run_folder(folder: Path) -> None:
         raise StageError(f"{folder}: a file, not a run folder; name another with --run")
     if not folder.is_dir() or (folder / MARK).is_file() or _made_before_marks(folder):
         return
-    strange = [name for name in sorted(os.listdir(folder)) if name not in _LOCKS]
+    # A kill while the mark was written leaves a part of it.
+    names = sorted(name for name in os.listdir(folder) if not name.endswith(files.PARTIAL))
+    strange = [name for name in names if name not in _LOCKS]
     if strange:
         raise StageError(
             f"{folder}: not a run folder and not empty (it holds {', '.join(strange[:3])}"

@@ -258,8 +258,9 @@ def take_over(config: Config, folder: Path, others: Sequence[Path]) -> None:
     for stage in STAGES:
         if read_artifact(folder, stage.name) is not None:
             continue
-        parts = parts_of(config, stage, folder)
-        made = (other for other in others if not stale(read_record(other / stage.name), parts, stage))
+        # The first stage's parts name the pictures of the catalogue that it made, and there is none in the folder yet.
+        parts = {other: parts_of(config, stage, folder if stage.after else other) for other in others}
+        made = (other for other in others if not stale(read_record(other / stage.name), parts[other], stage))
         if (other := next(made, None)) is not None:
             # The record comes with the stage's own folder, so that goes last.
             for name in (*stage.also, stage.name):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class FetchArguments:
     """Downloads a public data set from its publisher and writes tables, schema and configuration, ready to train.
 
-    A download that breaks off goes on where it stopped when the command is given again.
+    A download that breaks off is resumed where it stopped when the command is given again.
 
     Attributes:
       dataset: `ml-100k`, `ml-1m`, `goodbooks`, or `amazon-2023:CATEGORY` such as amazon-2023:All_Beauty.

@@ -1,31 +1,39 @@
-"""Downloads that go on where they broke off, and archives unpacked with bounds; nothing but the standard library."""
+"""Downloads by pooch, which go on where they broke off, and archives unpacked with bounds."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import errno
 import http.client
 import json
-import os
+import logging
 import re
 import shutil
 import time
 import urllib.error
-import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
+
+import pooch
 
 from nqf.data.errors import DataError
+from nqf.files import publish, sha256, whole, write_json
+from nqf.net import RefusedError, open_url
 
 RECORD = "downloads.json"
-"""What was downloaded: file name to url, bytes, sha256, etag, last_modified and fetched (unix seconds)."""
+"""What was downloaded: file name to url, etag, last_modified, total, and once it is whole bytes, sha256 and fetched."""
 UNPACKED_LIMIT = 1 << 30
 """Most bytes that a member of an archive may have; the largest that is asked for has 25 MB."""
+UNSTATED_LIMIT = 1 << 30
+"""Most bytes of a file whose server does not say how many it has; all sets that are known here come with a size."""
 _CHUNK = 1 << 20
 # Answers that may differ the next time; all others are final.
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+# Of the disk, not of the network.
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _MAGIC = {".gz": b"\x1f\x8b", ".zip": b"PK"}
 
 # Called with the bytes that are there and the bytes of the whole file, None if the server does not say.
@@ -51,11 +59,16 @@ PATIENCE = Patience()
 
 
 def download(
-    url: str, path: Path, *, patience: Patience = PATIENCE, progress: Progress | None = None
+    url: str,
+    path: Path,
+    *,
+    patience: Patience = PATIENCE,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Downloads a file, or goes on with a download that broke off, and records its SHA-256 in `downloads.json`.
+    """Downloads a file that is not there, or resumes a download that broke off, and records its SHA-256.
 
-    What is not complete stands in `<path>.part`. A complete file that still is what the record says is kept.
+    What is not complete stands in `<path>.part`. Once recorded in `downloads.json`, a file has to be the same one
+    whenever it is downloaded again, from wherever. One that is there without a record is used as it is.
 
     Args:
       url: Its address.
@@ -67,96 +80,141 @@ def download(
       The record.
 
     Raises:
-      DataError: It cannot be had, is not what its name says, or does not fit on the disk.
+      DataError: It is unavailable, is not what its name or its record says, or does not fit on the disk.
     """
-    record = _records(path.parent).get(path.name)
-    if record and record["url"] == url and path.is_file() and path.stat().st_size == record["bytes"]:
-        if _sha256(path) == record["sha256"]:
-            if progress:
-                progress(record["bytes"], record["bytes"])
-            return record
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    failures = 0
-    longest = part.stat().st_size if part.is_file() else 0
-    while True:
-        try:
-            headers = _attempt(url, part, patience.timeout, progress)
-            break
-        except urllib.error.HTTPError as error:
-            if error.code not in _TRANSIENT:
-                raise DataError(
-                    f"{url}: HTTP {error.code} {error.reason}; see whether the publisher moved the file"
-                ) from None
-            reason = f"HTTP {error.code} {error.reason}"
-        except (OSError, http.client.HTTPException) as error:
-            # Refused, reset and stalled connections, and bodies that end early.
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
-        size = part.stat().st_size if part.is_file() else 0
-        # Beyond the longest so far: a server that announces too much would otherwise be asked for ever.
-        failures = 1 if size > longest else failures + 1
-        longest = max(longest, size)
-        if failures >= patience.attempts:
-            raise DataError(
-                f"{url}: gave up after {failures} tries without a further byte ({reason}); {size:,} bytes are kept, "
-                "and the same command goes on from there"
-            )
-        time.sleep(patience.pause * 2 ** (failures - 1))
-    _check_kind(part, path, url)
-    record = {"url": url, "bytes": part.stat().st_size, "sha256": _sha256(part), **headers, "fetched": int(time.time())}
-    os.replace(part, path)
-    part.with_suffix(".json").unlink(missing_ok=True)
-    _write_json(path.parent / RECORD, {**_records(path.parent), path.name: record})
-    return record
-
-
-def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) -> dict[str, str | None]:
-    """One connection; returns the validators of a file that is now complete."""
-    notes = part.with_suffix(".json")
-    known = json.loads(notes.read_text()) if notes.is_file() else {}
-    start = part.stat().st_size if part.is_file() and known.get("url") == url else 0
-    # Shops and universities refuse urllib's own name; a compressed transfer could not be resumed.
-    request = urllib.request.Request(url, headers={"User-Agent": "nqf/0.1", "Accept-Encoding": "identity"})
-    validator = known.get("etag") or known.get("last_modified")
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-        if validator and not validator.startswith("W/"):
-            request.add_header("If-Range", validator)
+    known = read_records(path.parent).get(path.name, {}).get("sha256")
+    pooch.get_logger().setLevel(logging.WARNING)
+    part = _Part(url=url, path=path, patience=patience, progress=progress)
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:
-            # The file is not that long any longer.
-            part.unlink()
-            raise ConnectionError("the file changed while it was downloaded; starting again") from error
-        raise
-    with response:
-        headers = {"etag": response.headers.get("ETag"), "last_modified": response.headers.get("Last-Modified")}
-        length = response.headers.get("Content-Length")
-        total = int(length) if length is not None else None
-        if response.status == 206:
-            first, total = _content_range(response.headers.get("Content-Range", ""))
-            changed = known.get("total") not in (None, total) or known.get("etag") != headers["etag"]
-            if first != start or changed:
-                part.unlink()
-                raise ConnectionError("the file changed while it was downloaded; starting again")
-        else:
-            start = 0
-        if total is not None and total - start > shutil.disk_usage(part.parent).free:
-            raise DataError(f"{url}: {total - start:,} bytes do not fit on the disk of {part.parent}")
-        _write_json(notes, {"url": url, "total": total, **headers})
-        with part.open("ab" if start else "wb") as file:
-            size = start
+        pooch.retrieve(
+            url,
+            known_hash=f"sha256:{known}" if known else None,
+            fname=path.name,
+            path=path.parent,
+            # Its protocol names the arguments otherwise; they are given by place.
+            downloader=cast(Any, part.download),
+        )
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{url}: not the file that {path.parent / RECORD} records (SHA-256 {known}). If its publisher has changed "
+            f"it, delete {path.parent} to take the new one"
+        ) from error
+    size = path.stat().st_size
+    if progress:
+        progress(size, size)
+    if known is None:
+        _check_kind(path, path, url)
+        record = {"url": url, "bytes": size, "sha256": sha256(path), "fetched": int(time.time())}
+        _note(path, read_records(path.parent).get(path.name, {}) | record)
+    return read_records(path.parent)[path.name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A file while it is downloaded; its validators stand in the record of downloads."""
+
+    url: str
+    path: Path
+    patience: Patience
+    progress: Progress | None
+
+    @property
+    def file(self) -> Path:
+        return self.path.with_name(self.path.name + ".part")
+
+    def size(self) -> int:
+        return self.file.stat().st_size if self.file.is_file() else 0
+
+    def download(self, url: str, output: str, _: Any) -> None:
+        """What pooch calls: tries until the file is whole, and puts it where pooch checks it."""
+        failures, longest = 0, self.size()
+        while True:
+            try:
+                self.attempt()
+                break
+            except urllib.error.HTTPError as error:
+                if error.code not in _TRANSIENT:
+                    raise DataError(
+                        f"{url}: HTTP {error.code} {error.reason}; see whether the publisher moved the file"
+                    ) from None
+                reason = f"HTTP {error.code} {error.reason}"
+            except RefusedError as error:
+                raise DataError(f"{url}: {error}") from None
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+                    raise OSError(error.errno, error.strerror, str(self.file)) from error
+                # Refused, reset and stalled connections, and bodies that end early.
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            size = self.size()
+            # Beyond the longest so far: a server that announces too much would otherwise be asked for ever.
+            failures = 1 if size > longest else failures + 1
+            longest = max(longest, size)
+            if failures >= self.patience.attempts:
+                raise DataError(
+                    f"{url}: gave up after {failures} tries without a further byte ({reason}); {size:,} bytes are "
+                    "kept, and the same command resumes there"
+                )
+            time.sleep(self.patience.pause * 2 ** (failures - 1))
+        _check_kind(self.file, self.path, url)
+        publish(self.file, output)
+
+    def attempt(self) -> None:
+        """One connection; returns if the file is now complete."""
+        known = read_records(self.path.parent).get(self.path.name, {})
+        start = self.size() if known.get("url") == self.url else 0
+        if start and start == known.get("total"):
+            return
+        # A compressed transfer could not be resumed.
+        headers = {"Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+            validator = known.get("etag") or known.get("last_modified")
+            if validator and not validator.startswith("W/"):
+                headers["If-Range"] = validator
+        try:
+            response = open_url(self.url, timeout=self.patience.timeout, headers=headers)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:
+                self.begin_again("it is not that long any longer")
+            raise
+        with response:
+            found = {"etag": response.headers.get("ETag"), "last_modified": response.headers.get("Last-Modified")}
+            length = response.headers.get("Content-Length")
+            total = int(length) if length is not None and length.isdecimal() else None
+            if response.status == 206:
+                first, total = _content_range(response.headers.get("Content-Range", ""))
+                if first != start or known.get("total") not in (None, total) or known.get("etag") != found["etag"]:
+                    self.begin_again("another length or validator")
+            else:
+                start = 0
+            if total is not None and total - start > shutil.disk_usage(self.path.parent).free:
+                raise DataError(f"{self.url}: {total - start:,} bytes do not fit on the disk of {self.path.parent}")
+            _note(self.path, {"url": self.url, "total": total, **found})
+            self.receive(response, start, total)
+
+    def begin_again(self, why: str) -> None:
+        self.file.unlink()
+        raise ConnectionError(f"the file changed while it was downloaded: {why}; starting again")
+
+    def receive(self, response: Any, start: int, total: int | None) -> None:
+        size = start
+        with self.file.open("ab" if start else "wb") as file:
             while chunk := response.read(_CHUNK):
-                file.write(chunk)
                 size += len(chunk)
-                if progress:
-                    progress(size, total)
-            file.flush()
-            os.fsync(file.fileno())
-    if total is not None and size < total:
-        raise ConnectionError(f"the connection broke off after {size:,} of {total:,} bytes")
-    return headers
+                if size > (UNSTATED_LIMIT if total is None else total):
+                    raise DataError(
+                        f"{self.url}: the server does not say how many bytes it has, and there are more than "
+                        f"{UNSTATED_LIMIT:,}"
+                        if total is None
+                        else f"{self.url}: more than the {total:,} bytes that the server stated"
+                    )
+                file.write(chunk)
+                if self.progress:
+                    self.progress(size, total)
+        if total is not None and size < total:
+            raise ConnectionError(f"the connection broke off after {size:,} of {total:,} bytes")
 
 
 def _content_range(text: str) -> tuple[int, int | None]:
@@ -166,13 +224,38 @@ def _content_range(text: str) -> tuple[int, int | None]:
     return int(match[1]), None if match[2] == "*" else int(match[2])
 
 
-def _check_kind(part: Path, path: Path, url: str) -> None:
+def _check_kind(file: Path, path: Path, url: str) -> None:
     magic = _MAGIC.get(path.suffix)
-    with part.open("rb") as file:
-        start = file.read(16)
+    with file.open("rb") as opened:
+        start = opened.read(16)
     if magic and not start.startswith(magic):
-        part.unlink()
-        raise DataError(f"{url}: not a {path.suffix} file, it starts with {start!r}; a page of a proxy or of an error?")
+        if file != path:
+            file.unlink()
+        raise DataError(
+            f"{path if file == path else url}: not a {path.suffix} file, it starts with {start!r}; a page of a proxy "
+            "or of an error?"
+        )
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was downloaded into a folder.
+
+    Raises:
+      DataError: The record is damaged; names it.
+    """
+    path = folder / RECORD
+    advice = "delete it, and the files beside it that you do not trust"
+    try:
+        records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {error}; {advice}") from error
+    if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+        raise DataError(f"{path}: not a record of downloads; {advice}")
+    return records
+
+
+def _note(path: Path, record: dict[str, Any]) -> None:
+    write_json(path.parent / RECORD, {**read_records(path.parent), path.name: record})
 
 
 def unpack(archive: Path, members: Sequence[str], folder: Path, *, limit: int = UNPACKED_LIMIT) -> None:
@@ -180,6 +263,7 @@ def unpack(archive: Path, members: Sequence[str], folder: Path, *, limit: int = 
 
     Raises:
       DataError: A damaged archive, a path in it that leads out of it, a member that is not there or too large.
+      OSError: A file cannot be written.
     """
     try:
         with zipfile.ZipFile(archive) as file:
@@ -192,35 +276,15 @@ def unpack(archive: Path, members: Sequence[str], folder: Path, *, limit: int = 
             for name in members:
                 if name not in names:
                     raise DataError(f"{archive}: there is no '{name}' in it; the publisher has changed the archive")
-                target = folder / PurePosixPath(name).name
-                temporary = target.with_name(target.name + ".tmp")
                 # The size that the archive states may be a lie; what comes out is counted.
                 size = 0
-                with file.open(name) as packed, temporary.open("wb") as plain:
+                with file.open(name) as packed, whole(folder / PurePosixPath(name).name) as plain:
                     while chunk := packed.read(_CHUNK):
                         size += len(chunk)
                         if size > limit:
                             raise DataError(f"{archive}: '{name}' is larger than {limit:,} bytes; it is not unpacked")
                         plain.write(chunk)
-                os.replace(temporary, target)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except DataError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise DataError(f"{archive}: damaged: {error}; delete it and fetch again") from error
-    finally:
-        for path in folder.glob("*.tmp"):
-            path.unlink()
-
-
-def _records(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _write_json(path: Path, tree: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

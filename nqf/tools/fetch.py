@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import polars as pl
 
 from nqf.data.errors import DataError
 from nqf.data.schema import nearest
-from nqf.tools.download import PATIENCE, Patience, download, unpack
+from nqf.files import whole, write_text
+from nqf.tools.download import PATIENCE, RECORD, Patience, download, unpack
 
 AMAZON_CATEGORIES = tuple(
     """All_Beauty Amazon_Fashion Appliances Arts_Crafts_and_Sewing Automotive Baby_Products Beauty_and_Personal_Care
@@ -88,7 +90,8 @@ class Source:
       license: What the publisher states, and what to cite.
       schema: Text of schema.yaml.
       data: Further lines of the configuration's data section.
-      prepare: Makes items.parquet and interactions.parquet from (downloads, output); None if nqf reads the files.
+      prepare: Makes items.parquet and interactions.parquet from (downloads, output, scratch folder); None if nqf
+        reads the files.
     """
 
     base: str
@@ -96,7 +99,7 @@ class Source:
     license: str
     schema: str
     data: dict[str, str]
-    prepare: Callable[[Path, Path], None] | None = None
+    prepare: Callable[[Path, Path, Path], None] | None = None
 
 
 def source_of(name: str) -> Source:
@@ -138,68 +141,75 @@ def fetch(
 
     Args:
       name: As `source_of`.
-      output: Folder; what was downloaded into it before is used again.
+      output: Folder; what was downloaded into it before is used again, and a schema.yaml or config.yaml stays.
       base: Address to take the files from instead of the publisher's.
       patience: Tries and waits of each download.
       progress: Called with the file's name, the bytes that are there and the bytes of the whole file.
 
     Raises:
-      DataError: A file cannot be had, or is not what it ought to be.
+      DataError: A file is unavailable, or is not what it ought to be; or the folder holds something else.
     """
     source = source_of(name)
     downloads = output / "downloads"
+    if (
+        not (downloads / RECORD).is_file()
+        and output.exists()
+        and {path.name for path in output.iterdir()} - {"downloads"}
+    ):
+        raise DataError(f"{output}: holds files that were not fetched; give another --output, or an empty folder")
     for file in source.files:
         target = downloads / Path(file).name
         report = None if progress is None else lambda done, total, name=target.name: progress(name, done, total)
-        download((base or source.base).rstrip("/") + "/" + file, target, patience=patience, progress=report)
+        url = (base or source.base).rstrip("/") + "/" + file
+        download(url, target, patience=patience, progress=report)
     if source.prepare is not None:
-        source.prepare(downloads, output)
-    (output / "LICENSE.txt").write_text(source.license + "\n", encoding="utf-8")
-    (output / "schema.yaml").write_text(source.schema, encoding="utf-8")
+        with tempfile.TemporaryDirectory() as scratch:
+            source.prepare(downloads, output, Path(scratch))
+    write_text(output / "LICENSE.txt", source.license + "\n")
     data = "".join(f"  {key}: {value}\n" for key, value in {**source.data, "schema": "schema.yaml"}.items())
-    run = name.replace(":", "-")
-    (output / "config.yaml").write_text(
+    config = (
         f"# Written by: python -m nqf.data fetch {name}\n"
         f"# Train with: python -m nqf.train --config THIS_FILE\n"
-        f"name: {run}\ndata:\n{data}",
-        encoding="utf-8",
+        f"name: {name.replace(':', '-')}\ndata:\n{data}"
     )
+    for file, text in (("schema.yaml", source.schema), ("config.yaml", config)):
+        # They are there to be changed.
+        if not (output / file).exists():
+            write_text(output / file, text)
     return source
 
 
-def _movies_100k(downloads: Path, output: Path) -> None:
+def _movies_100k(downloads: Path, output: Path, scratch: Path) -> None:
     archive = downloads / "ml-100k.zip"
-    unpack(archive, ("ml-100k/u.data", "ml-100k/u.item", "ml-100k/u.genre", "ml-100k/README"), output)
-    names = [line.split("|")[0] for line in _lines(output / "u.genre")]
+    unpack(archive, ("ml-100k/u.data", "ml-100k/u.item", "ml-100k/u.genre"), scratch)
+    unpack(archive, ("ml-100k/README",), output)
+    names = [line.split("|")[0] for line in _lines(scratch / "u.genre")]
     rows = []
-    for line in _lines(output / "u.item"):
+    for line in _lines(scratch / "u.item"):
         parts = line.split("|")
         if len(parts) != 5 + len(names):
             raise DataError(f"{archive}: u.item: {len(parts)} columns, expected {5 + len(names)}: {line[:80]!r}")
         genres = [name for name, flag in zip(names, parts[5:], strict=True) if flag == "1" and name != "unknown"]
         rows.append((parts[0], parts[1], genres))
     events = pl.read_csv(
-        output / "u.data", separator="\t", has_header=False, new_columns=["user_id", "item_id", "rating", "timestamp"]
+        scratch / "u.data", separator="\t", has_header=False, new_columns=["user_id", "item_id", "rating", "timestamp"]
     )
     _write_movies(rows, events, output)
-    for name in ("u.data", "u.item", "u.genre"):
-        (output / name).unlink()
 
 
-def _movies_1m(downloads: Path, output: Path) -> None:
-    unpack(downloads / "ml-1m.zip", ("ml-1m/ratings.dat", "ml-1m/movies.dat", "ml-1m/README"), output)
+def _movies_1m(downloads: Path, output: Path, scratch: Path) -> None:
+    unpack(downloads / "ml-1m.zip", ("ml-1m/ratings.dat", "ml-1m/movies.dat"), scratch)
+    unpack(downloads / "ml-1m.zip", ("ml-1m/README",), output)
     rows = []
-    for line in _lines(output / "movies.dat"):
+    for line in _lines(scratch / "movies.dat"):
         item_id, title, genres = line.split("::")
         rows.append((item_id, title, genres.split("|")))
     # polars takes separators of one byte only.
-    plain = (output / "ratings.dat").read_bytes().replace(b"::", b"\t")
+    plain = (scratch / "ratings.dat").read_bytes().replace(b"::", b"\t")
     events = pl.read_csv(
         io.BytesIO(plain), separator="\t", has_header=False, new_columns=["user_id", "item_id", "rating", "timestamp"]
     )
     _write_movies(rows, events, output)
-    for name in ("ratings.dat", "movies.dat"):
-        (output / name).unlink()
 
 
 def _write_movies(rows: list[tuple[str, str, list[str]]], events: pl.DataFrame, output: Path) -> None:
@@ -207,8 +217,13 @@ def _write_movies(rows: list[tuple[str, str, list[str]]], events: pl.DataFrame, 
         rows, schema={"item_id": pl.String, "title": pl.String, "genres": pl.List(pl.String)}, orient="row"
     )
     year = pl.col("title").str.extract(r"\((\d{4})\)\s*$").cast(pl.Int64)
-    items.with_columns(year=year).write_parquet(output / "items.parquet")
-    events.with_columns(pl.col("user_id", "item_id").cast(pl.String)).write_parquet(output / "interactions.parquet")
+    items.with_columns(year=year).pipe(_write, output / "items.parquet")
+    events.with_columns(pl.col("user_id", "item_id").cast(pl.String)).pipe(_write, output / "interactions.parquet")
+
+
+def _write(table: pl.DataFrame, path: Path) -> None:
+    with whole(path) as file:
+        table.write_parquet(file)
 
 
 def _lines(path: Path) -> list[str]:
@@ -216,7 +231,7 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="latin-1").split("\n") if line.strip()]
 
 
-def _books(downloads: Path, output: Path) -> None:
+def _books(downloads: Path, output: Path, scratch: Path) -> None:
     tags = pl.read_csv(downloads / "tags.csv")
     shelves = (
         pl.read_csv(downloads / "book_tags.csv")
@@ -238,11 +253,11 @@ def _books(downloads: Path, output: Path) -> None:
         pl.col("language_code").alias("language"),
         "average_rating",
         pl.col("ratings_count").alias("rating_number"),
-    ).sort(pl.col("item_id").cast(pl.Int64)).write_parquet(output / "items.parquet")
+    ).sort(pl.col("item_id").cast(pl.Int64)).pipe(_write, output / "items.parquet")
     # The file is in the order of time and has no times.
     pl.read_csv(downloads / "ratings.csv").select(
         pl.col("user_id").cast(pl.String), pl.col("book_id").cast(pl.String).alias("item_id"), "rating"
-    ).write_parquet(output / "interactions.parquet")
+    ).pipe(_write, output / "interactions.parquet")
 
 
 _TABLES = {"format": "table", "items": "items.parquet", "interactions": "interactions.parquet"}

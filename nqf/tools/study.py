@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nqf.evaluation.results import format_interval
+from nqf.files import write_text
+from nqf.tools.templates import code_span, text_span
 
 _BASELINES = ("popular", "recent_popular", "last_item_cosine", "cooccurrence", "sasrec", "sasrec_cooccurrence")
 
@@ -30,9 +31,7 @@ def write_studies(folder: Path, page: Path) -> None:
     ]
     for study in studies:
         lines += _section(study)
-    temporary = page.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines), encoding="utf-8")
-    os.replace(temporary, page)
+    write_text(page, "\n".join(lines))
 
 
 def _section(study: dict[str, Any]) -> list[str]:
@@ -42,9 +41,9 @@ def _section(study: dict[str, Any]) -> list[str]:
         variants.setdefault(row["variant"], []).append(row)
     first = next(iter(variants.values()))[0]
     lines = [
-        f"## {study['study']}",
+        f"## {text_span(study['study'])}",
         "",
-        f"`{study['command']}`; {first['users']:,} users, {first['items']:,} items.",
+        f"{code_span(study['command'])}; {first['users']:,} users, {first['items']:,} items.",
         "",
         "| model | HR@10 | NDCG@10 | HR@10 unmasked | NDCG@10 unmasked | HR@10 warm | HR@10 cold | against | "
         "text encoder | training | device, date |",
@@ -53,7 +52,8 @@ def _section(study: dict[str, Any]) -> list[str]:
     for name in _BASELINES:
         if name in first["masked"]:
             lines.append(_line(name, [first], name))
-    for name, rows in variants.items():
+    for raw, rows in variants.items():
+        name = text_span(raw)
         lines.append(_line(f"**{name}**", rows, "joint"))
         # Rows of before there was a co-occurrence beside the vectors have no such line.
         if "joint_vectors" in rows[0]["masked"]:
@@ -66,9 +66,9 @@ def _section(study: dict[str, Any]) -> list[str]:
     lines.append("What each variant changes:")
     lines.append("")
     for name, rows in variants.items():
-        changes = ", ".join(f"`{key}: {value}`" for key, value in rows[0]["changes"].items()) or "nothing"
+        changes = ", ".join(code_span(f"{key}: {value}") for key, value in rows[0]["changes"].items()) or "nothing"
         seeds = ", ".join(str(row["seed"]) for row in rows)
-        lines.append(f"- {name}: {changes} (seeds {seeds})")
+        lines.append(f"- {text_span(name)}: {changes} (seeds {seeds})")
     return [*lines, ""]
 
 
@@ -81,13 +81,16 @@ def _line(label: str, rows: list[dict[str, Any]], model: str) -> str:
             return format_interval(values[0])
         means = [value[0] for value in values]
         _, low, high = values[0]
-        return f"{_short(np.mean(means))} ± {_short(np.std(means, ddof=1))} [{_short(low)}, {_short(high)}]"
+        return (
+            f"{_short(float(np.mean(means)))} ± {_short(float(np.std(means, ddof=1)))} [{_short(low)}, {_short(high)}]"
+        )
 
     against = ""
     if model == "joint":
         against = f"{format_interval(rows[0]['joint_minus_best_baseline']['ndcg@10'], signed=True)} "
         against += rows[0]["best_baseline"]
-    seconds = np.mean([sum(row["stage_seconds"].values()) for row in rows])
+    # SASRec is a baseline; its time is not the model's.
+    seconds = np.mean([sum(row["stage_seconds"].values()) - row["stage_seconds"].get("sasrec", 0) for row in rows])
     made = rows[0]["provenance"]
     trained = model in ("joint", "joint_vectors", "user")
     cells = [
@@ -99,9 +102,9 @@ def _line(label: str, rows: list[dict[str, Any]], model: str) -> str:
         cell("masked", "warm", "hr@10"),
         cell("masked", "cold", "hr@10"),
         against,
-        rows[0]["text_encoder"] if trained or model == "last_item_cosine" else "",
+        text_span(rows[0]["text_encoder"]) if trained or model == "last_item_cosine" else "",
         f"{seconds:,.0f} s" if model == "joint" else "",
-        f"{made['machine']}, {made['date'][:10]}",
+        text_span(f"{made['machine']}, {made['date'][:10]}"),
     ]
     return "| " + " | ".join(cells) + " |"
 

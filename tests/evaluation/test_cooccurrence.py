@@ -15,10 +15,10 @@ from nqf.evaluation.cooccurrence import WINDOW, add_cooccurrence, count_pairs, n
 from nqf.evaluation.ranking import raise_some, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.results import model_ranks
 from nqf.pipelines.histories import newest as newest_events
-from nqf.report import _users
 from nqf.serving.recommender import Recommender
 from nqf.stages.assess import assess, trained_vectors
 from nqf.stages.run import open_run
+from nqf.tools.report.users import sample_users
 
 
 def interactions(*sequences: list[int]) -> Interactions:
@@ -146,7 +146,7 @@ def test_evaluation_has_both_scores_and_the_report_the_first(counting_run: Path)
     ranks = model_ranks(results.frame)
     np.testing.assert_allclose(ranks["joint"], expected)
     assert (ranks["joint"] != ranks["joint_vectors"]).any() and (ranks["sasrec"] != ranks["sasrec_cooccurrence"]).any()
-    shown = _users(run, results, 6)[0]
+    shown = sample_users(run, results, 6)[0]
     for user in shown:
         first = [place for place, card in enumerate(user.recommended, 1) if card.marked]
         rank = float(user.target.note.removeprefix("rank ").replace(",", ""))

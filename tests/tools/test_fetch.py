@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -36,7 +38,8 @@ class Publisher:
       failures: Status codes that the next requests get.
       ranges: Whether Range is understood.
       etag: Validator; none if empty.
-      announce: Content-Length that is stated instead of the true one.
+      announce: Content-Length that is stated instead of the true one; none if -1.
+      redirects: Path to the address that it leads to.
       seen: (path, Range header) of every request.
     """
 
@@ -45,6 +48,7 @@ class Publisher:
         self.cut_after: list[int] = []
         self.failures: list[int] = []
         self.ranges, self.etag, self.announce, self.stall = True, '"1"', None, False
+        self.redirects: dict[str, str] = {}
         self.seen: list[tuple[str, str | None]] = []
         self.base = ""
 
@@ -59,6 +63,10 @@ def publisher() -> Iterator[Publisher]:
             content = state.files.get(self.path)
             if state.failures:
                 return self.send_error(state.failures.pop(0))
+            if self.path in state.redirects:
+                self.send_response(302)
+                self.send_header("Location", state.redirects[self.path])
+                return self.end_headers()
             if content is None:
                 return self.send_error(404)
             start, asked = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
@@ -73,7 +81,8 @@ def publisher() -> Iterator[Publisher]:
                 self.send_response(200)
             if state.etag:
                 self.send_header("ETag", state.etag)
-            self.send_header("Content-Length", str((state.announce or len(content)) - start))
+            if state.announce != -1:
+                self.send_header("Content-Length", str((state.announce or len(content)) - start))
             self.end_headers()
             body = content[start:]
             if state.cut_after:
@@ -104,6 +113,7 @@ def test_downloads_and_records(publisher: Publisher, tmp_path: Path) -> None:
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
     assert record["sha256"] == hashlib.sha256(CONTENT).hexdigest()
     assert record == json.loads((tmp_path / "downloads.json").read_text())["x.bin"]
+    assert record["url"] == f"{publisher.base}/x.bin" and record["bytes"] == len(CONTENT)
     assert steps[-1] == (len(CONTENT), len(CONTENT))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["downloads.json", "x.bin"]
     # What is there and unchanged is not downloaded again; what was altered is.
@@ -129,7 +139,7 @@ def test_goes_on_in_the_next_process(publisher: Publisher, tmp_path: Path) -> No
     publisher.cut_after, publisher.failures = [300_000], []
     url = f"{publisher.base}/x.bin"
     with pytest.raises(
-        DataError, match=r"gave up after 1 tries .* 300,000 bytes are kept, and the same command goes on"
+        DataError, match=r"gave up after 1 tries .* 300,000 bytes are kept, and the same command resumes"
     ):
         download(url, tmp_path / "x.bin", patience=Patience(attempts=1))
     assert not (tmp_path / "x.bin").exists()
@@ -201,6 +211,79 @@ def test_a_full_disk_is_seen_before(publisher: Publisher, tmp_path: Path, monkey
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(DataError, match="1,024,000 bytes do not fit on the disk"):
         download(f"{publisher.base}/x.bin", tmp_path / "x.bin", patience=FAST)
+
+
+def test_a_file_stays_the_one_that_was_recorded(publisher: Publisher, tmp_path: Path) -> None:
+    """Whatever its publisher or a mirror has by then."""
+    publisher.files |= {"/x.bin": CONTENT, "/mirror/x.bin": CONTENT, "/other/x.bin": CONTENT[::-1]}
+    download(f"{publisher.base}/x.bin", tmp_path / "x.bin")
+    (tmp_path / "x.bin").unlink()
+    with pytest.raises(DataError, match=r"not the file that .*downloads.json records .*delete .* to take the new one"):
+        download(f"{publisher.base}/other/x.bin", tmp_path / "x.bin")
+    assert not (tmp_path / "x.bin").exists()
+    download(f"{publisher.base}/mirror/x.bin", tmp_path / "x.bin")
+    assert (tmp_path / "x.bin").read_bytes() == CONTENT
+
+
+def test_a_file_that_was_put_there_is_used(publisher: Publisher, tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(CONTENT)
+    assert download(f"{publisher.base}/x.bin", tmp_path / "x.bin")["sha256"] == hashlib.sha256(CONTENT).hexdigest()
+    (tmp_path / "y.zip").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"y.zip: not a .zip file"):
+        download(f"{publisher.base}/y.zip", tmp_path / "y.zip")
+    assert (tmp_path / "y.zip").read_bytes() == b"<html>" and not publisher.seen
+
+
+def test_a_size_that_is_not_stated_is_bounded(
+    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher.files["/x.bin"], publisher.announce = CONTENT, -1
+    monkeypatch.setattr(downloads, "UNSTATED_LIMIT", len(CONTENT))
+    download(f"{publisher.base}/x.bin", tmp_path / "x.bin", patience=FAST)
+    monkeypatch.setattr(downloads, "UNSTATED_LIMIT", len(CONTENT) - 1)
+    publisher.files["/y.bin"] = CONTENT
+    with pytest.raises(DataError, match=r"does not say how many bytes it has, and there are more than 1,023,999"):
+        download(f"{publisher.base}/y.bin", tmp_path / "y.bin", patience=FAST)
+    assert not (tmp_path / "y.bin").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"x.bin": 1}', "[" * 100_000], ids=["cut", "list", "number", "deep"])
+def test_a_damaged_record_names_its_file(publisher: Publisher, tmp_path: Path, content: str) -> None:
+    (tmp_path / "downloads.json").write_text(content)
+    with pytest.raises(DataError, match=r"downloads.json: .*; delete it, and the files beside it"):
+        download(f"{publisher.base}/x.bin", tmp_path / "x.bin", patience=FAST)
+
+
+def test_a_disk_that_fills_up_names_the_file(publisher: Publisher, tmp_path: Path) -> None:
+    """The limit is the process's own, so the download runs in another one."""
+    publisher.files["/x.bin"] = CONTENT
+    code = (
+        "import resource, sys; from pathlib import Path; from nqf.tools.download import download\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "download(sys.argv[1], Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, f"{publisher.base}/x.bin", str(tmp_path / "x.bin")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and f"File too large: '{tmp_path / 'x.bin.part'}'" in done.stderr
+    assert len(publisher.seen) == 1
+
+
+def test_a_redirect_to_a_private_machine_is_refused(
+    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher.files |= {"/x.bin": CONTENT, "/secret": b"of this machine"}
+    port = publisher.base.rpartition(":")[2]
+    for at, target in enumerate(
+        (f"http://localhost:{port}/secret", f"http://127.1:{port}/secret", "file:///etc/passwd")
+    ):
+        publisher.redirects[f"/{at}"] = target
+        with pytest.raises(DataError, match=r"not a public address; NQF_PRIVATE_REDIRECTS=allow|is not allowed"):
+            download(f"{publisher.base}/{at}", tmp_path / str(at), patience=FAST)
+        assert not (tmp_path / str(at)).exists()
+    assert [path for path, _ in publisher.seen] == ["/0", "/1", "/2"]
+    monkeypatch.setenv("NQF_PRIVATE_REDIRECTS", "allow")
+    download(f"{publisher.base}/0", tmp_path / "0")
+    assert (tmp_path / "0").read_bytes() == b"of this machine"
 
 
 def archive(path: Path, members: dict[str, bytes]) -> Path:
@@ -356,10 +439,27 @@ def test_every_set_is_ready_to_train(
     else:
         assert items["brand"].to_list() == [["X"]] * 5
         assert dataset.interactions.times[0] == 1_600_000_000
-    # Again: nothing is downloaded a second time, and the tables are made anew.
+    # Again: nothing is downloaded a second time, and the tables are made again.
     requests = len(publisher.seen)
     fetch(name, folder, base=publisher.base)
     assert len(publisher.seen) == requests
+
+
+def test_nothing_of_the_users_is_touched(publisher: Publisher, tmp_path: Path) -> None:
+    publisher.files["/ml-100k.zip"] = movielens_100k()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "items.parquet").write_text("mine")
+    with pytest.raises(DataError, match=r"mine: holds files that were not fetched; give another --output"):
+        fetch("ml-100k", mine, base=publisher.base)
+    assert [path.name for path in mine.iterdir()] == ["items.parquet"] and not publisher.seen
+    folder = tmp_path / "ml"
+    fetch("ml-100k", folder, base=publisher.base)
+    kept = {"notes.tmp": "mine", "u.data": "mine", "schema.yaml": "title: title\nfields: {title: text}\n"}
+    for name, text in kept.items():
+        (folder / name).write_text(text)
+    fetch("ml-100k", folder, base=publisher.base)
+    assert {name: (folder / name).read_text() for name in kept} == kept
 
 
 def test_addresses_are_the_publishers() -> None:

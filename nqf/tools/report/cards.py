@@ -5,33 +5,24 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime
-import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import polars as pl
+from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from nqf.data.catalogue import Catalogue
 from nqf.data.schema import Field
 from nqf.fields.image import open_picture
+from nqf.tools.templates import html
 
+_HERE = Path(__file__).parent
 _SIDE = 112
-_STYLE = """
-.nqf-cards {font: 13px/1.35 system-ui, sans-serif; color: #1c2430; margin: 0 0 14px}
-.nqf-cards h4 {font-size: 13px; font-weight: 600; margin: 0 0 6px; color: #475569}
-.nqf-cards .row {display: flex; flex-wrap: wrap; gap: 10px}
-.nqf-cards .card {width: 132px; border: 1px solid #dbe2ea; border-radius: 8px; background: #fff; overflow: hidden}
-.nqf-cards .card.marked {border-color: #0f9d7a; box-shadow: 0 0 0 1px #0f9d7a}
-.nqf-cards .picture {height: 112px; display: flex; align-items: center; justify-content: center; background: #f1f4f8;
-  color: #94a3b8; font-size: 28px; font-weight: 600}
-.nqf-cards .picture img {width: 112px; height: 112px; object-fit: contain}
-.nqf-cards .text {padding: 7px 9px 9px}
-.nqf-cards .title {font-weight: 600; display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical;
-  overflow: hidden; min-height: 35px}
-.nqf-cards .line {color: #64748b; font-size: 12px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis}
-.nqf-cards .note {color: #0f7a60; font-size: 12px; font-weight: 600}
-"""
+STYLE = Markup((_HERE / "cards.css").read_text(encoding="utf-8"))
+"""Style sheet of the cards."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,13 +70,14 @@ def item_cards(catalogue: Catalogue, item_ids: Sequence[str], *, lines: int = 2)
     return cards
 
 
-def cards_html(rows: Sequence[tuple[str, Sequence[Card]]]) -> str:
-    """Rows of cards, each under a heading; no file or address outside of the text is needed to show them."""
-    parts = [f"<style>{_STYLE}</style>"]
-    for heading, cards in rows:
-        body = "".join(_card(card) for card in cards)
-        parts.append(f'<div class="nqf-cards"><h4>{html.escape(heading)}</h4><div class="row">{body}</div></div>')
-    return "\n".join(parts)
+def cards_html(rows: Sequence[tuple[str, Sequence[Card]]], *, style: bool = True) -> Markup:
+    """Rows of cards, each under a heading; no file or address outside of the text is needed to show them.
+
+    Args:
+      rows: Heading and cards of each row.
+      style: Whether the text brings its own style sheet; a page with many of them has it once.
+    """
+    return html(_HERE / "templates" / "cards.html.j2", rows=rows, style=STYLE if style else "")
 
 
 def thumbnail(path: str | None) -> str:
@@ -104,19 +96,7 @@ def thumbnail(path: str | None) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _card(card: Card) -> str:
-    title = html.escape(card.title)
-    picture = f'<img src="{card.picture}" alt="{title}">' if card.picture else html.escape(card.title[:1].upper())
-    lines = "".join(f'<div class="line">{html.escape(line)}</div>' for line in card.lines)
-    note = f'<div class="note">{html.escape(card.note)}</div>' if card.note else ""
-    text = f'<div class="title">{title}</div>{lines}{note}'
-    return (
-        f'<div class="card{" marked" if card.marked else ""}" title="{html.escape(card.item_id)}">'
-        f'<div class="picture">{picture}</div><div class="text">{text}</div></div>'
-    )
-
-
-def _value(field: Field, value: object) -> str:
+def _value(field: Field, value: Any) -> str:
     if field.modality == "category":
         return ", ".join(value)
     if field.modality == "time":

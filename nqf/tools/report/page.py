@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
-import html
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+from markupsafe import Markup
 
 from nqf.evaluation.metrics import paired_difference
 from nqf.evaluation.results import Results, cut_off, format_interval, model_ranks
 from nqf.tools.report import figures
-from nqf.tools.report.assets import SCRIPT, STYLE
-from nqf.tools.report.cards import Card, cards_html
+from nqf.tools.report.cards import STYLE, Card, cards_html
+from nqf.tools.templates import html, plain
 
 _TRAINED = ("joint", "joint_vectors", "user")
-# Nothing may be loaded, whatever stands in an item's title.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_HERE = Path(__file__).parent
+_SEGMENTS = {"all": "all users", "warm": "warm targets", "cold": "cold targets"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,89 +109,39 @@ def render(report: Report) -> str:
     best = max(baselines, key=lambda model: results.models[model]["all"][f"ndcg@{k}"][0])
     shown = list(dict.fromkeys([main, *(model for model in _TRAINED if model in models), best]))
     colors = figures.series_colors(models, shown)
-    sections = [
-        _section(
-            "Results",
-            f"Means over {results.users:,} users of the {results.split} split, ranked against {_against(results)}. "
-            "95 % bootstrap intervals over users below each figure. Click a column to sort.",
-            _panel(_results_table(results, k, main)),
-            _two(figures.hit_rate_curves(results, colors), figures.rank_histogram(results, [main, best], colors)),
-        ),
-        _section(
-            "Where it works",
-            "The number of users stands below each segment; lines are 95 % intervals, wide where users are few.",
-            _panel(figures.segment_figure(results, shown, colors, k)),
-        ),
-    ]
-    if report.map is not None:
-        sections.append(_section("The catalogue on a plane", *_map(report.map)))
-    if report.users:
-        sections.append(_section("Users", report.users_chosen, _panel("".join(map(_user, report.users)))))
-    if report.reconstruction:
-        sections.append(
-            _section(
-                "What the Item Q-Former keeps",
-                "Each field is reconstructed from the item's query tokens, measured on "
-                f"{_text(report.validated_on)}. The baseline always answers the field's mean vector; retrieval@1 is "
-                "how often the reconstruction is nearest to the item's own value.",
-                _two(figures.reconstruction_figure(report.reconstruction), _reconstruction_table(report)),
-            )
-        )
-    if report.metrics:
-        steps = {stage: result["best_step"] for stage, result in report.stages.items() if "best_step" in result}
-        curves = figures.training_curves(report.metrics, steps)
-        sections.append(
-            _section("Training", "The dashed line marks the step whose parameters were kept.", _panel(curves))
-        )
-    sections.append(_section("How it was made", "", _made(report)))
-    return _PAGE.format(
-        policy=_POLICY,
-        title=f"{_text(report.name)}: nqf report",
-        style=STYLE,
-        name=_text(report.name),
-        summary=_text(report.summary),
+    steps = {stage: result["best_step"] for stage, result in report.stages.items() if "best_step" in result}
+    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    return html(
+        _HERE / "templates" / "page.html.j2",
+        report=report,
+        made=results.provenance,
+        results=results,
+        against=_against(results),
         tiles=_tiles(results, main, best, k),
-        sections="\n".join(sections),
-        date=_text(results.provenance["date"]),
-        script=SCRIPT,
+        table=_results_table(results, k, main),
+        curves=figures.hit_rate_curves(results, colors),
+        ranks=figures.rank_histogram(results, list(dict.fromkeys([main, best])), colors),
+        by_segment=figures.segment_figure(results, shown, colors, k),
+        map=_map(report.map) if report.map else None,
+        cards=lambda user: cards_html(
+            [
+                ("History, newest last, and what was chosen next", [*user.history, user.target]),
+                ("Recommended", user.recommended),
+            ],
+            style=False,
+        ),
+        kept=figures.reconstruction_figure(report.reconstruction) if report.reconstruction else None,
+        training=figures.training_curves(report.metrics, steps) if report.metrics else None,
+        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")) + STYLE,
+        script=Markup(script),
+        policy=_policy(script),
     )
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><div><h1>{name}</h1><p>{summary}</p><div class="tiles">{tiles}</div></div></header>
-<main>
-{sections}
-<footer>Made by nqf from the run of {date}. The page loads nothing from elsewhere.</footer>
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def _section(title: str, about: str, *parts: str) -> str:
-    return f"<section><h2>{title}</h2>{f'<p>{about}</p>' if about else ''}{''.join(parts)}</section>"
-
-
-def _panel(content: str) -> str:
-    return f'<div class="panel">{content}</div>'
-
-
-def _two(*contents: str) -> str:
-    return f'<div class="two">{"".join(map(_panel, contents))}</div>'
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
+def _policy(script: str) -> str:
+    """Nothing may be loaded and no other script may run, whatever stands in an item's title."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def _against(results: Results) -> str:
@@ -198,7 +151,9 @@ def _against(results: Results) -> str:
     return f"the whole catalogue of {results.items:,} items, the user's past {masked}"
 
 
-def _tiles(results: Results, main: str, best: str, k: int) -> str:
+def _tiles(results: Results, main: str, best: str, k: int) -> list[tuple[str, str, str, str]]:
+    """Kind, value, label and note of the figures at the head of the page."""
+
     def interval(entry: Sequence[float]) -> str:
         return f"95 %: {entry[1]:.3f} to {entry[2]:.3f}"
 
@@ -220,52 +175,46 @@ def _tiles(results: Results, main: str, best: str, k: int) -> str:
     if main in results.recommended:
         coverage = results.recommended[main]["coverage@10"]
         tiles.append(("", f"{coverage:.0%}", "coverage", "of the catalogue in somebody's first ten"))
-    return "".join(
-        f'<div class="tile {kind}"><b>{value}</b>{_text(label)}<span>{_text(note)}</span></div>'
-        for kind, value, label, note in tiles
-    )
+    return tiles
 
 
-def _results_table(results: Results, k: int, main: str) -> str:
-    segments = [segment for segment in ("all", "warm", "cold") if segment in results.segments]
+def _results_table(results: Results, k: int, main: str) -> dict[str, Any]:
+    """Groups of columns as (label, width), names of the columns, and rows of cells."""
+    segments = [segment for segment in _SEGMENTS if segment in results.segments]
     columns = [(segment, key) for segment in segments for key in (f"hr@{k}", f"ndcg@{k}")]
     columns.insert(2, ("all", "mrr"))
-    head = '<th rowspan="2">model</th>'
-    names = {"all": "all users", "warm": "warm targets", "cold": "cold targets"}
-    for segment in segments:
-        width = sum(column[0] == segment for column in columns)
-        head += f'<th class="group" colspan="{width}">{names[segment]} ({results.segments[segment]:,})</th>'
-    head += '<th class="group" colspan="2">recommended</th>' if results.recommended else ""
-    second = [key.upper() for _, key in columns] + (["coverage", "popularity"] if results.recommended else [])
-    second = "".join(f'<th class="key" data-column="{at}">{name}</th>' for at, name in enumerate(second, 1))
+    groups = [
+        (f"{_SEGMENTS[segment]} ({results.segments[segment]:,})", sum(column[0] == segment for column in columns))
+        for segment in segments
+    ]
+    names = [key.upper() for _, key in columns]
+    if results.recommended:
+        groups.append(("recommended", 2))
+        names += ["coverage", "popularity"]
     largest = {
         column: max(summary[column[0]][column[1]][0] for summary in results.models.values()) for column in columns
     }
-    body = ""
+    rows = []
     for model, summary in results.models.items():
-        cells = f"<td>{_text(model)}</td>"
+        cells = []
         for segment, key in columns:
             value, bounds = format_interval(summary[segment][key]).split(" ", 1)
             mean = summary[segment][key][0]
             share = 100 * mean / largest[segment, key] if largest[segment, key] else 0
-            cells += (
-                f'<td class="bar" data-value="{mean}" style="--share: {share:.1f}%">{value}<small>{bounds}</small></td>'
-            )
+            cells.append({"sort": mean, "text": value, "bounds": bounds, "share": f"{share:.1f}%"})
         if results.recommended:
             about = results.recommended[model]
             coverage, popularity = about["coverage@10"], about["popularity@10"]
-            cells += (
-                f'<td data-value="{coverage}">{coverage:.1%}</td><td data-value="{popularity}">{popularity:,.0f}</td>'
-            )
-        kind = "main" if model == main else "other"
-        body += f'<tr class="{kind}">{cells}</tr>'
-    return (
-        f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr><tr>{second}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+            cells += [
+                {"sort": coverage, "text": f"{coverage:.1%}"},
+                {"sort": popularity, "text": f"{popularity:,.0f}"},
+            ]
+        rows.append({"model": model, "main": model == main, "cells": cells})
+    return {"groups": groups, "names": names, "rows": rows}
 
 
-def _map(item_map: Map) -> tuple[str, str]:
+def _map(item_map: Map) -> dict[str, Any]:
+    """What the page's script draws, as JSON, and what is said about it."""
     layouts = {}
     for name, points in item_map.layouts.items():
         low, high = points.min(axis=0), points.max(axis=0)
@@ -278,7 +227,7 @@ def _map(item_map: Map) -> tuple[str, str]:
         rest = ["others and none"] if len(frequent) > len(labels) or (series == "").any() else []
         index = {label: at for at, label in enumerate(labels)}
         colors[name] = {
-            "labels": labels + rest,
+            "labels": [plain(label) for label in labels] + rest,
             "rest": bool(rest),
             "index": [index.get(category, len(labels)) for category in categories],
         }
@@ -286,94 +235,17 @@ def _map(item_map: Map) -> tuple[str, str]:
     data = {
         "layouts": layouts,
         "colors": colors,
-        "titles": list(item_map.titles),
+        "titles": [plain(title) for title in item_map.titles],
         "popularity": item_map.popularity.tolist(),
     }
     # "</script>" or "<!--" in a title would change where the element ends.
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-    shares = ", ".join(f"{share:.0%} for {_text(name)}" for name, share in item_map.explained.items())
     points = len(item_map.titles)
-    sample = "All items" if points == item_map.items else f"{points:,} of {item_map.items:,} items, drawn at random"
-    about = (
-        f"{sample}, on the two principal components of their vectors (share of the variance: {shares}). Near points "
-        "are not always near in the full space. Hover for titles."
-    )
-
-    def choice(label: str, names: Sequence[str]) -> str:
-        options = "".join(f"<option>{_text(name)}</option>" for name in names)
-        return f"<label>{label} <select>{options}</select></label>"
-
-    # A page that is put together with str.format must not see the braces of JSON; they are inserted as a value.
-    panel = (
-        f'<div class="map"><div class="choices">{choice("Vectors", list(layouts))}{choice("Color", list(colors))}'
-        f'<div class="legend"></div></div><canvas></canvas><div class="tip"></div></div>'
-        f'<script type="application/json" id="map-data">{text}</script>'
-    )
-    return about, _panel(panel)
-
-
-def _user(user: User) -> str:
-    rows = [
-        ("History, newest last, and what was chosen next", [*user.history, user.target]),
-        ("Recommended", user.recommended),
-    ]
-    return f'<div class="user"><h3>{_text(user.heading)}</h3>{cards_html(rows)}</div>'
-
-
-def _reconstruction_table(report: Report) -> str:
-    rows = [
-        [
-            name,
-            f"{entry['mse']:.5f}",
-            f"{entry['mean_mse']:.5f}",
-            f"{entry['cosine']:.3f}",
-            f"{entry['retrieval@1']:.3f}",
-            f"{entry['count']:,}",
-        ]
-        for name, entry in report.reconstruction.items()
-    ]
-    return _table(["field", "MSE", "of the mean", "cosine", "retrieval@1", "items"], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _list(lines: Sequence[str], kind: str = "") -> str:
-    return f'<ul class="{kind}">{"".join(f"<li>{line}</li>" for line in lines)}</ul>'
-
-
-def _made(report: Report) -> str:
-    made = report.results.provenance
-    stages = [
-        [
-            stage,
-            f"{result['wall_seconds']:,.1f} s",
-            f"{result['items_per_second']:,.0f}" if result.get("items_per_second") else "",
-            f"{result['best_step']:,} of {result['steps']:,}" if "best_step" in result else "",
-            result["finished"],
-        ]
-        for stage, result in report.stages.items()
-    ]
-    provenance = [
-        f"<code>{_text(made['command'])}</code>",
-        f"seed {made['seed']}, {_text(made['machine'])}, {_text(made['date'])}",
-        ", ".join(f"{_text(name)} {_text(version)}" for name, version in made["versions"].items()),
-    ]
-    data = [
-        f"{_text(key)}: {_text(f'{value:,}' if isinstance(value, int) else value)}"
-        for key, value in report.data.items()
-    ]
-    changed = [f"<code>{_text(line)}</code>" for line in report.changed] or ["none"]
-    warnings = f"<h3>What a reader must know</h3>{_list([_text(line) for line in report.warnings], 'warn')}"
-    return (
-        (_panel(warnings) if report.warnings else "")
-        + _panel(f"<h3>Stages</h3>{_table(['stage', 'wall time', 'examples/s', 'step kept', 'finished'], stages)}")
-        + _two(
-            f"<h3>Evaluation</h3>{_list(provenance)}<h3>Data</h3>{_list(data)}",
-            f"<h3>Settings that differ from the defaults</h3>{_list(changed)}"
-            f"<details><summary>All settings</summary><pre>{_text(report.settings)}</pre></details>",
-        )
-    )
+    return {
+        "data": Markup(text),
+        "layouts": list(layouts),
+        "colors": list(colors),
+        "sample": "All items" if points == item_map.items else f"{points:,} of {item_map.items:,} items, at random",
+        "shares": ", ".join(f"{share:.0%} for {name}" for name, share in item_map.explained.items()),
+        "columns": ["title", *item_map.categories, "training interactions", "across", "up"],
+    }

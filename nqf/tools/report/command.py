@@ -1,0 +1,50 @@
+"""The command that writes a run's report."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nqf.cli import parse, program, terminal
+from nqf.config import FewOrNone, section
+
+
+@section
+class ReportArguments:
+    """Writes a self-contained HTML page about an evaluated run.
+
+    Attributes:
+      run: Run folder.
+      output: HTML file; `RUN/report.html` by default.
+      users: Number of users that are shown with their history, recommendations and target.
+      debug: Show the traceback of an error.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    output: Path | None = None
+    users: FewOrNone = 6
+    debug: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    options = parse(ReportArguments, arguments, prog=program("report"))
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("the report needs Matplotlib: pip install 'nqf[viz]'")
+    # jax and the stages take seconds to import, which --help and a wrong option should not.
+    from nqf.files import write_text
+    from nqf.stages.folder import claim
+    from nqf.stages.run import open_run
+    from nqf.tools.report.collect import make_page
+
+    console = terminal()
+    page = make_page(open_run(options.run, console), users=options.users)
+    output = options.output
+    if output is None:
+        output = options.run / "report.html"
+        claim(options.run, output.name)
+    write_text(output, page)
+    console.print(f"wrote {output} ({len(page.encode()) / 2**20:.1f} MiB)", markup=False)
