@@ -193,17 +193,7 @@ class _Builder:
         """Writes the files of a table and returns its manifest record."""
         field = source.field
         pretrained = self.factories[field.modality](field, self.config) if field.modality in self.factories else None
-        if pretrained is not None:
-            recipe = {"pretrained": pretrained.identity}
-        else:
-            light = light_encoder(field.modality)
-            settings = light.settings(field, self.config)
-            # The columns belong to it: a fit on other columns' values is another fit.
-            recipe = {"kind": light.kind, "version": light.version, "columns": list(field.columns), **settings}
-            if source.fitted is not None:
-                recipe["fitted"] = hashlib.sha256(np.packbits(source.fitted).tobytes()).hexdigest()
-        # As it reads in the manifest, where tuples are lists.
-        recipe = json.loads(json.dumps(recipe))
+        recipe = _recipe(source, pretrained, self.config)
         old = _reusable(previous, field.name, recipe)
         old_keys = np.zeros((0, KEY_WORDS), np.uint64)
         if old:
@@ -297,6 +287,19 @@ class _Builder:
         written = [publish(path, self.directory, f"{target}/{path.name}") for path in paths]
         folder.rmdir()
         return {"folder": target, "identity": encoder.identity, "files": written}
+
+
+def _recipe(source: _Source, pretrained: FieldEncoder | None, config: FieldsConfig) -> dict[str, Any]:
+    """What the vectors of a table depend on beside its values, as it reads in the manifest, where tuples are lists."""
+    if pretrained is not None:
+        return json.loads(json.dumps({"pretrained": pretrained.identity}))
+    light = light_encoder(source.field.modality)
+    settings = light.settings(source.field, config)
+    # The columns belong to it: a fit on other columns' values is another fit.
+    recipe = {"kind": light.kind, "version": light.version, "columns": list(source.field.columns), **settings}
+    if source.fitted is not None:
+        recipe["fitted"] = hashlib.sha256(np.packbits(source.fitted).tobytes()).hexdigest()
+    return json.loads(json.dumps(recipe))
 
 
 def _read_keys(source: _Source) -> tuple[np.ndarray, np.ndarray]:

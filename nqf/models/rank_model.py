@@ -345,8 +345,7 @@ class RankModel(nn.Module):
         deterministic: bool,
     ) -> jax.Array:
         """Runs the Qwen3 over the branched prompt; returns the pooled state of every branch, [B, P, D]."""
-        batch, slots, per_item, _ = items_BxSxQxD.shape
-        words = titles_BxSxW.shape[-1]
+        (batch, slots, per_item, _), words = items_BxSxQxD.shape, titles_BxSxW.shape[-1]
         count = users_BxPxUxD.shape[2] if users_BxPxUxD is not None else 0
         layout = prompt_layout(slots, words, per_item, positions, count)
 

@@ -113,6 +113,7 @@ def pair_dataset(
     return _finish(examples, build, source.users, epochs, batch_size, workers, shard)
 
 
+# Many parameters: settings of the data that have nothing in common but this call, which names them.
 def history_dataset(
     windows: TrainingWindows,
     features: EventFeatures,

@@ -266,15 +266,8 @@ def joint_program(run: Run, abstract: bool = False) -> Program:
     items = item_module(run) if stage.train_item_qformer else None
     tokens_folder = run.folder / "joint" / "tokens"
 
-    def init() -> Any:
-        return init_joint(run, parts)
-
     def frozen() -> Any:
-        params = parts.frozen
-        if abstract:
-            whole = dataclasses.replace(parts, frozen={})
-            everything = jax.eval_shape(lambda: init_joint(run, whole))["params"]
-            params = {name: everything[name] for name in parts.frozen}
+        params = _frozen_shapes(run, parts) if abstract else parts.frozen
         tree = {"tables": on_device, "params": params, "prompt": parts.prompt, "log_popularity": log_popularity(run)}
         return tree | ({"fields": device_fields(run.cache)} if items is not None else {})
 
@@ -301,7 +294,7 @@ def joint_program(run: Run, abstract: bool = False) -> Program:
 
     return Program(
         module=parts.module,
-        init=init,
+        init=lambda: init_joint(run, parts),
         start=lambda params: start_joint(run, params),
         frozen=frozen,
         variables=parts.variables,
@@ -323,6 +316,12 @@ def joint_program(run: Run, abstract: bool = False) -> Program:
         score="ndcg@10",
         report=report,
     )
+
+
+def _frozen_shapes(run: Run, parts: RankParts) -> dict[str, Any]:
+    whole = dataclasses.replace(parts, frozen={})
+    everything = jax.eval_shape(lambda: init_joint(run, whole))["params"]
+    return {name: everything[name] for name in parts.frozen}
 
 
 def keep_tokenizer(run: Run) -> None:

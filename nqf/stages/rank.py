@@ -123,6 +123,7 @@ def empty_history(run: Run, slots: int) -> History:
     return history_of_items(np.full((1, slots), -1, np.int32), 0 if reviews is None else reviews.values.shape[1])
 
 
+# Many parameters: what differs between the three stages whose data this is, by name.
 def history_data(
     run: Run,
     loss: LossConfig,
