@@ -222,7 +222,7 @@ def load_text_embedder(
     )
 
 
-def _bert(base: Path, transformer: Path, dtype: Any) -> tuple[Callable[..., jax.Array], Any, int, int]:
+def _bert(base: Path, transformer: Path, dtype: Any) -> tuple[Callable[..., Any], Any, int, int]:
     if (transformer / "adapter_config.json").is_file():
         raise ValueError(f"{transformer / 'adapter_config.json'}: adapters of a BERT are not read; merge it first")
     module, params = load_bert(base, **precision(dtype))
@@ -235,7 +235,7 @@ def _bert(base: Path, transformer: Path, dtype: Any) -> tuple[Callable[..., jax.
     )
 
 
-def _qwen3(base: Path, transformer: Path, dtype: Any) -> tuple[Callable[..., jax.Array], Any, int, int]:
+def _qwen3(base: Path, transformer: Path, dtype: Any) -> tuple[Callable[..., Any], Any, int, int]:
     from nqf.interop.huggingface import load_qwen3
     from nqf.interop.peft import load_adapter
     from nqf.models.qwen3 import Qwen3

@@ -250,7 +250,7 @@ def _module(kind: str, folder: Path) -> Module:
     if None in sizes:
         raise ValueError(f"{path}: no {' and '.join(required)}")
     if kind == "LayerNorm":
-        expected = {"norm.weight": (sizes[0],), "norm.bias": (sizes[0],)}
+        expected: dict[str, tuple[Any, ...]] = {"norm.weight": (sizes[0],), "norm.bias": (sizes[0],)}
     else:
         expected = {"linear.weight": (sizes[1], sizes[0])}
         if tree.get("bias", True):
@@ -294,7 +294,7 @@ def width_after(modules: Sequence[Module], width: int, where: Path) -> int:
     Raises:
       ValueError: A module that was made for another width.
     """
-    widths = {_TOKENS: width}
+    widths: dict[str, Any] = {_TOKENS: width}
     for module in modules:
         source, target = _names(module)
         found = widths.get(source)

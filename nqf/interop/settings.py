@@ -19,7 +19,7 @@ _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings type_vocab_size image_size patch_size projection_dim"
 )
-Table = Mapping[str, tuple[Any, ...] | None]
+Table = Mapping[str, Any]
 
 
 def understood(tree: Mapping[str, Any], table: Table, *, where: str | Path) -> None:
@@ -146,7 +146,7 @@ def check_qwen3(tree: Mapping[str, Any], where: Path) -> None:
     # A `rope_scaling` that says anything takes the place of `rope_parameters`, its `rope_theta` included.
     scaling = tree.get("rope_scaling") or {}
     for name, part in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        understood(part, ROPE if name == "rope_parameters" else ROPE | {"rope_theta": ()}, where=f"{where}: {name}")
+        understood(part, ROPE if name == "rope_parameters" else {**ROPE, "rope_theta": ()}, where=f"{where}: {name}")
     if scaling and rope:
         raise ValueError(f"{where}: rope_scaling and rope_parameters are both given; remove one")
     if set(tree.get("layer_types") or []) - {"full_attention"}:
