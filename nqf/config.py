@@ -23,6 +23,15 @@ from annotated_types import Interval, Len
 
 T = TypeVar("T")
 
+MISSING_WORDS = (
+    *"-1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> #N/A #NA N/A n/a NA NULL null NaN nan None \\N".split(),
+    "#N/A N/A",
+)
+r"""Words for nothing: those of pandas (`pandas._libs.parsers.STR_NA_VALUES`, pandas 3.1) and MySQL's `\N`."""
+TimeFormat = Literal[
+    "seconds", "milliseconds", "microseconds", "nanoseconds", "digits", "excel", "month-first", "day-first"
+]
+
 
 class InputError(ValueError):
     """Something given that cannot be used; where its own words made the message enormous, the middle is left out."""
@@ -229,6 +238,11 @@ class DataConfig:
       min_interactions: Users with fewer interactions are left out and counted.
       unknown_items: What to do with interactions whose item the catalogue lacks: `drop` (counted) or `refuse`.
       bad_values: What to do with numbers and times that do not parse: `missing` (counted) or `refuse`.
+      missing_words: Texts that stand for a missing value, whatever the column.
+      missing_ids: What to do with rows whose user or item id is missing or one of `missing_words`: `refuse`, `drop`
+        (counted), or `keep`, where the words are ids.
+      duplicates: What to do with interactions of one user, item, time, rating and review: `keep` (counted) or `merge`.
+      time_format: How the times of interactions are read, as a field's `format`; empty decides from all of them.
       without: Fields of the schema that are left out, to see what they are worth.
       shuffle_ties: Put interactions of one user and time in random order (of `seed`), to see what part of a result is
         the order of the file.
@@ -249,6 +263,10 @@ class DataConfig:
     min_interactions: Count = 3
     unknown_items: Literal["drop", "refuse"] = "drop"
     bad_values: Literal["missing", "refuse"] = "missing"
+    missing_words: tuple[str, ...] = MISSING_WORDS
+    missing_ids: Literal["refuse", "drop", "keep"] = "refuse"
+    duplicates: Literal["keep", "merge"] = "keep"
+    time_format: tuple[TimeFormat, ...] = ()
     without: tuple[str, ...] = ()
     shuffle_ties: bool = False
     use_after_the_fact: bool = False
