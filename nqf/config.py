@@ -656,7 +656,9 @@ class EvaluationConfig:
 
     Attributes:
       ks: Cut-offs of HR and NDCG.
-      mask_seen: Whether the user's whole past is kept out of the ranking.
+      repeats: Whether an item that the user had before counts as a target and may be recommended. Without, the past is
+        kept out of rankings and recommendations, and cases whose target is in it are left out and counted; with it,
+        nothing is kept out. (`mask_seen` of older files says the opposite.)
       bootstrap: Bootstrap resamples of the users for the 95 % intervals.
       batch_size: Users scored at a time.
       new_item_weight: Factor of the frozen similarity in the score of items that training never saw, whose learned
@@ -669,7 +671,7 @@ class EvaluationConfig:
     """
 
     ks: Annotated[tuple[Count, ...], Len(1)] = (1, 5, 10, 20, 50)
-    mask_seen: bool = True
+    repeats: bool = False
     bootstrap: CountOrNone = 1_000
     batch_size: Count = 512
     # Chosen on the validation cases of amazon-beauty with `data.cold_share`: by the vectors alone, new items were then
@@ -920,6 +922,9 @@ def from_tree(cls: type[T], tree: Any, *, where: str = "config", base: T | None 
 def _build(cls: type[T], tree: Any, base: T | None) -> T:
     if not isinstance(tree, dict):
         raise ConfigError(f"expected keys and values, found {shown(tree)}")
+    if cls is EvaluationConfig and isinstance(tree.get("mask_seen"), bool):
+        # What older files and runs have in its place.
+        tree = {key: value for key, value in tree.items() if key != "mask_seen"} | {"repeats": not tree["mask_seen"]}
     hints, values = typing.get_type_hints(cls), {}
     for key, value in tree.items():
         hint = hints.get(key)

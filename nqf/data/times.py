@@ -225,7 +225,7 @@ def _unit(groups: pl.DataFrame, name: str, given: tuple[TimeFormat, ...], notes:
             f"{start} seconds since 1970, which puts most of them before March 1973; if that is wrong, give its format"
         )
     elif share(pl.col("unit") == unit) < 0.99:
-        notes.append(f"{start} {unit} since 1970, which fits {share(pl.col('unit') == unit):.0%} of them")
+        notes.append(f"{start} {unit} since 1970, as {share(pl.col('unit') == unit):.0%} of them suggest")
     return unit, early
 
 

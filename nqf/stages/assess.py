@@ -88,7 +88,7 @@ def assess(
 def results_folder(results: Results) -> str:
     """Where results belong by split, protocol and mask, so that none overwrites those of another kind."""
     kind = [results.split, *([results.protocol] if results.protocol != "full" else [])]
-    kind += [] if results.mask_seen else ["keep-seen"]
+    kind += ["keep-seen"] if results.repeats else []
     return "eval" if kind == ["test"] else f"eval/{'-'.join(kind)}"
 
 
