@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
         trial = "-".join(f"{name.replace('_', '-')}-{given[name]:g}" for name in weights if name in given)
         into = options.into or (f"eval/{options.split}-{trial}" if trial else "")
         results = assess(run, split=options.split, protocol=options.protocol, ks=options.k, into=into)
-        if (into or results_folder(results)) == "eval":
+        if (into or results_folder(run, results)) == "eval":
             write_card(run, results)
         print_results(results, console)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -171,10 +171,23 @@ def resolve(
         notes += [f"{where}: {note}" for note in reading.notes]
         fields.append(dataclasses.replace(field, format=reading.formats))
     dtypes = table.collect_schema()
-    texts = {name: field.name for field in schema.fields for name in field.columns if dtypes[name] == pl.String}
+    texts = {
+        name: field.name
+        for field in schema.fields
+        for name in field.columns
+        if dtypes[name] in (pl.String, pl.List(pl.String))
+    }
+
+    def some(name: str, test: Callable[[pl.Expr], pl.Expr]) -> pl.Expr:
+        column = pl.col(name)
+        return test(column) if dtypes[name] == pl.String else column.list.eval(test(pl.element())).list.any()
+
     counts = table.select(
-        *(values.is_word(pl.col(name), schema.missing_words).sum().alias(f"word {name}") for name in texts),
-        *(values.has_entity(pl.col(name)).sum().alias(f"entity {name}") for name in texts),
+        *(
+            some(name, lambda cell: values.is_word(cell, schema.missing_words)).sum().alias(f"word {name}")
+            for name in texts
+        ),
+        *(some(name, values.has_entity).sum().alias(f"entity {name}") for name in texts),
     )
     found = counts.collect(engine="streaming").row(0, named=True) if texts else {}
     words = {texts[name]: int(found[f"word {name}"]) for name in texts if found[f"word {name}"]}

@@ -149,7 +149,7 @@ def read_interactions(
         )
     if config.duplicates == "merge":
         # Without a time, the same item again may well be another event.
-        frame = frame.filter(~copies | frame.is_first_distinct())
+        frame = frame.filter(~copies | pl.struct(pl.all()).is_first_distinct())
     lengths = pl.len().over("user_id")
     short = frame.filter(lengths < config.min_interactions)
     report["short_users"] = short["user_id"].n_unique()
@@ -207,7 +207,7 @@ def _read_events(table: pl.LazyFrame, config: DataConfig, where: str) -> tuple[p
                 f"are {count} such rows; fix them or set data.bad_values: missing"
             )
         report["warnings"].append(f"{where}: {count} values of '{name}' could not be read, such as {value!r}")
-    frame = frame.drop(BAD + field.name for field in schema.fields)
+    frame = frame.drop("title", *(BAD + field.name for field in schema.fields))
     absent = frame["user_id"].is_null() | frame["item_id"].is_null()
     report["missing_ids"] = int(absent.sum())
     for name in ("user_id", "item_id"):

@@ -173,6 +173,7 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
         "items": item_report,
         "interactions": event_report,
         "tied_share": interactions.tied_share,
+        "ties": "shuffled" if config.shuffle_ties else "as in the source",
         "fields_left_out": left_out,
         "training_interactions": int(split.train.sum()),
         "validation_cases": len(split.valid.users),
