@@ -182,11 +182,11 @@ def resolve(
         column = pl.col(name)
         return test(column) if dtypes[name] == pl.String else column.list.eval(test(pl.element())).list.any()
 
+    def is_word(cell: pl.Expr) -> pl.Expr:
+        return values.is_word(cell, schema.missing_words)
+
     counts = table.select(
-        *(
-            some(name, lambda cell: values.is_word(cell, schema.missing_words)).sum().alias(f"word {name}")
-            for name in texts
-        ),
+        *(some(name, is_word).sum().alias(f"word {name}") for name in texts),
         *(some(name, values.has_entity).sum().alias(f"entity {name}") for name in texts),
     )
     found = counts.collect(engine="streaming").row(0, named=True) if texts else {}

@@ -343,9 +343,7 @@ def test_unreadable_times_stop_where_they_are_many(tmp_path: Path) -> None:
     few = EVENTS.replace("u1,2,1600000002", "u1,2,soon")
     assert shop(tmp_path, events=few).report["interactions"]["bad_values"] == {"timestamp": 1}
     many = few.replace("u1,3,1600000003", "u1,3,later").replace("u1,4,1600000004", "u1,4,never")
-    with pytest.raises(
-        DataError, match=r"3 of 15 values of 'timestamp' are not times.*'soon' in row 7, 'later' in row"
-    ):
+    with pytest.raises(DataError, match=r"3 of 15 values of 'timestamp' are not times.*'soon' in row 7, 'later'"):
         shop(tmp_path, events=many)
 
 
@@ -402,12 +400,11 @@ def test_ids_stay_as_they_are(tmp_path: Path) -> None:
     assert dataset.catalogue.item_ids == dataset.interactions.user_ids == [item.strip('"') for item in ids]
 
 
+EVENT = st.tuples(st.sampled_from("uvw"), st.integers(1, 3), st.sampled_from([None, 10**9, 10**9 + 1]))
+
+
 @settings(deadline=None, max_examples=15)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from("uvw"), st.integers(1, 3), st.sampled_from([None, 10**9, 10**9 + 1])), min_size=1
-    )
-)
+@given(rows=st.lists(EVENT, min_size=1))
 def test_merging_leaves_one_of_identical_events(rows: list[tuple], tmp_path_factory) -> None:
     # Enough of everybody for the split.
     rows = [*rows, *((user, item, 10**9 - item) for user in "uvw" for item in (1, 2, 3))]
