@@ -16,7 +16,7 @@ _CURRENCY = (
     r"uah|try|ils|zar|aed|sar|sgd|hkd|twd|thb|idr|myr|php|vnd|ars|clp|cop|rs\.?|kr\.?|zł|kč|lei|tl|руб\.?|元|円)"
 )
 _FROM = r"^(?:from|starting at|starts at|as low as|ab|à partir de|dès|desde|da) "
-_AMOUNT = r"\.?\d[\d.,'’ ]*"
+_AMOUNT = r"[.,]?\d[\d.,'’ ]*"
 _PRICE = rf"^(?:([+-]?) ?{_CURRENCY} ?)?([+-]?{_AMOUNT}?) ?(?:{_CURRENCY}|,-|/-|\.-)?$"
 _RANGE = r"^(?P<low>.*\d\D*?)(?: (?:-|–|—|to|bis) |[-–—])(?P<high>\D*\d.*)$"
 _NUMBERS = {
@@ -24,7 +24,7 @@ _NUMBERS = {
     "dot": r"^[1-9]\d{0,2}\.\d{3}$",
     "comma": r"^[1-9]\d{0,2},\d{3}$",
     "point": r"^(?:\d{1,3}(?:,\d{2,3})*,\d{3}\.\d+|\d{1,3}(?:,\d{2,3})+,\d{3})$",
-    "european": r"^(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}|\d+,\d+)$",
+    "european": r"^(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}|\d*,\d+)$",
 }
 
 

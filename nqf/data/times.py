@@ -129,6 +129,8 @@ def decide(
         groups = counted.agg(count=pl.len(), example=pl.col("example").min()).collect(engine="streaming")
         (unit, early), order = _unit(groups, column, given, notes), _order(groups, column, given, notes)
         formats = (unit, order)
+    if dtype == pl.Float32 and formats[0] == "seconds":
+        notes.append(f"'{column}' is stored as Float32, which holds the seconds of this century to 64 or 128 alone")
     read = table.select(value=pl.col(column)).with_columns(time=seconds(pl.col("value"), dtype, words, formats))
     earliest = _EARLIEST_EVENT if events else _EARLIEST
     strange = ~pl.col("time").is_between(earliest, _LATEST)

@@ -75,7 +75,7 @@ def whole_ids(table: pl.LazyFrame, column: str, words: Sequence[str], where: str
     """Whether all ids of a column are whole numbers and some are written as floats, as a column with a gap makes them.
 
     Raises:
-      DataError: There are floats so large that ids of one digit's difference are the same number.
+      DataError: There are floats so large that different ids are the same number.
     """
     dtype = table.collect_schema()[column]
     if not dtype.is_float() and dtype != pl.String:
@@ -88,9 +88,10 @@ def whole_ids(table: pl.LazyFrame, column: str, words: Sequence[str], where: str
         whole, some = found.str.contains(r"^-?\d+(\.0+)?$").all(), found.str.contains(r"^-?\d+\.0+$").any()
         large = pl.lit(0.0)
     row = table.select(whole=whole, some=some, large=large).collect(engine="streaming").row(0, named=True)
-    if (row["large"] or 0) > 2**53:
+    digits = 24 if dtype == pl.Float32 else 53
+    if (row["large"] or 0) > 2**digits:
         raise DataError(
-            f"{where}: column '{column}' holds ids as floating-point numbers beyond 2^53, such as {row['large']:.0f}: "
+            f"{where}: column '{column}' holds ids as floating-point numbers beyond 2^{digits}, such as {row['large']:.0f}: "
             "their last digits are lost; store them as text or as integers"
         )
     return bool(row["whole"] and row["some"])
