@@ -114,10 +114,10 @@ def _number_notes(groups: pl.DataFrame, name: str, formats: tuple[NumberFormat, 
         )
     doubtful = groups.filter(pl.col("kind").is_in(["comma"] if len(formats) > 1 else ["comma", "dot"]))
     if len(doubtful) and (len(formats) > 1 or "decimal-comma" in formats or "comma" in doubtful["kind"]):
-        what = "with a decimal point in some values and a decimal comma in others, cannot be read"
+        what = "cannot be read, as there are decimal points and decimal commas in the column"
         if len(formats) == 1:
             what = f"are read with a {formats[0].replace('-', ' ')}"
-        notes.append(f"numbers of '{name}' such as '{doubtful['example'].min()}', {what}")
+        notes.append(f"numbers of '{name}' such as '{doubtful['example'].min()}' {what}")
     return notes
 
 

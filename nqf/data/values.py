@@ -91,8 +91,8 @@ def whole_ids(table: pl.LazyFrame, column: str, words: Sequence[str], where: str
     digits = 24 if dtype == pl.Float32 else 53
     if (row["large"] or 0) > 2**digits:
         raise DataError(
-            f"{where}: column '{column}' holds ids as floating-point numbers beyond 2^{digits}, such as {row['large']:.0f}: "
-            "their last digits are lost; store them as text or as integers"
+            f"{where}: column '{column}' holds ids as floating-point numbers beyond 2^{digits}, such as "
+            f"{row['large']:.0f}: their last digits are lost; store them as text or as integers"
         )
     return bool(row["whole"] and row["some"])
 

@@ -184,6 +184,8 @@ def test_strange_times_are_said_with_an_example() -> None:
     assert "'9999-12-31', read as 9999-12-31 00:00:00" in said(["9999-12-31", "2019-01-01"])
     assert "'1815-06-18'" in said(["1815-06-18", "2019-01-01"], events=True)
     assert said(["1815-06-18", "2019-01-01"]) == ""
+    single = pl.DataFrame({"x": pl.Series([978_300_760], dtype=pl.Float32)})
+    assert "to 64 or 128 alone" in " ".join(times.decide(single.lazy(), "x").notes)
     assert "as 75% of them suggest" in said([TEN, TEN + 1, TEN + 2, TEN * 1000])
 
 
@@ -194,7 +196,7 @@ def test_strange_times_are_said_with_an_example() -> None:
         ("1,234,567", 1_234_567), ("1.234.567", 1_234_567), ("1,29,900.00", 129_900), ("1.299,00", 1299),
         ("1 299,50 zł", 1299.5), ("1’299.00", 1299), ("12,99", 12.99), ("0,123", 0.123), ("R$ 10,50", 10.5),
         ("$12.99 - $20.00", 12.99), ("12.99–20.00", 12.99), ("from 14.99", 14.99), ("5 to 7", 5), ("₹ 499", 499),
-        ("1e3", 1000), (".5", 0.5), ("$.99", 0.99), ("5,-", 5), ("+7", 7), ("49 kr.", 49),
+        ("1e3", 1000), (".5", 0.5), ("$.99", 0.99), (",99", 0.99), ("5,-", 5), ("+7", 7), ("49 kr.", 49),
         ("2019-01-05", None), ("555-1234", None), ("12 kg", None), ("1.2.3", None), ("15%", None), ("—", None),
         ("free", None), ("1,2,3", None), ("inf", None), ("0x10", None), ("$", None),
     ],
@@ -205,7 +207,7 @@ def test_prices(cell: str, number: float | None) -> None:
 
 def test_separators_are_those_of_the_column() -> None:
     values, notes = number_of(["1.299", "2,50"])
-    assert values == [1299, 2.5] and "'1.299', are read with a decimal comma" in notes
+    assert values == [1299, 2.5] and "'1.299' are read with a decimal comma" in notes
     assert number_of(["1,299", "2.50"])[0] == [1299, 2.5]
     assert number_of(["1.299", "2.5"]) == ([1.299, 2.5], "")
     # Both in one column: what can be either is not guessed.
@@ -380,6 +382,8 @@ def test_whole_floats_are_the_integers(tmp_path: Path) -> None:
         assert warned(dataset, "every 'item_id' is a whole number, some written like 1.0")
     with pytest.raises(DataError, match=r"6 are with unknown items, such as '1\.5', and .* has '1'"):
         shop(tmp_path, events=frame.with_columns(pl.col("item_id") + 0.5))
+    with pytest.raises(DataError, match=r"beyond 2\^24"):
+        shop(tmp_path, events=frame.with_columns((pl.col("user_id") + 2**24).cast(pl.Float32)))
     with pytest.raises(DataError, match=r"beyond 2\^53.*text or as integers"):
         shop(tmp_path, events=frame.with_columns(pl.col("user_id") + 7.6561e16))
 
