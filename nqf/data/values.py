@@ -89,7 +89,7 @@ def whole_ids(table: pl.LazyFrame, column: str, words: Sequence[str], where: str
         large = pl.lit(0.0)
     row = table.select(whole=whole, some=some, large=large).collect(engine="streaming").row(0, named=True)
     digits = 24 if dtype == pl.Float32 else 53
-    if (row["large"] or 0) > 2**digits:
+    if (row["large"] or 0) >= 2**digits:
         raise DataError(
             f"{where}: column '{column}' holds ids as floating-point numbers beyond 2^{digits}, such as "
             f"{row['large']:.0f}: their last digits are lost; store them as text or as integers"
