@@ -189,6 +189,28 @@ def test_strange_times_are_said_with_an_example() -> None:
     assert "as 75% of them suggest" in said([TEN, TEN + 1, TEN + 2, TEN * 1000])
 
 
+def test_columns_that_people_reported() -> None:
+    # dbeley/lastfm-scraper#19: line numbers, then unix seconds.
+    assert seconds(["1", "2", "1255352473", "1255353306"]) == [1, 2, 1_255_352_473, 1_255_353_306]
+    assert "1 times of 'x' are before 1980" in said(["1", "1255352473", "1255353306"], events=True)
+    # fishglob/FishGlob_data#18.
+    spelled = ["2021-03-01", "2021-03", "03/2021", "1983"]
+    assert seconds(spelled) == pandas_seconds(["2021-03-01"] * 3 + ["1983-01-01"])
+    # pandas-dev/pandas#26304, #12585, #12583, #27454; sfu-db/dataprep#627.
+    for cells, days in (
+        (["12.01.2017 17:18", "01.02.2017 11:12", "15.04.2017"], ["12 Jan 2017 17:18", "1 Feb 2017 11:12", "15 Apr 2017"]),
+        (["03/09/2018 12:02:00", "14/09/2018 14:09:00"], ["3 Sep 2018 12:02", "14 Sep 2018 14:09"]),
+        (["31/12/2014", "10/03/2011"], ["31 Dec 2014", "10 Mar 2011"]),
+        (["05-01-2019 00:37", "15-01-2019 00:37"], ["5 Jan 2019 00:37", "15 Jan 2019 00:37"]),
+        (["12-01-06", "12-04-06", "20-12-06"], ["12 Jan 2006", "12 Apr 2006", "20 Dec 2006"]),
+    ):  # fmt: skip
+        assert seconds(cells) == pandas_seconds(days) and "day-first" in said(cells)
+    # pola-rs/polars#18797, jseutter/ofxparse#77, aniav/ynab-csv#2, scrapinghub/price-parser#94; pandas-dev/pandas#4598.
+    assert number_of(["1.299,99", "265,64", "-2,40", ",99"])[0] == [1299.99, 265.64, -2.4, 0.99]
+    assert number_of(["€ 1.000.000,00", "4405,95"])[0] == [1_000_000, 4405.95]
+    assert number_of(["2,334.01", "13", "5"])[0] == [2334.01, 13, 5]
+
+
 @pytest.mark.parametrize(
     ("cell", "number"),
     [
