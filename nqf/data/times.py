@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from nqf.config import MISSING_WORDS, TimeFormat
-from nqf.data.values import BLANKS, Reading, text, there
+from nqf.data.values import BLANKS, Reading, as_text, text, there
 
 UNITS: dict[TimeFormat, int] = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 """Units of numbers that count from 1970, and how many of each are a second."""
@@ -263,7 +263,7 @@ def _parts(series: pl.Series, words: Sequence[str]) -> pl.DataFrame:
         real = pl.when(spelled.str.contains(_NUMBER)).then(spelled).cast(pl.Float64, strict=False)
         whole = spelled.cast(pl.Int64, strict=False)
     frame = frame.select(
-        shown=nothing.cast(pl.String) if dtype.is_nested() else value.cast(pl.String),
+        shown=nothing.cast(pl.String) if dtype.is_nested() else as_text(value, dtype),
         real=real,
         whole=whole,
         spelled=spelled,

@@ -59,8 +59,13 @@ def text(value: pl.Expr, dtype: pl.DataType, words: Sequence[str] = MISSING_WORD
         return pl.when(joined != "").then(joined)
     if dtype.is_float():
         value = value.fill_nan(None)
-    stripped = value.cast(pl.String).str.strip_chars()
+    stripped = as_text(value, dtype).str.strip_chars()
     return pl.when(~stripped.is_in(["", *words])).then(stripped)
+
+
+def as_text(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """A column as String; durations as ISO 8601 has them, which polars casts to nothing."""
+    return value.dt.to_string("iso") if isinstance(dtype, pl.Duration) else value.cast(pl.String)
 
 
 def identifier(value: pl.Expr, dtype: pl.DataType, words: Sequence[str], whole: bool) -> pl.Expr:

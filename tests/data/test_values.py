@@ -179,6 +179,12 @@ def test_order_of_day_and_month_is_that_of_the_column() -> None:
     assert said(["01/01/2019", "2019-01-01"]) == ""
 
 
+@pytest.mark.parametrize("cells", [[datetime.timedelta(days=2)], [datetime.time(10)], [["a"]], [True], [None]])
+def test_other_types_are_no_times(cells: list) -> None:
+    assert seconds(cells) == [None]
+    assert times.guessed(pl.Series(cells))[1].unreadable == (cells != [None])
+
+
 def test_strange_times_are_said_with_an_example() -> None:
     assert "before March 1973" in said([3, 4, 5])
     assert "'9999-12-31', read as 9999-12-31 00:00:00" in said(["9999-12-31", "2019-01-01"])
