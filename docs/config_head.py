@@ -42,7 +42,7 @@ def head_lines(path: Path, run: Path) -> list[str]:
     errors = ", ".join(
         f"{name} {entry['mse'] / entry['mean_mse']:.2f}" for name, entry in stages["item"]["reconstruction"].items()
     )
-    masked = "seen items masked" if results["mask_seen"] else "seen items not masked"
+    masked = "seen items not masked" if results["repeats"] else "seen items masked"
     paragraphs = [
         f"Command: python -m nqf.train --config configs/{path.name} --stage all",
         f"Time: {total:.0f} minutes ({minutes}) on {made['machine']}; {made['date'][:10]}, seed "

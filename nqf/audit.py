@@ -34,7 +34,7 @@ class AuditArguments:
     """
 
     config: Annotated[Path, tyro.conf.Positional]
-    accept: tuple[Literal["split", "ties", "duplicates", "candidates", "future fields"], ...] = ()
+    accept: tuple[Literal["split", "ties", "repeats", "duplicates", "candidates", "future fields"], ...] = ()
     debug: bool = False
 
 
@@ -70,11 +70,12 @@ def main(arguments: list[str]) -> None:
 def _print(result: Audit, accept: tuple[str, ...], console: Console) -> list[str]:
     """Prints the tables and findings; returns the checks that found a leak that is not accepted."""
     from rich.table import Table
+    from rich.text import Text
 
     from nqf.evaluation.table import print_table
 
     for fact in result.facts:
-        console.print(fact, markup=False)
+        console.print(fact, markup=False, emoji=False)
     console.print()
     filled = result.fields.columns.index("filled")
     full = [
@@ -93,12 +94,12 @@ def _print(result: Audit, accept: tuple[str, ...], console: Console) -> list[str
         verdict = "accepted" if finding.verdict == "leak" and finding.check in accept else finding.verdict
         if verdict == "leak" and finding.check not in leaks:
             leaks.append(finding.check)
-        marked = f"[{_COLORS[verdict]}]{verdict}[/{_COLORS[verdict]}]"
-        grid.add_row(marked, finding.check, finding.text.replace("[", r"\["))
+        # Not markup: the text holds ids and names of the data.
+        grid.add_row(Text(verdict, _COLORS[verdict]), finding.check, finding.text)
         if not console.is_terminal:
-            console.print(f"{verdict}  {finding.check}: {finding.text}", markup=False)
+            console.print(f"{verdict}  {finding.check}: {finding.text}", markup=False, emoji=False)
     if console.is_terminal:
-        console.print(grid)
+        console.print(grid, markup=False, emoji=False)
     return leaks
 
 

@@ -23,6 +23,15 @@ from annotated_types import Interval, Len
 
 T = TypeVar("T")
 
+MISSING_WORDS = (
+    *"-1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> #N/A #NA N/A n/a NA NULL null NaN nan None \\N".split(),
+    "#N/A N/A",
+)
+r"""Words for nothing: those of pandas (`pandas._libs.parsers.STR_NA_VALUES`, pandas 3.1) and MySQL's `\N`."""
+TimeFormat = Literal[
+    "seconds", "milliseconds", "microseconds", "nanoseconds", "digits", "excel", "month-first", "day-first"
+]
+
 
 class InputError(ValueError):
     """Something given that cannot be used; where its own words made the message enormous, the middle is left out."""
@@ -229,6 +238,11 @@ class DataConfig:
       min_interactions: Users with fewer interactions are left out and counted.
       unknown_items: What to do with interactions whose item the catalogue lacks: `drop` (counted) or `refuse`.
       bad_values: What to do with numbers and times that do not parse: `missing` (counted) or `refuse`.
+      missing_words: Texts that stand for a missing value, whatever the column.
+      missing_ids: What to do with rows whose user or item id is missing or one of `missing_words`: `refuse`, `drop`
+        (counted), or `keep`, where the words are ids.
+      duplicates: What to do with interactions of one user, item, time, rating and review: `keep` (counted) or `merge`.
+      time_format: How the times of interactions are read, as a field's `format`; empty decides from all of them.
       without: Fields of the schema that are left out, to see what they are worth.
       shuffle_ties: Put interactions of one user and time in random order (of `seed`), to see what part of a result is
         the order of the file.
@@ -249,6 +263,10 @@ class DataConfig:
     min_interactions: Count = 3
     unknown_items: Literal["drop", "refuse"] = "drop"
     bad_values: Literal["missing", "refuse"] = "missing"
+    missing_words: tuple[str, ...] = MISSING_WORDS
+    missing_ids: Literal["refuse", "drop", "keep"] = "refuse"
+    duplicates: Literal["keep", "merge"] = "keep"
+    time_format: tuple[TimeFormat, ...] = ()
     without: tuple[str, ...] = ()
     shuffle_ties: bool = False
     use_after_the_fact: bool = False
@@ -638,7 +656,9 @@ class EvaluationConfig:
 
     Attributes:
       ks: Cut-offs of HR and NDCG.
-      mask_seen: Whether the user's whole past is kept out of the ranking.
+      repeats: Whether an item that the user had before counts as a target and may be recommended. Without, the past is
+        kept out of rankings and recommendations, and cases whose target is in it are left out and counted; with it,
+        nothing is kept out. (`mask_seen` of older files says the opposite.)
       bootstrap: Bootstrap resamples of the users for the 95 % intervals.
       batch_size: Users scored at a time.
       new_item_weight: Factor of the frozen similarity in the score of items that training never saw, whose learned
@@ -651,7 +671,7 @@ class EvaluationConfig:
     """
 
     ks: Annotated[tuple[Count, ...], Len(1)] = (1, 5, 10, 20, 50)
-    mask_seen: bool = True
+    repeats: bool = False
     bootstrap: CountOrNone = 1_000
     batch_size: Count = 512
     # Chosen on the validation cases of amazon-beauty with `data.cold_share`: by the vectors alone, new items were then
@@ -902,6 +922,9 @@ def from_tree(cls: type[T], tree: Any, *, where: str = "config", base: T | None 
 def _build(cls: type[T], tree: Any, base: T | None) -> T:
     if not isinstance(tree, dict):
         raise ConfigError(f"expected keys and values, found {shown(tree)}")
+    if cls is EvaluationConfig and isinstance(tree.get("mask_seen"), bool):
+        # What older files and runs have in its place.
+        tree = {key: value for key, value in tree.items() if key != "mask_seen"} | {"repeats": not tree["mask_seen"]}
     hints, values = typing.get_type_hints(cls), {}
     for key, value in tree.items():
         hint = hints.get(key)

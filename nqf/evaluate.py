@@ -22,7 +22,7 @@ class EvaluateArguments:
       split: Which cases. Select on `valid`; open `test` once.
       protocol: `full` ranks the whole catalogue; `legacy` is the reference's 100 candidates, for comparison only.
       k: Cut-offs of HR and NDCG; by default those of the run's configuration.
-      keep_seen: Leave the user's past in the ranking, as some published numbers do.
+      keep_seen: Leave the user's past in the ranking, as some published numbers do (`evaluation.repeats`).
       new_item_weight: In place of the configuration's `evaluation.new_item_weight`, to choose it on `--split valid`.
       cooccurrence_weight: The same of `evaluation.cooccurrence_weight`.
       into: Folder inside the run for the results; by default `eval` for the test split, and a folder in it for another
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     run = open_run(options.run, console)
     weights = ("new_item_weight", "cooccurrence_weight")
     given = {name: getattr(options, name) for name in weights}
-    given |= {"mask_seen": False if options.keep_seen else None}
+    given |= {"repeats": True if options.keep_seen else None}
     given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, **given))
     if options.sasrec:
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
         trial = "-".join(f"{name.replace('_', '-')}-{given[name]:g}" for name in weights if name in given)
         into = options.into or (f"eval/{options.split}-{trial}" if trial else "")
         results = assess(run, split=options.split, protocol=options.protocol, ks=options.k, into=into)
-        if (into or results_folder(results)) == "eval":
+        if (into or results_folder(run, results)) == "eval":
             write_card(run, results)
         print_results(results, console)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +14,16 @@ from nqf.config import Count, section
 
 @section
 class RecommendArguments:
-    """Recommends items from a trained run.
+    """Recommends items from a trained run: for a user, for a history, or for everybody.
+
+    Whether items of the history may be among them is `evaluation.repeats` of the run's configuration.
 
     Attributes:
       run: Run folder.
       user: Id of a user of the run.
-      history: Item ids, oldest first, separated by commas.
+      history: Item ids, oldest first, separated by commas; for ids that hold commas there are the next two.
+      item: An item id of a history, oldest first; to be given once for each.
+      history_file: Text file with the item ids of a history, oldest first, one a line.
       all: Write recommendations for every user to this Parquet file.
       k: Number of items.
       stage: `joint`, or `user` for the User Q-Former without the language model.
@@ -30,6 +33,8 @@ class RecommendArguments:
     run: Annotated[Path, tyro.conf.Positional]
     user: str | None = None
     history: str | None = None
+    item: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    history_file: Path | None = None
     all: Path | None = None
     k: Count = 10
     stage: str = "joint"
@@ -39,31 +44,52 @@ class RecommendArguments:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = parse(RecommendArguments, arguments, prog=program("recommend"))
-    chosen = [value for value in (options.user, options.history, options.all) if value is not None]
-    if len(chosen) != 1:
-        raise ValueError("give exactly one of --user ID, --history ID,ID,... and --all OUT.parquet")
+    chosen = (options.user, options.history, options.item or None, options.history_file, options.all)
+    if sum(value is not None for value in chosen) != 1:
+        raise ValueError(
+            "give exactly one of --user ID, --history ID,ID,..., --item ID (once for each), --history-file FILE and "
+            "--all OUT.parquet"
+        )
+    history = _history(options)
     import polars as pl
 
     from nqf.evaluation.table import print_table
+    from nqf.files import whole
     from nqf.serving.recommender import Recommender
 
     console = terminal()
     recommender = Recommender.load(options.run, stage=options.stage)
     if options.all is not None:
-        temporary = options.all.with_suffix(".tmp")
-        pl.concat(recommender.recommend_all(k=options.k)).write_parquet(temporary)
-        os.replace(temporary, options.all)
-        console.print(f"wrote {options.all}", highlight=False)
+        with whole(options.all, "wb") as file:
+            pl.concat(recommender.recommend_all(k=options.k)).write_parquet(file)
+        console.print(f"wrote {options.all}", highlight=False, markup=False)
         return
     if options.user is not None:
         frame, title = recommender.recommend(user=options.user, k=options.k), f"For user {options.user}"
     else:
-        history = [item.strip() for item in options.history.split(",") if item.strip()]
+        unknown = set(history).difference(recommender.item_ids)
+        if unknown and options.history is not None:
+            raise ValueError(
+                f"unknown item ids in the history: {', '.join(map(repr, sorted(unknown)[:5]))}; ids that hold commas "
+                "are given by --item or --history-file"
+            )
         frame, title = recommender.recommend(history=history, k=options.k), f"For the history {', '.join(history)}"
     rows = [
         [str(row["rank"]), row["item_id"], row["title"], f"{row['score']:.4f}"] for row in frame.iter_rows(named=True)
     ]
     print_table(console, [(("rank", "item_id", "title", "score"), rows)], title=title, left=(1, 2))
+
+
+def _history(options: RecommendArguments) -> list[str]:
+    """Item ids, oldest first."""
+    if options.history_file is not None:
+        if not options.history_file.is_file():
+            raise FileNotFoundError(f"{options.history_file}: no such file; it holds the item ids of a history")
+        ids = options.history_file.read_text(encoding="utf-8-sig").split("\n")
+    else:
+        ids = list(options.item) or (options.history or "").split(",")
+    # Ids of the tables are stripped, too.
+    return [item for item in (entry.strip() for entry in ids) if item]
 
 
 if __name__ == "__main__":

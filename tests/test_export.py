@@ -65,7 +65,7 @@ def test_parquet_holds_items_and_users(tiny_run: Path, recommender: Recommender,
     np.testing.assert_allclose(items["vector"].to_numpy(), recommender.item_vectors, atol=1e-6)
     # What a known user is recommended follows from the two tables.
     scores = users["vector"].to_numpy()[7] @ items["vector"].to_numpy().T
-    frame = recommender.recommend(user=users["user_id"][7], k=5, mask_seen=False)
+    frame = recommender.recommend(user=users["user_id"][7], k=5, repeats=True)
     assert [recommender.item_ids[row] for row in np.argsort(-scores)[:5]] == frame["item_id"].to_list()
 
 

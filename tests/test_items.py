@@ -82,7 +82,7 @@ def test_changes_touch_nothing_else(run: Path, trained: Recommender, tmp_path: P
     assert "Something else entirely" in everything["title"].to_list()
     # A removed item still says something about who has met it.
     assert len(changed.recommend(history=["item-00004", "new-1"], k=3)) == 3
-    open_again = changed.recommend(history=history, k=count + 3, mask_seen=False)
+    open_again = changed.recommend(history=history, k=count + 3, repeats=True)
     assert "item-00004" not in open_again["item_id"].to_list()
     assert set(history) <= set(open_again["item_id"])
     for frame in changed.recommend_all(k=count):

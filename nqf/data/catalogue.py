@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
 
+from nqf.config import DataConfig
+from nqf.data import numbers, times, values
 from nqf.data.errors import DataError
 from nqf.data.schema import Field, Schema
 
@@ -50,7 +53,7 @@ def canonical_items(
 
     Args:
       frame: Column item_id and the schema's columns; a column that is not there is missing in every item.
-      schema: The fields.
+      schema: The fields, with the formats that the catalogue was read with.
       taken: Item ids that exist already.
       folder: Where relative image paths start; the working directory by default.
 
@@ -61,7 +64,9 @@ def canonical_items(
         raise DataError(f"the items have no column 'item_id'; they have {', '.join(frame.columns) or 'no columns'}")
     missing = [name for field in schema.fields for name in field.columns if name not in frame.columns]
     frame = frame.with_columns(pl.lit(None, dtype=pl.String).alias(name) for name in missing)
-    result = canonical(frame.lazy(), schema, folder or Path.cwd()).collect()
+    # An id that is a word for nothing was let into the catalogue, or was not: it is the same item again.
+    table, _ = plain_ids(frame.lazy(), ("item_id",), (), "the new items")
+    result = canonical(table, schema, folder or Path.cwd()).collect()
     check_item_ids(result["item_id"], "the new items")
     known = [item_id for item_id in result["item_id"] if item_id in taken]
     if known:
@@ -72,7 +77,7 @@ def canonical_items(
             values = frame.select(field.columns).row(rows[0])
             raise DataError(
                 f"the new item '{result['item_id'][rows[0]]}': {field.name} is not a {field.modality}: "
-                f"{', '.join(map(repr, values))}; mend it or leave it out"
+                f"{', '.join(map(repr, values))}; fix it or leave it out"
             )
     lengths = vector_lengths(result.lazy(), schema)
     for name, found in lengths.items():
@@ -81,24 +86,180 @@ def canonical_items(
     return result.drop(BAD + field.name for field in schema.fields)
 
 
-def canonical(table: pl.LazyFrame, schema: Schema, folder: Path) -> pl.LazyFrame:
-    """Expressions from a source table to canonical columns; nothing is read yet.
+def plain_ids(
+    table: pl.LazyFrame, columns: Sequence[str], words: Sequence[str], where: str
+) -> tuple[pl.LazyFrame, list[str]]:
+    """Brings id columns into the form in which they are compared: stripped String, null where there is no id.
 
     Args:
-      table: Column item_id and all columns of the schema.
-      schema: The fields.
-      folder: Where relative image paths start.
+      table: Has the columns.
+      columns: Their names.
+      words: Words for nothing.
+      where: What errors and notes begin with.
 
     Returns:
-      The canonical columns, and per field a Boolean column `BAD + name` that marks values which are there but
+      The table, and notes: which columns' whole floats are read as integers.
+
+    Raises:
+      DataError: Floats so large that different ids are the same number.
+    """
+    dtypes, notes, ids = table.collect_schema(), [], {}
+    for name in columns:
+        whole = values.whole_ids(table, name, words, where)
+        ids[name] = values.identifier(pl.col(name), dtypes[name], words, whole)
+        if whole:
+            notes.append(f"{where}: every '{name}' is a whole number, some written like 1.0; they are read as 1")
+    return table.with_columns(**ids), notes
+
+
+def missing_ids(ids: pl.Series, source: pl.LazyFrame, name: str, config: DataConfig, where: str) -> list[str]:
+    """Refuses or counts rows without an id, as `data.missing_ids` says.
+
+    Args:
+      ids: String, null where there is none.
+      source: The table as it was read, for an example.
+      name: The column.
+      config: What to do with them.
+      where: What errors begin with.
+
+    Returns:
+      A warning, if rows are to be left out.
+
+    Raises:
+      DataError: There are some, and they are refused.
+    """
+    rows = ids.is_null().arg_true()
+    if not len(rows):
+        return []
+    value = source.select(name).slice(rows[0], 1).collect().item()
+    word = isinstance(value, str) and value.strip() != ""
+    what = f"has the {name} '{value}', a word for nothing" if word else f"has no {name}"
+    if config.missing_ids == "drop":
+        return [f"{where}: {len(rows)} rows are left out, as row {rows[0] + 1} {what}"]
+    keep = f", or keep where '{value}' is an id" if word else ""
+    raise DataError(
+        f"{where}: row {rows[0] + 1} {what} ({len(rows)} such rows); remove them, or set data.missing_ids: drop to "
+        f"leave them out{keep}"
+    )
+
+
+def resolve(
+    table: pl.LazyFrame, schema: Schema, where: str, *, events: bool = False
+) -> tuple[Schema, list[str], dict[str, int]]:
+    """Decides from whole columns how times and numbers are read, where the schema does not say.
+
+    Args:
+      table: All columns of the schema.
+      schema: The fields.
+      where: What errors and notes begin with.
+      events: Whether the rows are interactions, whose times cannot be centuries old.
+
+    Returns:
+      The schema with the formats; what was guessed, in words; and, by field, the values that are words for nothing.
+
+    Raises:
+      DataError: More than a tenth of a time column's values cannot be read.
+    """
+    notes, fields = [], []
+    for field in schema.fields:
+        if field.modality not in ("time", "number"):
+            fields.append(field)
+            continue
+        reading = _reading(table, field, schema.missing_words, events)
+        if field.modality == "time" and _hopeless(reading):
+            raise DataError(_unreadable(table, field, schema.missing_words, reading, where))
+        notes += [f"{where}: {note}" for note in reading.notes]
+        fields.append(dataclasses.replace(field, format=reading.formats))
+    dtypes = table.collect_schema()
+    texts = {
+        name: field.name
+        for field in schema.fields
+        for name in field.columns
+        if dtypes[name] in (pl.String, pl.List(pl.String))
+    }
+
+    def some(name: str, test: Callable[[pl.Expr], pl.Expr]) -> pl.Expr:
+        column = pl.col(name)
+        return test(column) if dtypes[name] == pl.String else column.list.eval(test(pl.element())).list.any()
+
+    def is_word(cell: pl.Expr) -> pl.Expr:
+        return values.is_word(cell, schema.missing_words)
+
+    counts = table.select(
+        *(some(name, is_word).sum().alias(f"word {name}") for name in texts),
+        *(some(name, values.has_entity).sum().alias(f"entity {name}") for name in texts),
+    )
+    found = counts.collect(engine="streaming").row(0, named=True) if texts else {}
+    words = {texts[name]: int(found[f"word {name}"]) for name in texts if found[f"word {name}"]}
+    if words:
+        shown = ", ".join(f"{count} of '{name}'" for name, count in words.items())
+        notes.append(f"{where}: words for nothing, such as NA or None, count as missing (data.missing_words): {shown}")
+    decoded = [
+        f"{found[f'entity {name}']} of '{field.name}'"
+        for field in schema.fields
+        for name in field.columns
+        if field.modality in ("text", "category") and found.get(f"entity {name}")
+    ]
+    if decoded:
+        notes.append(f"{where}: HTML's names of characters, such as &amp;, are decoded: {', '.join(decoded)}")
+    return dataclasses.replace(schema, fields=tuple(fields)), notes, words
+
+
+def _hopeless(reading: values.Reading) -> bool:
+    # One slip in a table of a few rows is no reason to think of another spelling.
+    few = reading.unreadable == 1 < reading.values
+    return reading.unreadable > times.UNREADABLE * reading.values and not few
+
+
+def _unreadable(table: pl.LazyFrame, field: Field, words: Sequence[str], reading: values.Reading, where: str) -> str:
+    column = pl.col(field.columns[0])
+    dtype = table.collect_schema()[field.columns[0]]
+    time = times.seconds(column, dtype, words, reading.formats)
+    unread = table.select(values.there(column, dtype, words) & time.is_null(), column.alias("value")).with_row_index()
+    rows = unread.filter(pl.nth(1)).head(3).collect()
+    examples = ", ".join(f"{str(value)[:60]!r} in row {row + 1}" for row, _, value in rows.iter_rows())
+    return (
+        f"{where}: {reading.unreadable} of {reading.values} values of '{field.name}' are not times that can be read "
+        f"({', '.join(reading.formats)}): {examples}; write them as 2024-01-31 12:00:00 or as unix seconds, say how "
+        "they are meant with the field's format or data.time_format, or empty the cells"
+    )
+
+
+def canonical(table: pl.LazyFrame, schema: Schema, folder: Path, *, ids: Sequence[str] = ("item_id",)) -> pl.LazyFrame:
+    """Expressions from a source table to canonical columns; only columns without a format are read, to decide it.
+
+    Args:
+      table: Columns `ids` and all columns of the schema.
+      schema: The fields.
+      folder: Where relative image paths start.
+      ids: Columns that are kept as they are, as String.
+
+    Returns:
+      The ids, the canonical columns, and per field a Boolean column `BAD + name` that marks values which are there but
       could not be read: not a number, not finite, not a time, out of range.
     """
-    dtypes = table.collect_schema()
-    values = {field.name: _value(field, dtypes, folder) for field in schema.fields}
-    title = values[schema.title] if schema.title else pl.lit(None, dtype=pl.String)
+    if any(not field.format and field.modality in ("time", "number") for field in schema.fields):
+        decided = [_decided(table, field, schema.missing_words) for field in schema.fields]
+        schema = dataclasses.replace(schema, fields=tuple(decided))
+    dtypes, words = table.collect_schema(), schema.missing_words
+    read = {field.name: _value(field, dtypes, folder, words) for field in schema.fields}
+    title = read[schema.title] if schema.title else pl.lit(None, dtype=pl.String)
     titled = {} if schema.title == "title" else {"title": title}
-    bad = {BAD + field.name: _there(field, dtypes) & values[field.name].is_null() for field in schema.fields}
-    return table.select(item_id=_string(pl.col("item_id"), dtypes["item_id"]), **titled, **values, **bad)
+    bad = {BAD + field.name: _there(field, dtypes, words) & read[field.name].is_null() for field in schema.fields}
+    return table.select(**{name: values.text(pl.col(name), dtypes[name], ()) for name in ids}, **titled, **read, **bad)
+
+
+def _decided(table: pl.LazyFrame, field: Field, words: Sequence[str]) -> Field:
+    if field.format or field.modality not in ("time", "number"):
+        return field
+    return dataclasses.replace(field, format=_reading(table, field, words).formats)
+
+
+def _reading(table: pl.LazyFrame, field: Field, words: Sequence[str], events: bool = False) -> values.Reading:
+    column, given = field.columns[0], field.format
+    if field.modality == "time":
+        return times.decide(table, column, words=words, given=given, events=events)
+    return numbers.decide(table, column, words=words, given=given)
 
 
 def check_item_ids(item_ids: pl.Series, where: str) -> None:
@@ -131,104 +292,52 @@ def vector_lengths(table: pl.LazyFrame, schema: Schema) -> dict[str, list[int]]:
     }
 
 
-def unix_seconds(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    """Int64 unix seconds of dates, ISO 8601 strings (UTC unless they say otherwise) and numbers.
-
-    Numbers are seconds, milliseconds, microseconds or nanoseconds by their magnitude: seconds stay below 1e11
-    until the year 5138, and milliseconds are above it since March 1973.
-    """
-    if dtype == pl.Date or isinstance(dtype, pl.Datetime):
-        return value.dt.epoch("s")
-    if dtype == pl.String:
-        text = value.str.strip_chars()
-        # One pattern per spelling: with several the first that fits decides, whatever comes after it.
-        zoned = text.str.replace(r"(?i)z$", "+00:00")
-        times = [
-            zoned.str.to_datetime(pattern, strict=False, time_zone="UTC").dt.epoch("s")
-            for pattern in ("%Y-%m-%dT%H:%M:%S%.f%:z", "%Y-%m-%d %H:%M:%S%.f%:z")
-        ] + [
-            text.str.to_datetime(pattern, strict=False).dt.epoch("s")
-            for pattern in ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M")
-        ]
-        times.append(text.str.to_date("%Y-%m-%d", strict=False).dt.epoch("s"))
-        whole = text.cast(pl.Int64, strict=False)
-        return pl.coalesce(_scale_down(whole), _scale_down(_whole(text.cast(pl.Float64, strict=False))), *times)
-    return _scale_down(_whole(value) if dtype.is_float() else value.cast(pl.Int64, strict=False))
-
-
-def _whole(value: pl.Expr) -> pl.Expr:
-    return pl.when(value.is_finite()).then(value).cast(pl.Int64, strict=False)
-
-
-def _scale_down(value: pl.Expr) -> pl.Expr:
-    size = value.abs()
-    # floor_div keeps whole numbers exact; times before 1970 round towards the past, as seconds do.
-    scale = pl.when(size < 10**11).then(1).when(size < 10**14).then(10**3).when(size < 10**17).then(10**6)
-    return value // scale.otherwise(10**9).cast(pl.Int64)
-
-
-def _string(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    if isinstance(dtype, (pl.List, pl.Array)):
-        value = value.cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
-    text = value.cast(pl.String).str.strip_chars()
-    return pl.when(text != "").then(text)
-
-
-def _number(value: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    number = _string(value, dtype).cast(pl.Float64, strict=False) if dtype == pl.String else value.cast(pl.Float64)
-    return pl.when(number.is_finite()).then(number)
-
-
-def _value(field: Field, dtypes: pl.Schema, folder: Path) -> pl.Expr:
+def _value(field: Field, dtypes: pl.Schema, folder: Path, words: Sequence[str]) -> pl.Expr:
     column, dtype = pl.col(field.columns[0]), dtypes[field.columns[0]]
     if field.modality == "text":
-        return _string(column, dtype)
+        return values.decoded(values.text(column, dtype, words))
     if field.modality == "category":
-        return _categories(field, column, dtype)
+        return _categories(field, column, dtype, words)
     if field.modality == "number":
-        return _number(column, dtype)
+        return numbers.number(column, dtype, words, field.format)
     if field.modality == "time":
-        return unix_seconds(column, dtype)
+        return times.seconds(column, dtype, words, field.format)
     if field.modality == "image":
-        path = _string(column, dtype)
+        path = values.text(column, dtype, words)
         local = pl.concat_str(pl.lit(f"{folder.resolve()}/"), path)
         return pl.when(path.str.contains(URL) | path.str.starts_with("/")).then(path).otherwise(local)
     if field.modality == "vector":
-        return _vector(column, dtype)
-    latitude, longitude = (_number(pl.col(name), dtypes[name]) for name in field.columns)
+        return _vector(column, dtype, words)
+    latitude, longitude = (numbers.number(pl.col(name), dtypes[name], words) for name in field.columns)
     inside = (latitude.abs() <= 90) & (longitude.abs() <= 180)
     return pl.when(inside).then(pl.concat_list(latitude, longitude))
 
 
-def _categories(field: Field, column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+def _categories(field: Field, column: pl.Expr, dtype: pl.DataType, words: Sequence[str]) -> pl.Expr:
     if isinstance(dtype, (pl.List, pl.Array)):
-        values = column.cast(pl.List(pl.String))
+        split = column.cast(pl.List(pl.String))
     elif field.multi_valued:
-        values = column.cast(pl.String).str.split(field.separator)
+        # An entity's semicolon is no separator.
+        split = values.decoded(values.text(column, dtype, words)).str.split(field.separator)
     else:
-        values = pl.concat_list(column.cast(pl.String))
-    element = pl.element().str.strip_chars()
-    values = values.list.eval(element.filter(element != ""))
-    return pl.when(values.list.len() > 0).then(values)
+        split = pl.concat_list(values.text(column, dtype, words))
+    element = values.text(pl.element(), pl.String(), words)
+    split = split.list.eval(values.decoded(element.drop_nulls()))
+    return pl.when(split.list.len() > 0).then(split)
 
 
-def _vector(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+def _vector(column: pl.Expr, dtype: pl.DataType, words: Sequence[str]) -> pl.Expr:
     if not isinstance(dtype, (pl.List, pl.Array)):
-        column = column.cast(pl.String).str.strip_chars(" []()\t").str.replace_all(r"[,;\s]+", " ").str.split(" ")
-    values = column.cast(pl.List(pl.String)).list.eval(pl.element().cast(pl.Float32, strict=False))
-    finite = values.list.eval(pl.element().is_finite().fill_null(False)).list.all()
-    return pl.when((values.list.len() > 0) & finite).then(values)
+        column = values.text(column, dtype, words).str.strip_chars(" []()\t")
+        column = column.str.replace_all(r"[,;\s]+", " ").str.split(" ")
+    parts = column.cast(pl.List(pl.String)).list.eval(pl.element().cast(pl.Float32, strict=False))
+    finite = parts.list.eval(pl.element().is_finite().fill_null(False)).list.all()
+    return pl.when((parts.list.len() > 0) & finite).then(parts)
 
 
-def _there(field: Field, dtypes: pl.Schema) -> pl.Expr:
+def _there(field: Field, dtypes: pl.Schema, words: Sequence[str]) -> pl.Expr:
     """Whether the source has something for a field that ought to be a value."""
     if field.modality in ("text", "category", "image"):
         return pl.lit(False)
-    parts = []
-    for name in field.columns:
-        dtype, column = dtypes[name], pl.col(name)
-        if isinstance(dtype, (pl.List, pl.Array)):
-            parts.append(column.cast(pl.List(pl.String)).list.len() > 0)
-        else:
-            parts.append(_string(column, dtype).is_not_null() if dtype == pl.String else column.is_not_null())
-    return pl.any_horizontal(*(part.fill_null(False) for part in parts))
+    there = (values.there(pl.col(name), dtypes[name], words) for name in field.columns)
+    return pl.any_horizontal(*(part.fill_null(False) for part in there))

@@ -10,16 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import polars as pl
 import yaml
 
 from nqf import files
 from nqf.config import DataConfig
 from nqf.data import amazon, recbole, splits, synthetic, unirec
-from nqf.data.catalogue import BAD, Catalogue, canonical, check_item_ids, vector_lengths
+from nqf.data.catalogue import (
+    BAD,
+    Catalogue,
+    canonical,
+    check_item_ids,
+    missing_ids,
+    plain_ids,
+    resolve,
+    vector_lengths,
+)
 from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS, DataError
-from nqf.data.interactions import Interactions, from_frame, load_interactions
+from nqf.data.interactions import Interactions, load_interactions, read_interactions
 from nqf.data.readers import Columns, read_table
 from nqf.data.schema import Field, Schema, load_schema, schema_to_tree
 
@@ -143,25 +151,29 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
             "no field is left: all are marked after_the_fact or named by data.without; see data.use_after_the_fact"
         )
     title = tables.schema.title if tables.schema.title not in left_out else None
-    schema = Schema(fields=fields, title=title)
-    item_ids, item_report = _write_items(tables, schema, config, target, scratch)
-    interactions, event_report = _read_interactions(tables, item_ids, config)
+    schema = Schema(fields=fields, title=title, missing_words=config.missing_words)
+    item_ids, schema, item_report = _write_items(tables, schema, config, target, scratch)
+    interactions, event_report = read_interactions(
+        tables.interactions,
+        item_ids,
+        config,
+        where=str(tables.interactions_path),
+        items_where=str(tables.items_path),
+    )
     options = {"items": len(item_ids), "cold_share": config.cold_share, "refit": config.refit, "seed": config.seed}
     if config.split == "temporal":
         options |= {"valid_share": config.valid_share, "test_share": config.test_share}
         split = splits.temporal(interactions, **options)
     else:
         split = splits.leave_one_out(interactions, **options)
-    tied = interactions.tied_share
     warnings = [*item_report.pop("warnings"), *event_report.pop("warnings")]
-    if tied > 0.01:
-        warnings.append(f"{tied:.0%} of consecutive interactions share their time; those keep the order of the source")
     split = dataclasses.replace(split, warnings=(*warnings, *split.warnings))
     report = {
         "format": config.format,
         "items": item_report,
         "interactions": event_report,
-        "tied_share": tied,
+        "tied_share": interactions.tied_share,
+        "ties": "shuffled" if config.shuffle_ties else "as in the source",
         "fields_left_out": left_out,
         "training_interactions": int(split.train.sum()),
         "validation_cases": len(split.valid.users),
@@ -217,16 +229,21 @@ def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -
 
 def _write_items(
     tables: _Tables, schema: Schema, config: DataConfig, target: Path, scratch: Path
-) -> tuple[pl.Series, dict[str, Any]]:
+) -> tuple[pl.Series, Schema, dict[str, Any]]:
     path, draft = tables.items_path, scratch / "canonical-items.parquet"
+    words = () if config.missing_ids == "keep" else config.missing_words
     try:
-        canonical(tables.items, schema, tables.folder).sink_parquet(draft, row_group_size=_ROW_GROUP)
+        source, notes = plain_ids(tables.items, ("item_id",), words, str(path))
+        schema, more, found = resolve(source, schema, str(path))
+        canonical(source, schema, tables.folder).sink_parquet(draft, row_group_size=_ROW_GROUP)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: could not be read: {error}") from error
     table = pl.scan_parquet(draft)
     item_ids = table.select("item_id").collect()["item_id"]
     if not len(item_ids):
         raise DataError(f"{path}: there is no item in it")
+    dropped = missing_ids(item_ids, tables.items, "item_id", config, str(path))
+    table, item_ids = table.filter(pl.col("item_id").is_not_null()), item_ids.drop_nulls()
     check_item_ids(item_ids, str(path))
     for name, lengths in vector_lengths(table, schema).items():
         if len(lengths) > 1:
@@ -242,16 +259,18 @@ def _write_items(
     if bad and config.bad_values == "refuse":
         field = next(field for field in schema.fields if field.name in bad)
         raise DataError(_bad_item(tables, field, table, bad[field.name]))
-    warnings = [
+    warnings = [*notes, *more, *dropped]
+    warnings += [
         f"{path}: {count} values of '{name}' could not be read and count as missing" for name, count in bad.items()
     ]
     warnings += [
-        f"{path}: no item has a value of '{name}'; remove it from the schema or mend its column"
+        f"{path}: no item has a value of '{name}'; remove it from the schema or fix its column"
         for name in names
         if missing[name] == len(item_ids)
     ]
     table.drop(BAD + name for name in names).sink_parquet(target / "items.parquet", row_group_size=_ROW_GROUP)
-    return item_ids, {"count": len(item_ids), "missing": missing, "bad_values": bad, "warnings": warnings}
+    report = {"count": len(item_ids), "missing": missing, "missing_words": found, "bad_values": bad}
+    return item_ids, schema, report | {"warnings": warnings}
 
 
 def _bad_item(tables: _Tables, field: Field, table: pl.LazyFrame, count: int) -> str:
@@ -260,81 +279,5 @@ def _bad_item(tables: _Tables, field: Field, table: pl.LazyFrame, count: int) ->
     values = tables.items.select(field.columns).slice(row, 1).collect().row(0)
     return (
         f"{tables.items_path}: row {row + 1} (item_id '{item_id}'): {field.name} is not a {field.modality}: "
-        f"{', '.join(map(repr, values))}; there are {count} such rows; mend them or set data.bad_values: missing"
+        f"{', '.join(map(repr, values))}; there are {count} such rows; fix them or set data.bad_values: missing"
     )
-
-
-def _read_interactions(tables: _Tables, item_ids: pl.Series, config: DataConfig) -> tuple[Interactions, dict[str, Any]]:
-    path, table = tables.interactions_path, tables.interactions
-    # The events are the items of a small catalogue: the same reading of strings and numbers, the same marks.
-    schema = Schema(
-        fields=(
-            Field(name="user_id", modality="text", columns=("user_id",)),
-            Field(name="timestamp", modality="time", columns=("timestamp",)),
-            Field(name="rating", modality="number", columns=("rating",)),
-            Field(name="review", modality="text", columns=("review",)),
-        )
-    )
-    try:
-        frame = canonical(table, schema, tables.folder).collect(engine="streaming")
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: could not be read: {error}") from error
-    for name in ("user_id", "item_id"):
-        rows = frame[name].is_null().arg_true()
-        if len(rows):
-            raise DataError(f"{path}: row {rows[0] + 1} has no {name} ({len(rows)} such rows); remove them")
-    report: dict[str, Any] = {"read": len(frame), "warnings": []}
-    bad = {name: int(frame[BAD + name].sum()) for name in ("timestamp", "rating")}
-    report["bad_values"] = {name: count for name, count in bad.items() if count}
-    for name, count in report["bad_values"].items():
-        row = frame[BAD + name].arg_true()[0]
-        value = table.select(name).slice(row, 1).collect().item()
-        if config.bad_values == "refuse":
-            raise DataError(
-                f"{path}: row {row + 1} (user_id '{frame['user_id'][row]}'): {name} cannot be read: {value!r}; there "
-                f"are {count} such rows; mend them or set data.bad_values: missing"
-            )
-        report["warnings"].append(f"{path}: {count} values of '{name}' could not be read, such as {value!r}")
-    rows = pl.DataFrame({"item_id": item_ids, "item": pl.arange(len(item_ids), eager=True, dtype=pl.Int32)})
-    frame = frame.join(rows, on="item_id", how="left", maintain_order="left")
-    unknown = frame["item"].is_null()
-    report["unknown_items"] = int(unknown.sum())
-    if report["unknown_items"]:
-        first = frame["item_id"].filter(unknown)[0]
-        message = (
-            f"{path}: {report['unknown_items']} interactions are with items that {tables.items_path} lacks, such as "
-            f"'{first}'"
-        )
-        if config.unknown_items == "refuse":
-            raise DataError(f"{message}; add the items or set data.unknown_items: drop")
-        report["warnings"].append(f"{message}; they are left out")
-        frame = frame.filter(~unknown)
-    lengths = pl.len().over("user_id")
-    short = frame.filter(lengths < config.min_interactions)
-    report["short_users"] = short["user_id"].n_unique()
-    report["short_user_interactions"] = len(short)
-    if len(short):
-        report["warnings"].append(
-            f"{report['short_users']} users with fewer than {config.min_interactions} interactions are left out"
-        )
-        frame = frame.filter(lengths >= config.min_interactions)
-    if not len(frame):
-        raise DataError(
-            f"{path}: no interaction is left of {report['read']}: {report['unknown_items']} are with unknown items "
-            f"(not in {tables.items_path}), "
-            f"{report['short_user_interactions']} of users with fewer than data.min_interactions"
-        )
-    if config.shuffle_ties:
-        frame = _shuffle_ties(frame, config.seed)
-    interactions = from_frame(frame)
-    return interactions, report | {"count": len(frame), "users": len(interactions.user_ids)}
-
-
-def _shuffle_ties(frame: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """Rows of one user and time change places at random; those without a time keep theirs."""
-    draws = pl.Series(np.random.default_rng(seed).random(len(frame)))
-    frame = frame.with_row_index("place").with_columns(
-        draw=pl.when(pl.col("timestamp").is_null()).then(pl.col("place")).otherwise(draws)
-    )
-    places = frame.sort("user_id", "timestamp", "place")["place"]
-    return frame.sort("user_id", "timestamp", "draw").with_columns(place=places).sort("place").drop("place", "draw")

@@ -240,17 +240,18 @@ def _spooled_type(field: Field | None) -> pl.DataType:
 
 
 def _plain(value: Any, field: Field | None) -> str | list[str] | None:
-    if value is None:
+    # NaN, which JSON as Python writes it can hold, is not itself.
+    if value is None or value != value:
         return None
     if field is not None and field.modality in ("category", "vector"):
         if isinstance(value, list):
             # A hole in a vector must not make it shorter.
-            return [_scalar(element) if element is not None else "" for element in value]
+            return [_scalar(element) if element is not None and element == element else "" for element in value]
         if field.modality == "vector":
             return _scalar(value).strip(" []").replace(",", " ").split()
         return _scalar(value).split(field.separator) if field.multi_valued else [_scalar(value)]
     if isinstance(value, list):
-        return " ".join(_scalar(element) for element in value if element is not None)
+        return " ".join(_scalar(element) for element in value if element is not None and element == element)
     return _scalar(value)
 
 

@@ -17,8 +17,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nqf.config import ConfigError, Count, Weight, from_tree, read_yaml, section, shown, to_tree
+from nqf.config import MISSING_WORDS, ConfigError, Count, Weight, from_tree, read_yaml, section, shown, to_tree
 from nqf.data.errors import DataError
+from nqf.data.values import NUMBER_FORMATS, TIME_FORMATS, Format
 
 Modality = Literal["text", "category", "number", "time", "geo", "image", "vector"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
@@ -37,6 +38,7 @@ class Field:
       log: Whether a number is scaled by its logarithm; None decides by the values' skewness.
       multi_valued: Whether a string of a category field holds several values.
       separator: What stands between them.
+      format: How times and numbers are read (`nqf.data.values.Format`); empty decides from the whole column.
       after_the_fact: Known only after the interactions it would help to predict (a sales rank, an average rating
         of the day of the crawl); left out unless the configuration asks for it.
     """
@@ -49,6 +51,7 @@ class Field:
     log: bool | None = None
     multi_valued: bool = False
     separator: str = "|"
+    format: tuple[Format, ...] = ()
     after_the_fact: bool = False
 
 
@@ -59,10 +62,12 @@ class Schema:
     Attributes:
       fields: In the order of the file.
       title: Name of the text field that people recognize an item by; None if there is none.
+      missing_words: Texts that stand for a missing value, in every field.
     """
 
     fields: tuple[Field, ...]
     title: str | None = None
+    missing_words: tuple[str, ...] = MISSING_WORDS
 
 
 def load_schema(path: str | Path) -> Schema:
@@ -95,7 +100,7 @@ def schema_from_tree(tree: Any, *, where: str = "schema") -> Schema:
     if not isinstance(tree, dict) or not isinstance(tree.get("fields"), dict) or not tree["fields"]:
         raise DataError(f"{where}: expected a key 'fields' with field names and their modality")
     for key in tree:
-        if key not in ("title", "fields"):
+        if key not in ("title", "fields", "missing_words"):
             raise DataError(f"{where}: unknown key '{key}'{nearest(str(key), ('title', 'fields'))}")
     fields = tuple(_field(str(name), options, f"{where}: {name}") for name, options in tree["fields"].items())
     title = tree.get("title")
@@ -104,7 +109,10 @@ def schema_from_tree(tree: Any, *, where: str = "schema") -> Schema:
         raise DataError(f"{where}: title: {shown(title)} is not a text field{nearest(shown(title), texts)}")
     if title != "title" and any(field.name == "title" for field in fields):
         raise DataError(f"{where}: the field 'title' must be named by the key 'title', or be called something else")
-    return Schema(fields=fields, title=title)
+    words = tree.get("missing_words", MISSING_WORDS)
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+        raise DataError(f"{where}: missing_words: expected a list of texts, found {shown(words)}")
+    return Schema(fields=fields, title=title, missing_words=tuple(words))
 
 
 def schema_to_tree(schema: Schema) -> dict[str, Any]:
@@ -114,7 +122,8 @@ def schema_to_tree(schema: Schema) -> dict[str, Any]:
         plain = to_tree(Field(name=field.name, modality=field.modality, columns=field.columns))
         options = {key: value for key, value in to_tree(field).items() if value != plain[key]}
         fields[field.name] = {"modality": field.modality, "columns": list(field.columns), **options}
-    return {"title": schema.title, "fields": fields}
+    words = {} if schema.missing_words == MISSING_WORDS else {"missing_words": list(schema.missing_words)}
+    return {"title": schema.title, "fields": fields} | words
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -139,6 +148,8 @@ def _field(name: str, options: Any, where: str) -> Field:
     if "column" in options and "columns" in options:
         raise DataError(f"{where}: give either column or columns")
     column = options.pop("column", name)
+    if isinstance(options.get("format"), str):
+        options["format"] = [options["format"]]
     known = [field.name for field in dataclasses.fields(Field) if field.name != "name"] + ["column"]
     for key in options:
         if key not in known:
@@ -156,6 +167,10 @@ def _field(name: str, options: Any, where: str) -> Field:
         for key, modality in (("log", "number"), ("multi_valued", "category"), ("max_length", "text"))
         if options.get(key) and field.modality != modality
     ]
+    formats = {"time": TIME_FORMATS, "number": NUMBER_FORMATS}.get(field.modality, ())
+    for entry in field.format:
+        if entry not in formats:
+            wrong.append(f"format {entry} is none of a {field.modality} field{nearest(entry, formats)}")
     if not field.separator:
         wrong.append("separator must not be empty")
     if wrong:

@@ -23,6 +23,41 @@ class Cases:
     users: np.ndarray
     cuts: np.ndarray
 
+    def __getitem__(self, rows: np.ndarray | slice) -> Cases:
+        return Cases(users=self.users[rows], cuts=self.cuts[rows])
+
+
+def repeated(interactions: Interactions, cases: Cases) -> np.ndarray:
+    """bool [cases], whether the user of a case had its target before."""
+    # Sizes fit: int64 holds the square of every table that has a chance to be read.
+    keys = interactions.users.astype(np.int64) * (int(interactions.items.max(initial=0)) + 1) + interactions.items
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    return first[group[cases.cuts]] < cases.cuts
+
+
+def rankable(interactions: Interactions, cases: Cases, *, repeats: bool) -> np.ndarray:
+    """The cases that can be ranked, int64 [at most cases], ascending: all, or those whose target is new to the user.
+
+    Where the user's past is masked, a target out of it cannot be ranked: were it alone let in again, every scorer that
+    prefers the past would find it.
+
+    Raises:
+      DataError: There are cases, and none is left.
+    """
+    kept = np.arange(len(cases.users)) if repeats else np.flatnonzero(~repeated(interactions, cases))
+    if len(cases.users) and not len(kept):
+        raise DataError(
+            f"all {len(cases.users)} targets are items that their users had before; set evaluation.repeats: true where "
+            "people buy the same again, or data.duplicates: merge where the same event stands in the table twice"
+        )
+    return kept
+
+
+def pasts(interactions: Interactions, cases: Cases) -> list[np.ndarray]:
+    """Item rows before the target of every case, oldest first."""
+    starts = interactions.offsets[cases.users]
+    return [interactions.items[start:cut] for start, cut in zip(starts, cases.cuts, strict=True)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Split:

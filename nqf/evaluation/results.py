@@ -23,7 +23,7 @@ from rich.console import Console
 from nqf import files
 from nqf.config import EvaluationConfig
 from nqf.data.interactions import Interactions
-from nqf.data.splits import Cases, Split
+from nqf.data.splits import Cases, Split, pasts, rankable, repeated
 from nqf.evaluation.legacy import LEGACY_WARNING, legacy_ranks
 from nqf.evaluation.metrics import mean_intervals, per_user
 from nqf.evaluation.ranking import Scorer, dense_batches, rank_vectors, ranks_from_scores, top_k, top_k_from_scores
@@ -52,7 +52,9 @@ class Results:
     Attributes:
       split: `valid` or `test`.
       protocol: `full` or `legacy`.
-      mask_seen: Whether the users' past was kept out of the ranking.
+      repeats: Whether the users' past stayed in the ranking, and targets out of it counted.
+      repeated: Cases whose target the user had before; without `repeats` they are not among the evaluated ones. None
+        in results that were written before they were counted.
       users: Number of evaluated users.
       items: Size of the catalogue.
       segments: Segment name to its number of users.
@@ -65,7 +67,8 @@ class Results:
 
     split: str
     protocol: str
-    mask_seen: bool
+    repeats: bool
+    repeated: int | None
     users: int
     items: int
     segments: dict[str, int]
@@ -97,7 +100,7 @@ def evaluate(
       models: Model name to scorer.
       interactions: All interactions.
       split: What is training, and which items it never saw.
-      cases: The cases to rank, one per user.
+      cases: The cases to rank, one per user; without `evaluation.repeats`, those whose target is not new are left out.
       split_name: Which part of the split `cases` is.
       config: Cut-offs, masking, bootstrap and batch size.
       seed: Seed of the bootstrap and of the legacy protocol's negatives.
@@ -109,9 +112,12 @@ def evaluate(
     """
     if len(cases.users) == 0:
         raise ValueError(f"the {split_name} split is empty: no user has an item to predict; check the split's settings")
-    items = len(split.cold)
+    items, given = len(split.cold), len(cases.users)
+    known = int(repeated(interactions, cases).sum())
+    kept = rankable(interactions, cases, repeats=config.repeats)
+    cases = cases[kept]
     starts_N, targets_N = interactions.offsets[cases.users], interactions.items[cases.cuts]
-    past = [interactions.items[start:cut] for start, cut in zip(starts_N, cases.cuts, strict=True)]
+    past = pasts(interactions, cases)
     counts_I = np.bincount(interactions.items[split.train], minlength=items)
     columns: dict[str, Any] = {
         "user_id": [interactions.user_ids[user] for user in cases.users],
@@ -122,11 +128,12 @@ def evaluate(
     }
     recommended = {}
     for name, scorer in models.items():
-        _check_shape(name, scorer, len(targets_N), items)
+        _check_shape(name, scorer, given, items)
+        scorer = _of_cases(scorer, kept)
         if protocol == "legacy":
             ranks_N = legacy_ranks(scorer, targets_N, past, items=items, seed=seed)
         else:
-            ranks_N, rows_NxK = _rank(scorer, targets_N, past if config.mask_seen else None, items, config)
+            ranks_N, rows_NxK = _rank(scorer, targets_N, None if config.repeats else past, items, config)
             recommended[name] = describe_recommended(rows_NxK, counts_I)
         columns[_RANK + name] = ranks_N
     inside = segment_users(lengths_N=columns["history"], targets_N=targets_N, cold_I=split.cold, counts_I=counts_I)
@@ -144,7 +151,8 @@ def evaluate(
     return Results(
         split=split_name,
         protocol=protocol,
-        mask_seen=config.mask_seen,
+        repeats=config.repeats,
+        repeated=known,
         users=len(targets_N),
         items=items,
         segments={segment: int(inside_N.sum()) for segment, inside_N in inside.items()},
@@ -177,6 +185,8 @@ def read_results(folder: Path, into: str = "eval") -> Results:
     if not (target / "results.json").is_file():
         raise FileNotFoundError(f"{target / 'results.json'} does not exist; run python -m nqf.evaluate {folder} first")
     tree = json.loads((target / "results.json").read_text(encoding="utf-8"))
+    if "mask_seen" in tree:
+        tree |= {"repeats": not tree.pop("mask_seen"), "repeated": None}
     return Results(frame=pl.read_parquet(target / "per_user.parquet"), **tree)
 
 
@@ -189,8 +199,7 @@ def print_results(results: Results, console: Console, *, k: int | None = None) -
       k: Cut-off; default 10, or the largest evaluated one where 10 is not among them.
     """
     k = cut_off(results, k)
-    masked = "seen items masked" if results.mask_seen else "seen items kept"
-    title = f"{results.split}: {results.users:,} users, {results.items:,} items, {masked}"
+    title = f"{results.split}: {results.users:,} users, {results.items:,} items, {_repeats(results)}"
     if results.protocol == "legacy":
         console.print(f"[yellow]{LEGACY_WARNING}[/yellow]", highlight=False)
         title = f"{results.split}: {results.users:,} users, 1 target and 99 random items each (legacy protocol)"
@@ -212,16 +221,22 @@ def markdown_table(results: Results, *, k: int | None = None) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     made = results.provenance
-    masked = "masked" if results.mask_seen else "kept"
     lines += [
         "",
         f"{results.split} split, {results.users:,} users, {results.items:,} items, protocol {results.protocol}, "
-        f"seen items {masked}; 95 % bootstrap intervals over users in brackets. "
+        f"{_repeats(results)}; 95 % bootstrap intervals over users in brackets. "
         f"`{made['command']}`, seed {made['seed']}, {made['machine']}, {made['date']}, "
         + ", ".join(f"{name} {version}" for name, version in made["versions"].items())
         + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _repeats(results: Results) -> str:
+    if results.repeats:
+        return f"seen items kept, {results.repeated:,} targets among them" if results.repeated else "seen items kept"
+    left_out = f", {results.repeated:,} cases with a seen target left out" if results.repeated else ""
+    return f"seen items masked{left_out}"
 
 
 def cut_off(results: Results, k: int | None) -> int:
@@ -295,6 +310,14 @@ def _rank(
         ranks.append(ranks_from_scores(scores_BxI, targets_N[span], masked))
         rows.append(top_k_from_scores(scores_BxI, _RECOMMENDED, masked)[1])
     return np.concatenate(ranks), np.concatenate(rows)
+
+
+def _of_cases(scorer: Scorer, rows: np.ndarray) -> Scorer:
+    """A scorer of all cases as one of some."""
+    if callable(scorer):
+        return lambda chosen: scorer(rows[chosen])
+    users, items = scorer
+    return (users, items) if len(rows) == len(users) else (users[rows], items)
 
 
 def _check_shape(name: str, scorer: Scorer, users: int, items: int) -> None:

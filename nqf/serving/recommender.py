@@ -83,11 +83,17 @@ class Recommender:
         return recommender
 
     def recommend(
-        self, *, history: Sequence[str] | None = None, user: str | None = None, k: int = 10, mask_seen: bool = True
+        self, *, history: Sequence[str] | None = None, user: str | None = None, k: int = 10, repeats: bool | None = None
     ) -> pl.DataFrame:
         """The best `k` items for a history of item ids, oldest first, or for a known user.
 
         A known user's times, ratings and reviews are read too; a bare history has none.
+
+        Args:
+          history: Item ids.
+          user: User id, in place of a history.
+          k: Number of items.
+          repeats: Whether items of the history may be recommended; by default what `evaluation.repeats` says.
 
         Returns:
           Frame with rank (1-based), item_id, title and score (inner product with the user vector of length one, and
@@ -102,16 +108,16 @@ class Recommender:
             vectors, seen = self._encode_known([self._user_row(user)])
         else:
             vectors, seen = self._encode_histories([history]), [self._rows(history)]
-        scores, rows = self._best(vectors, seen, k, mask_seen)
+        scores, rows = self._best(vectors, seen, k, repeats)
         return self._frame(rows[0], scores[0])
 
-    def recommend_all(self, *, k: int = 10, mask_seen: bool = True) -> Iterable[pl.DataFrame]:
+    def recommend_all(self, *, k: int = 10, repeats: bool | None = None) -> Iterable[pl.DataFrame]:
         """Recommendations for every user of the run, in frames of many users with a user_id column."""
         interactions, size = self._run.dataset.interactions, self._ranker.batch_size
         for start in range(0, len(interactions.user_ids), size):
             users = list(range(start, min(start + size, len(interactions.user_ids))))
             vectors, seen = self._encode_known(users)
-            scores, rows = self._best(vectors, seen, k, mask_seen)
+            scores, rows = self._best(vectors, seen, k, repeats)
             yield pl.concat(
                 self._frame(rows[index], scores[index]).select(
                     pl.lit(interactions.user_ids[user]).alias("user_id"), pl.all()
@@ -132,7 +138,7 @@ class Recommender:
         Raises:
           ValueError: An empty history or an unknown item id.
         """
-        rows = self._left_out([np.unique(self._rows(ids)) for ids in left_out], True)
+        rows = self._left_out([np.unique(self._rows(ids)) for ids in left_out], False)
         vectors, targets = self._encode_histories(histories), self._rows(item_ids)
         if self._cooccurrence is None:
             return rank_vectors(_unit(vectors), self.item_vectors, targets, rows)
@@ -164,7 +170,7 @@ class Recommender:
             item_vectors=self.item_vectors,
             pairs=self._pairs,
             older=seen[: -self._ranker.max_history],
-            left_out=self._left_out([seen], True)[0],
+            left_out=self._left_out([seen], None)[0],
             review_width=0 if reviews is None else reviews.values.shape[1],
         )
         positions = np.arange(len(seen) - len(rows) + 2, len(seen) + 1)
@@ -276,10 +282,11 @@ class Recommender:
             titles=title_tokens(titles, old.titles.shape[1], self._tokenizer),
         )
 
-    def _left_out(self, seen: Sequence[np.ndarray], mask_seen: bool) -> list[np.ndarray]:
-        """Rows that are not recommended to each user: what was removed and, if asked for, what the user has seen."""
+    def _left_out(self, seen: Sequence[np.ndarray], repeats: bool | None) -> list[np.ndarray]:
+        """Rows that are not recommended to each user: what was removed and, without `repeats`, what is seen."""
+        repeats = self._run.config.evaluation.repeats if repeats is None else repeats
         removed = np.flatnonzero(~self.available)
-        return [np.concatenate([rows, removed]) if mask_seen else removed for rows in seen]
+        return [removed if repeats else np.concatenate([rows, removed]) for rows in seen]
 
     def _encode_known(self, users: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         interactions, slots = self._run.dataset.interactions, self._ranker.max_history
@@ -300,10 +307,10 @@ class Recommender:
         return np.concatenate(parts)
 
     def _best(
-        self, vectors: np.ndarray, seen: Sequence[np.ndarray], k: int, mask_seen: bool
+        self, vectors: np.ndarray, seen: Sequence[np.ndarray], k: int, repeats: bool | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the best items, given user vectors as encoded and the users' whole histories."""
-        left_out, unit = self._left_out(seen, mask_seen), _unit(vectors)
+        left_out, unit = self._left_out(seen, repeats), _unit(vectors)
         best = top_k(unit, self.item_vectors, k, left_out)
         if self._cooccurrence is None:
             return best

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from nqf.config import load_config
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
 from nqf.evaluation.cooccurrence import add_cooccurrence
@@ -79,16 +80,17 @@ def assess(
         protocol=protocol,
         command=command_line(),
     )
-    into = into or results_folder(results)
+    into = into or results_folder(run, results)
     claim(run.folder, Path(into).parts[0])
     write_results(results, run.folder, into)
     return results
 
 
-def results_folder(results: Results) -> str:
+def results_folder(run: Run, results: Results) -> str:
     """Where results belong by split, protocol and mask, so that none overwrites those of another kind."""
+    usual = load_config(run.folder / "config.yaml").evaluation.repeats
     kind = [results.split, *([results.protocol] if results.protocol != "full" else [])]
-    kind += [] if results.mask_seen else ["keep-seen"]
+    kind += ["keep-seen"] if results.repeats and not usual else []
     return "eval" if kind == ["test"] else f"eval/{'-'.join(kind)}"
 
 

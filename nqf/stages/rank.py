@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqf.config import Config, LossConfig, OptimConfig
-from nqf.data.splits import Cases
+from nqf.data.splits import Cases, pasts, rankable
 from nqf.evaluation.metrics import summarize
 from nqf.evaluation.ranking import rank_vectors
 from nqf.interop.tokenizer import Tokenizer
@@ -204,14 +204,11 @@ def make_validation(run: Run, ranker: Ranker) -> Callable[[Any], Metrics] | None
     if run.config.data.refit:
         return None
     dataset, evaluation = run.dataset, run.config.evaluation
-    cases = dataset.split.valid
-    which = np.sort(np.random.default_rng(0).permutation(len(cases.users))[:VALIDATION_CASES])
-    interactions = dataset.interactions
+    cases, interactions = dataset.split.valid, dataset.interactions
+    kept = rankable(interactions, cases, repeats=evaluation.repeats)
+    which = kept[np.sort(np.random.default_rng(0).permutation(len(kept))[:VALIDATION_CASES])]
     targets = interactions.items[cases.cuts[which]]
-    seen = [
-        interactions.items[interactions.offsets[cases.users[case]] : cases.cuts[case]] if evaluation.mask_seen else []
-        for case in which
-    ]
+    seen = None if evaluation.repeats else pasts(interactions, cases[which])
 
     def validate(variables: Any) -> Metrics:
         users = ranker.encode_cases(variables, interactions, run.features, cases, which)

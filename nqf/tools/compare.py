@@ -66,7 +66,7 @@ def compare(options: CompareArguments) -> tuple[list[str], list[list[str]]]:
     users = first.frame.select(identity).sort("user_id")
     values = {}
     for name, result in results.items():
-        for key in ("split", "protocol", "mask_seen"):
+        for key in ("split", "protocol", "repeats"):
             if getattr(result, key) != getattr(first, key):
                 raise ValueError(
                     f"{name} was evaluated with {key} = {getattr(result, key)}, {names[0]} with {getattr(first, key)}; "

@@ -13,10 +13,10 @@ import polars as pl
 import yaml
 
 from nqf.data import amazon, recbole, unirec
-from nqf.data.catalogue import unix_seconds
 from nqf.data.errors import DataError
 from nqf.data.readers import read_header, read_json_lines, read_table, unzipped
 from nqf.data.schema import Field
+from nqf.data.times import guessed
 
 SAMPLE = 10_000
 """Rows that a modality is guessed from; counts are over all rows."""
@@ -213,8 +213,7 @@ def _suggest_string(name: str, values: pl.Series, variety: float) -> tuple[dict[
         if share(values.str.contains(r"^0\d")) > 0.01:
             return {"modality": "category"}, "numbers with leading zeros are taken for codes"
         return _suggest_number(name, numbers.drop_nulls(), variety)
-    frame = values.to_frame("value")
-    times = frame.select(unix_seconds(pl.col("value"), pl.String()))["value"]
+    times, _ = guessed(values)
     if share(times.is_not_null()) >= 0.99:
         return {"modality": "time"}, ""
     if share(values.str.contains(_NUMBERS)) >= 0.99:
@@ -342,7 +341,7 @@ def inspect_interactions(path: Path, scratch: Path, items: pl.Series | None = No
 
 
 def _times(frame: pl.DataFrame) -> list[tuple[str, str]]:
-    timed = frame.select("user_id", time=unix_seconds(pl.col("timestamp"), frame["timestamp"].dtype))
+    timed = frame.select("user_id", guessed(frame["timestamp"])[0].alias("time"))
     known = timed.drop_nulls()
     if not len(known):
         return [("timestamps", "none; the order of the rows counts")]

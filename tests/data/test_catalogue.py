@@ -39,12 +39,12 @@ def test_categories() -> None:
 
 
 def test_numbers() -> None:
-    values, bad = read(["1.5", " 2 ", "", None, "$3", "nan", "inf", "0"], "number")
+    values, bad = read(["1.5", " 2 ", "", None, "three", "nan", "inf", "0"], "number")
     assert values == [1.5, 2.0, None, None, None, None, None, 0.0]
-    assert bad == [False, False, False, False, True, True, True, False]
+    assert bad == [False, False, False, False, True, False, True, False]
     values, bad = read([1.0, float("nan"), float("inf"), None], "number")
     assert values == [1.0, None, None, None]
-    assert bad == [False, True, True, False]
+    assert bad == [False, False, True, False]
     assert read(pl.Series([1, None]), "number")[0] == [1.0, None]
 
 
@@ -74,8 +74,8 @@ def test_every_spelling_of_a_time_is_the_same_second(moment: datetime.datetime) 
 def test_times_that_are_none() -> None:
     values, bad = read(["yesterday", "", None, "2020-13-01", "nan", "-5", "2020-01-01T10:30"], "time")
     assert values == [None, None, None, None, None, -5, 1577874600]
-    assert bad == [True, False, False, True, True, False, False]
-    assert read([float("nan"), 1e300], "time") == ([None, None], [True, True])
+    assert bad == [True, False, False, True, False, False, False]
+    assert read([float("nan"), 1e300], "time") == ([None, None], [False, True])
 
 
 def test_places() -> None:

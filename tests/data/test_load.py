@@ -65,10 +65,19 @@ def test_tables_are_read_checked_and_split(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset.interactions.ratings, [5, 4, np.nan, 3, 2, 2, 2])
     assert dataset.split.test.cuts.tolist() == [3, 6]
     report = dataset.report
-    assert report["items"] == {"count": 4, "missing": {"name": 1, "price": 2, "image": 2}, "bad_values": {"price": 1}}
+    assert report["items"] == {
+        "count": 4,
+        "missing": {"name": 1, "price": 2, "image": 2},
+        "missing_words": {},
+        "bad_values": {"price": 1},
+    }
     assert report["interactions"] == {
         "read": 9,
+        "formats": {"timestamp": ["seconds", "month-first"], "rating": ["decimal-point"]},
+        "missing_words": {},
         "bad_values": {"timestamp": 1},
+        "missing_ids": 0,
+        "duplicates": 0,
         "unknown_items": 1,
         "short_users": 1,
         "short_user_interactions": 1,

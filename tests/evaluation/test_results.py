@@ -68,7 +68,7 @@ def test_vectors_and_function_of_the_same_model_agree() -> None:
 
 
 def test_segments_add_up_and_masking_matters() -> None:
-    masked, kept = run(), run(mask_seen=False)
+    masked, kept = run(), run(repeats=True)
     assert 0 < masked.segments["cold"] < 60 and masked.segments["all"] == 60
     for model in ("cooccurrence", "popular"):
         parts = masked.models[model]
@@ -176,9 +176,9 @@ def test_compare_pairs_users_across_runs(tmp_path: Path) -> None:
 
 def test_compare_refuses_what_cannot_be_paired(tmp_path: Path) -> None:
     write_results(run(), tmp_path / "a")
-    write_results(run(mask_seen=False), tmp_path / "b")
+    write_results(run(repeats=True), tmp_path / "b")
     options = CompareArguments(runs=(tmp_path / "a", tmp_path / "b"))
-    with pytest.raises(ValueError, match="mask_seen"):
+    with pytest.raises(ValueError, match="repeats"):
         compare(options)
     for wrong, message in (({"metric": "auc"}, "metric"), ({"against": "sasrec"}, "model"), ({"segment": "x"}, "seg")):
         with pytest.raises(ValueError, match=message):

@@ -18,7 +18,7 @@ from nqf.stages.run import Run, open_run
 HOW = ("training", "evaluation.batch_size")
 # Keys that rule which of a stage's checkpoints is the best one, and none of them: they may be chosen on validation
 # after training, which would be stale at every trial if they counted.
-SELECTS = ("evaluation.mask_seen", "evaluation.repeats", "evaluation.new_item_weight")
+SELECTS = ("evaluation.repeats", "evaluation.new_item_weight")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from nqf.audit import LEAK, main
 from nqf.config import DataConfig
 from nqf.data.load import Dataset, prepare
 from nqf.data.unirec import read_samples
-from nqf.tools.audit import Audit, audit
+from nqf.tools.audit import Audit, _association, audit
 
 USERS, ITEMS, DAYS = 300, 150, 100
 DAY = 86_400
@@ -87,7 +87,8 @@ def test_clean_data_are_clean(clean: Tables, tmp_path: Path) -> None:
     # The user who tries everything in the first second would be a note on ties.
     clean.events = clean.events.filter(pl.col("user_id") != "everybody")
     found = verdicts(audit(clean.prepare(tmp_path)))
-    assert found == dict.fromkeys(("split", "new items", "ties", "duplicates", "future fields"), "clean")
+    checks = ("split", "new items", "ties", "repeats", "duplicates", "future fields")
+    assert found == dict.fromkeys(checks, "clean")
 
 
 def test_targets_before_the_cut(clean: Tables, tmp_path: Path) -> None:
@@ -118,7 +119,10 @@ def test_ties(clean: Tables, tmp_path: Path, ordered: bool, verdict: str) -> Non
     assert verdicts(result)["ties"] == verdict
     assert f"{dataset.interactions.tied_share:.1%} of the pairs" in text_of(result, "ties")
     assert ("100% of the item ids ascend" in text_of(result, "ties")) == ordered
-    assert verdicts(audit(clean.prepare(tmp_path, shuffle_ties=True)))["ties"] == "note"
+    shuffled = audit(clean.prepare(tmp_path, shuffle_ties=True))
+    assert verdicts(shuffled)["ties"] == "note"
+    assert "their order is random" in text_of(shuffled, "ties")
+    assert any("those stand in random order (data.shuffle_ties)" in fact for fact in shuffled.facts)
 
 
 @pytest.mark.parametrize(("copied", "verdict"), [(0, "leak"), (ITEMS - 1, "note")])
@@ -134,6 +138,54 @@ def test_one_item_under_two_ids(clean: Tables, tmp_path: Path, copied: int, verd
     # Another price is another item.
     clean.items = clean.items.with_columns(price=pl.when(pl.col("item_id") == "twin").then(99).otherwise("price"))
     assert verdicts(audit(clean.prepare(tmp_path)))["duplicates"] == "clean"
+
+
+@pytest.mark.parametrize(("merge", "verdict"), [(False, "leak"), (True, "clean")])
+def test_events_that_are_in_the_table_twice(clean: Tables, tmp_path: Path, merge: bool, verdict: str) -> None:
+    clean.events = pl.concat([clean.events, clean.events.filter(pl.col("timestamp") > 0.8 * DAYS * DAY)])
+    result = audit(clean.prepare(tmp_path, duplicates="merge" if merge else "keep"))
+    assert verdicts(result)["repeats"] == verdict
+    copies = 0 if merge else int((clean.events["timestamp"] > 0.8 * DAYS * DAY).sum() / 2)
+    assert f"{copies:,} interactions have user, item and time of another one" in text_of(result, "repeats")
+    assert ("data.duplicates: merge" in text_of(result, "repeats")) != merge
+
+
+def drawn(rng: np.random.Generator, items: int = 1_500, events: int = 60_000) -> tuple[dict[str, np.ndarray], tuple]:
+    """Fields of made-up items, and the past and future of a taste that moves to newer items as they come."""
+    year = rng.integers(1930, 2000, items) + rng.random(items)
+    price, quality = rng.lognormal(3, 1, items), rng.normal(0, 1.2, items)
+    times = np.sort(rng.random(events))
+    liked = quality + 0.1 * np.log(price)
+    weights = np.exp(liked[:, None] - np.abs(year[:, None] / 70 - 27.9 - np.arange(10) / 15))
+    weights /= weights.sum(axis=0)
+    chosen = np.concatenate([
+        rng.choice(items, events // 10, p=weights[:, part]) for part in range(10)
+    ])  # fmt: skip
+    before = times < 0.8
+    first = np.full(items, 0.8)
+    np.minimum.at(first, chosen[before], times[before])
+    past, recent, future = (
+        np.bincount(chosen[which], minlength=items) for which in (before, before & (times >= 0.7), ~before)
+    )
+    total = np.bincount(chosen, minlength=items) * rng.uniform(0.8, 1.25, items)
+    fields = {"year": year, "price": price, "pages": rng.integers(50, 900, items).astype(float), "total": total}
+    return fields, ([past, recent, first], future)
+
+
+def test_rate_of_false_alarms() -> None:
+    alarms = dict.fromkeys(("year", "price", "pages", "total"), 0)
+    strong = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        fields, (past, future) = drawn(rng)
+        for name, values in fields.items():
+            found = _association(values, past, future, rng)
+            alarms[name] += found.alarming
+            strong += name == "year" and found.future > max(0.1, found.chance)
+    # What goes with the future, and could be known before, is there; it raises no alarm.
+    assert strong >= 6
+    assert alarms["total"] == 12
+    assert alarms["year"] + alarms["price"] + alarms["pages"] <= 1
 
 
 def totals(clean: Tables, until: float) -> pl.Series:

@@ -147,7 +147,7 @@ def _policy(script: str) -> str:
 def _against(results: Results) -> str:
     if results.protocol == "legacy":
         return "99 random items (the reference's protocol, which flatters every model)"
-    masked = "left out" if results.mask_seen else "kept in"
+    masked = "kept in" if results.repeats else "left out"
     return f"the whole catalogue of {results.items:,} items, the user's past {masked}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nqf.data.splits import Cases
+from nqf.data.splits import Cases, pasts, rankable
 from nqf.evaluation.cooccurrence import newest_of_cases
 from nqf.evaluation.ranking import raise_some, top_k
 from nqf.evaluation.results import Results, model_ranks
@@ -43,9 +43,11 @@ def sample_users(run: Run, results: Results, count: int) -> tuple[list[User], di
     which = _draw(ranks[model], results.frame["cold"].to_numpy(), count)
     interactions = run.dataset.interactions
     cases = run.dataset.split.test if results.split == "test" else run.dataset.split.valid
+    # The rows of the results are those of the cases that were ranked.
+    cases = cases[rankable(interactions, cases, repeats=results.repeats or results.repeated is None)]
     vectors = ranker.encode_cases(variables, interactions, run.features, cases, which)
-    pasts = [interactions.items[interactions.offsets[cases.users[case]] : cases.cuts[case]] for case in which]
-    left_out = pasts if results.mask_seen else [[]] * len(pasts)
+    before = pasts(interactions, cases[which])
+    left_out = [[]] * len(before) if results.repeats else before
     best = top_k(vectors, item_vectors, _SHOWN, left_out)
     weight = run.config.evaluation.cooccurrence_weight
     if model == "joint" and weight:
@@ -53,7 +55,7 @@ def sample_users(run: Run, results: Results, count: int) -> tuple[list[User], di
         best = raise_some(best, vectors, item_vectors, pairs, left_out)
     users = [
         _user(run, results, model, cases, case, past, recommended)
-        for case, past, recommended in zip(which.tolist(), pasts, best[1], strict=True)
+        for case, past, recommended in zip(which.tolist(), before, best[1], strict=True)
     ]
     return users, {f"{model}, item side of the score": item_vectors}
 
