@@ -62,13 +62,14 @@ class ExportArguments:
       format: `peft`: the adapter of a pretrained backbone. `huggingface`: the whole backbone, adapters merged in
         float32, for transformers and sentence-transformers. `index`: item vectors and ids, for a nearest-neighbor
         index by inner product, without what co-occurrence adds to the score. `parquet`: item vectors and the users'
-        vectors as tables.
+        vectors as tables. `vllm`: all that recommends without nqf: the adapter or the backbone, item tables, Q-Formers,
+        projections and head, a builder of prompts in numpy, and golden files.
       output: Folder to make.
       debug: Show the traceback of an error.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    format: Literal["peft", "huggingface", "index", "parquet"]
+    format: Literal["peft", "huggingface", "index", "parquet", "vllm"]
     output: Path
     debug: bool = False
 
@@ -90,6 +91,8 @@ def main(arguments: list[str]) -> None:
     try:
         if options.format in ("peft", "huggingface"):
             export_backbone(options.run, options.format, unfinished)
+        elif options.format == "vllm":
+            export_vllm(options.run, unfinished)
         else:
             export_vectors(options.run, options.format, unfinished)
         unfinished.replace(output)
@@ -140,6 +143,24 @@ def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], fo
         about, load = "Qwen3 trained to rank, for transformers and sentence-transformers.", _MERGED
     readme = _README.format(about=about, load=load, pool=_POOL[pooling])
     (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def export_vllm(run_folder: Path, folder: Path) -> None:
+    """Writes the backbone, or its adapter, and all that recommends beside it, into an existing folder.
+
+    See `nqf.tools.prompt_builder`, which is put there as `prompts.py`.
+    """
+    from nqf.serving.recommender import Recommender
+    from nqf.stages.run import open_run
+    from nqf.tools.vllm import write_recommender
+
+    run, recommender = open_run(run_folder), Recommender.load(run_folder)
+    base = run.config.joint.backbone.path
+    language = "adapter" if base else "model"
+    (folder / language).mkdir()
+    export_backbone(run_folder, "peft" if base else "huggingface", folder / language)
+    base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
+    write_recommender(run, recommender, folder, language=language, base=base)
 
 
 def injected_prompts(run: Run, joint: RankParts, variables: Any) -> dict[str, np.ndarray]:

@@ -225,9 +225,9 @@ def save_qwen3(
             shard[key] = np.ascontiguousarray((array.T if path[-1] == "kernel" else array).astype(dtype))
             files[key] = name
         save_file(shard, folder / name, metadata={"format": "pt"})
-    if len(plan) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        _write_json(folder / "model.safetensors.index.json", index)
+    # Beside a single file too: without it, vLLM takes every .safetensors file of a folder for weights.
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    _write_json(folder / "model.safetensors.index.json", index)
     tree = hf_config(config, architecture="Qwen3ForCausalLM" if with_head else "Qwen3Model", dtype=dtype)
     _write_json(folder / "config.json", tree | dict(extra_config or {}))
 

@@ -40,6 +40,7 @@ class Recommender:
     """
 
     def __init__(self, run: Run, trained: Trained, cooccurrence_weight: float) -> None:
+        self._trained = trained
         self._run, self._ranker, self._variables = run, trained.ranker, trained.variables
         self._tokenizer, self._cooccurrence_weight = trained.parts.tokenizer, cooccurrence_weight
         self._items = trained.load_item_qformer()
@@ -81,6 +82,11 @@ class Recommender:
         recommender._put(overlay.frame, overlay.encoded)
         recommender.available = np.array([item_id not in overlay.removed for item_id in recommender.item_ids])
         return recommender
+
+    @property
+    def trained(self) -> Trained:
+        """The restored stage, with the item tables as they are now."""
+        return dataclasses.replace(self._trained, ranker=self._ranker)
 
     def recommend(
         self, *, history: Sequence[str] | None = None, user: str | None = None, k: int = 10, repeats: bool | None = None

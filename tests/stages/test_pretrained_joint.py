@@ -19,6 +19,7 @@ peft = pytest.importorskip("peft")
 
 import transformers  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
+from test_export_vllm import IN_VLLM, check, serve  # noqa: E402
 
 from nqf import export, train  # noqa: E402
 from nqf.interop.huggingface import golden_difference, load_qwen3  # noqa: E402
@@ -55,7 +56,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        # Not narrower than vLLM's kernels.
+        head_dim=32,
         tie_word_embeddings=True,
     )
     model = transformers.Qwen3Model(config)
@@ -201,6 +203,18 @@ def test_exports_read_back(adapter: Path, trained: tuple[Path, dict, str], base:
         with torch.no_grad():
             hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
         assert (torch.nn.functional.normalize(hidden, dim=0) - vector).abs().max() < 1e-4
+
+
+def test_vllm_folder_recommends_without_nqf(trained: tuple[Path, dict, str], base: Path, tmp_path: Path) -> None:
+    folder = exported(trained[0], "vllm", tmp_path / "vllm")
+    check(trained[0], folder, str(base))
+    # peft and vLLM read the same adapter.
+    assert (folder / "adapter" / "adapter_config.json").is_file() and not (folder / "model").exists()
+
+
+@IN_VLLM
+def test_adapter_in_vllm(trained: tuple[Path, dict, str], tmp_path: Path) -> None:
+    serve(exported(trained[0], "vllm", tmp_path / "vllm"))
 
 
 def test_item_qformer_learns_on_beside_a_pretrained_backbone(base: Path, tiny_run: Path, tmp_path: Path) -> None:
