@@ -197,7 +197,10 @@ def injected_prompts(run: Run, joint: RankParts, variables: Any) -> dict[str, np
             return call(*args, **kwargs)
 
         with nn.intercept_methods(keep_inputs):
-            joint.module.apply(variables, batch.tables, batch.rows, batch.history, joint.prompt, positions=2)
+            # The users alone: a Qwen3 that reads items, too, would be called for them as well.
+            learned = joint.module.apply(variables, batch.tables, batch.rows, method="learned")
+            of_users = (batch.tables, learned, batch.history, joint.prompt)
+            joint.module.apply(variables, *of_users, positions=2, method="users")
         # What the end token of the newest branch, which stands last, reads is the whole prompt of inference.
         embeds = inputs["inputs_embeds"]
         if "instruction" in inputs:
