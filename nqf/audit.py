@@ -95,11 +95,12 @@ def _print(result: Audit, accept: tuple[str, ...], console: Console) -> list[str
         if verdict == "leak" and finding.check not in leaks:
             leaks.append(finding.check)
         # Not markup: the text holds ids and names of the data.
-        grid.add_row(Text(verdict, _COLORS[verdict]), finding.check, finding.text)
+        said = console.render_str(finding.text, markup=False, emoji=False, highlight=False)
+        grid.add_row(Text(verdict, _COLORS[verdict]), finding.check, said)
         if not console.is_terminal:
             console.print(f"{verdict}  {finding.check}: {finding.text}", markup=False, emoji=False)
     if console.is_terminal:
-        console.print(grid, markup=False, emoji=False)
+        console.print(grid)
     return leaks
 
 

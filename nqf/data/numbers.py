@@ -139,32 +139,43 @@ def _amounts(series: pl.Series, words: Sequence[str]) -> pl.Series:
       (lower) amount; `kind`, which of `_NUMBERS` they are, null for none; `sign`, what stands for the currency, in
       lowercase; `lower`, whether it is the lower end of a range.
     """
-    cell = series.to_frame("cell").select(cell=text(pl.col("cell"), pl.String(), words))
-    frame = cell.with_columns(spelled=pl.col("cell").str.to_lowercase().str.replace_all(BLANKS, " "))
-    frame = frame.with_columns(one=pl.col("spelled").str.replace(_FROM, ""))
-    ends = frame["one"].str.extract_groups(_RANGE).struct
+    frame = series.to_frame("shown").select(shown=text(pl.col("shown"), pl.String(), words)).with_row_index("row")
+    # Most are numbers as they stand; the patterns are for the others.
+    plain = pl.col("shown").str.contains(rf"^[+-]?{_NUMBERS['plain'][1:]}")
+    easy = frame.filter(plain).select("row", digits="shown", kind=pl.lit("plain"))
+    parts = pl.concat([easy, _taken_apart(frame.filter(~plain))], how="diagonal")
+    return (
+        frame.with_columns(plain=pl.col("shown").cast(pl.Float64, strict=False))
+        .join(parts, on="row", how="left", maintain_order="left")
+        .select("shown", "plain", "digits", "kind", "sign", pl.col("lower").fill_null(False))
+        .to_struct(series.name)
+    )
+
+
+def _taken_apart(frame: pl.DataFrame) -> pl.DataFrame:
+    """What `_amounts` returns but for `plain`, with the column `row`."""
+    spelled = pl.col("shown").str.to_lowercase().str.replace_all(BLANKS, " ")
+    frame = frame.with_columns(spelled=spelled, one=spelled.str.replace(_FROM, ""))
+    ends = pl.col("one").str.extract_groups(_RANGE).struct
     frame = frame.with_columns(low=ends.field("low").str.strip_chars(), high=ends.field("high").str.strip_chars())
     # Dates and telephone numbers have dashes, too: both ends have to be amounts, and something has to say so.
     said = pl.col("one").str.contains(rf"{_CURRENCY}|[.,]\d|\d (?:-|–|—|to|bis) ")
     ranged = (pl.col("low").str.contains(_PRICE) & pl.col("high").str.contains(_PRICE) & said).fill_null(False)
     frame = frame.with_columns(ranged=ranged).with_columns(one=pl.when("ranged").then("low").otherwise("one"))
-    frame = frame.with_columns(
-        before=pl.col("one").str.extract(_PRICE, 1).fill_null(""),
-        digits=pl.col("one").str.extract(_PRICE, 2).str.strip_chars(),
-    )
+    price = pl.col("one").str.extract_groups(_PRICE).struct
+    frame = frame.with_columns(before=price.field("1").fill_null(""), digits=price.field("2").str.strip_chars())
     grouped = pl.col("digits").str.contains(r"^[+-]?\d{1,3}(?:[ '’]\d{3})+(?:[.,]\d+)?$")
     frame = frame.with_columns(
         digits=pl.when(grouped).then(pl.col("digits").str.replace_all(r"[ '’]", "")).otherwise("digits")
     ).with_columns(bare=pl.col("digits").str.replace(r"^[+-]", ""))
     kinds = [pl.when(pl.col("bare").str.contains(pattern)).then(pl.lit(name)) for name, pattern in _NUMBERS.items()]
     return frame.select(
-        shown="cell",
-        plain=pl.col("cell").cast(pl.Float64, strict=False),
+        "row",
         digits=pl.concat_str("before", "digits"),
         kind=pl.coalesce(kinds),
         sign=pl.col("spelled").str.extract(rf"({_CURRENCY})", 1).str.strip_chars("."),
         lower=pl.col("ranged") | pl.col("spelled").str.contains(_FROM).fill_null(False),
-    ).to_struct(series.name)
+    )
 
 
 def _numbers(series: pl.Series, words: Sequence[str], formats: Sequence[str]) -> pl.Series:

@@ -60,6 +60,7 @@ _SPELLINGS = (
     # Oracle's, DB2's and file names' separators of the time of day.
     (r"^(\d{2,4}-\w+-\d{1,2}[t _-])(\d{1,2})[.-](\d{2})[.-](\d{2})", "$1$2:$3:$4"),
 )
+_ISO = r"^\d{4}-\d\d-\d\d(?:[t ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:z|[+-]\d\d:?\d\d)?)?$"
 _EITHER = r"^(?P<a>\d{1,2})[/.-](?P<b>\d{1,2})[/.-](?P<y>\d{4}|\d{2})" + _REST + "$"
 _MOMENT = (
     rf"^(?P<y>\d{{4}}|\d{{2}})-(?P<m>\d{{1,2}}|{'|'.join(_MONTHS)})(?:-(?P<d>\d{{1,2}}))?"
@@ -320,11 +321,13 @@ def _at(parts: pl.DataFrame) -> pl.Series:
 
 def _spelled(cells: pl.Series) -> pl.Series:
     spelled = cells.str.to_lowercase()
-    # A column of numbers has none left.
-    if spelled.null_count() == len(spelled):
-        return spelled
-    for pattern, replacement in _SPELLINGS:
-        spelled = spelled.str.replace_all(pattern, replacement)
+    # Most texts are ISO as it stands; the rules are for the others.
+    rest = (~spelled.str.contains(_ISO)).fill_null(False).arg_true()
+    others = spelled.gather(rest)
+    if len(others):
+        for pattern, replacement in _SPELLINGS:
+            others = others.str.replace_all(pattern, replacement)
+        spelled = spelled.scatter(rest, others)
     return spelled.str.strip_chars()
 
 

@@ -1,6 +1,7 @@
 """The audit: every planted leak is found, and data without one is clean."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from rich.console import Console
 
 from nqf import cli
-from nqf.audit import LEAK, main
+from nqf.audit import LEAK, _print, main
 from nqf.config import DataConfig
 from nqf.data.load import Dataset, prepare
 from nqf.data.unirec import read_samples
@@ -138,6 +140,19 @@ def test_one_item_under_two_ids(clean: Tables, tmp_path: Path, copied: int, verd
     # Another price is another item.
     clean.items = clean.items.with_columns(price=pl.when(pl.col("item_id") == "twin").then(99).otherwise("price"))
     assert verdicts(audit(clean.prepare(tmp_path)))["duplicates"] == "clean"
+
+
+def test_ids_and_names_of_fields_are_text(clean: Tables, tmp_path: Path) -> None:
+    name = "[bold]price[/bold] :smile:"
+    twin = clean.items[0].with_columns(item_id=pl.lit("[red]twin[/red] :heart:"))
+    clean.items = pl.concat([clean.items, twin]).rename({"price": name})
+    clean.fields = {"title": "text", "shelf": "category", name: "number"}
+    result = audit(clean.prepare(tmp_path))
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=400, soft_wrap=True, highlight=False)
+        _print(result, (), console)
+        printed = console.file.getvalue()
+        assert "[red]twin[/red] :heart:" in printed and name in printed
 
 
 @pytest.mark.parametrize(("merge", "verdict"), [(False, "leak"), (True, "clean")])
