@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     console = terminal()
     samples = []
     if data.format == "unirec":
-        path = Path(data.interactions)
+        path = Path(data.interactions or "")
         paths = {path, path.with_name(path.name.replace("_train", "_test"))}
         samples = [sample for path in sorted(paths) if path.is_file() for sample in read_samples(path)]
     with tempfile.TemporaryDirectory() as folder:

@@ -53,7 +53,7 @@ def number(
 
 
 def decide(
-    table: pl.LazyFrame, column: str, *, words: Sequence[str] = MISSING_WORDS, given: tuple[NumberFormat, ...] = ()
+    table: pl.LazyFrame, column: str, *, words: Sequence[str] = MISSING_WORDS, given: Sequence[str] = ()
 ) -> Reading:
     """Decides from all values of a column how its numbers are read.
 
@@ -63,7 +63,8 @@ def decide(
       words: Words for nothing.
       given: What the schema says already.
     """
-    dtype, formats, notes = table.collect_schema()[column], given, []
+    dtype, notes = table.collect_schema()[column], []
+    formats: tuple[NumberFormat, ...] = tuple(entry for entry in NUMBER_FORMATS if entry in given)
     if dtype == pl.String:
         amounts = table.select(
             pl.col(column)
@@ -76,7 +77,7 @@ def decide(
         )
         groups = known.group_by("kind", "pointed", "priced", "lower", "sign")
         found = groups.agg(count=pl.len(), example=pl.col("shown").min()).collect(engine="streaming")
-        formats = given or _number_formats(found)
+        formats = formats or _number_formats(found)
         notes = _number_notes(found, column, formats)
     read = table.select(value=pl.col(column)).with_columns(number=number(pl.col("value"), dtype, words, formats))
     here = there(pl.col("value"), dtype, words)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import polars as pl
 
 from nqf.config import MISSING_WORDS, TimeFormat
-from nqf.data.values import BLANKS, Reading, as_text, text, there
+from nqf.data.values import BLANKS, TIME_FORMATS, Reading, as_text, text, there
 
-UNITS: dict[TimeFormat, int] = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 """Units of numbers that count from 1970, and how many of each are a second."""
 UNREADABLE = 0.1
 """Share of a time column's values above which it is no time column."""
@@ -107,7 +107,7 @@ def decide(
     column: str,
     *,
     words: Sequence[str] = MISSING_WORDS,
-    given: tuple[TimeFormat, ...] = (),
+    given: Sequence[str] = (),
     events: bool = False,
 ) -> Reading:
     """Decides from all values of a column how its times are read.
@@ -119,7 +119,8 @@ def decide(
       given: What the schema or the configuration says already.
       events: Whether they are times of interactions, which cannot be centuries old.
     """
-    dtype, formats, notes, early = table.collect_schema()[column], given, [], False
+    dtype, notes, early = table.collect_schema()[column], [], False
+    formats: tuple[TimeFormat, ...] = ()
     if not _is_time(dtype):
         votes = table.select(
             pl.col(column)
@@ -130,7 +131,7 @@ def decide(
         groups = counted.agg(count=pl.len(), example=pl.col("example").min()).collect(engine="streaming")
         (unit, early), order = _unit(groups, column, given, notes), _order(groups, column, given, notes)
         formats = (unit, order)
-    if dtype == pl.Float32 and formats[0] == "seconds":
+    if dtype == pl.Float32 and "seconds" in formats:
         notes.append(f"'{column}' is stored as Float32, which holds the seconds of this century to 64 or 128 alone")
     read = table.select(value=pl.col(column)).with_columns(time=seconds(pl.col("value"), dtype, words, formats))
     earliest = _EARLIEST_EVENT if events else _EARLIEST
@@ -200,18 +201,18 @@ def _votes(series: pl.Series, words: Sequence[str]) -> pl.Series:
     return votes.to_struct(series.name)
 
 
-def _unit(groups: pl.DataFrame, name: str, given: tuple[TimeFormat, ...], notes: list[str]) -> tuple[TimeFormat, bool]:
+def _unit(groups: pl.DataFrame, name: str, given: Sequence[str], notes: list[str]) -> tuple[TimeFormat, bool]:
     """What the numbers of a time column count, and whether that puts most of them into the first years after 1970."""
     counted = groups.filter("number", ~pl.col("zero"))
     total = int(counted["count"].sum())
-    for entry in given:
-        if entry in UNITS or entry in ("digits", "excel"):
+    for entry in TIME_FORMATS[:-2]:
+        if entry in given:
             return entry, False
     if not total:
         return "digits", False
 
     def share(condition: pl.Expr) -> float:
-        return counted.filter(condition)["count"].sum() / total
+        return int(counted.filter(condition)["count"].sum()) / total
 
     ten = counted.filter("ten")["count"].sum()
     start = f"the numbers of '{name}', such as '{counted['example'].min()}', are read as"
@@ -221,7 +222,7 @@ def _unit(groups: pl.DataFrame, name: str, given: tuple[TimeFormat, ...], notes:
     if share(pl.col("excel")) >= 1 - UNREADABLE:
         notes.append(f"{start} days since 1899-12-30 (Excel)")
         return "excel", False
-    unit = max(UNITS, key=lambda one: share(pl.col("unit") == one))
+    unit = max(TIME_FORMATS[: len(UNITS)], key=lambda one: share(pl.col("unit") == one))
     early = unit == "seconds" and share(pl.col("early")) > 0.5
     if early:
         notes.append(
@@ -232,10 +233,10 @@ def _unit(groups: pl.DataFrame, name: str, given: tuple[TimeFormat, ...], notes:
     return unit, early
 
 
-def _order(groups: pl.DataFrame, name: str, given: tuple[TimeFormat, ...], notes: list[str]) -> TimeFormat:
+def _order(groups: pl.DataFrame, name: str, given: Sequence[str], notes: list[str]) -> TimeFormat:
     """Whether 3/4/2019 is in March."""
-    for entry in given:
-        if entry in ("month-first", "day-first"):
+    for entry in TIME_FORMATS[-2:]:
+        if entry in given:
             return entry
     votes = {one: int(groups.filter(pl.col("order") == one)["count"].sum()) for one in ("month-first", "day-first")}
     open_ = groups.filter(pl.col("order") == "either")
