@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import dataclasses
 import hashlib
@@ -12,10 +13,11 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 T = TypeVar("T")
 
@@ -36,7 +38,10 @@ COMMANDS = {
 """Command: module with its `main`, and a line about it."""
 
 # Errors whose message is written for the person at the terminal; anything else is a bug and shows its traceback.
-_EXPECTED = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError)
+_EXPECTED = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError, csv.Error)
+_LONGEST_MESSAGE = 2_000
+# All but line feed and tab; 0x9b starts an escape sequence by itself.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -125,10 +130,11 @@ def guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         print("interrupted", file=sys.stderr)
         # What a shell reports for a program that Ctrl-C ended.
         raise SystemExit(130) from None
-    except _EXPECTED as error:
+    except (*_EXPECTED, *_errors_of_polars()) as error:
         # The message of a KeyError is the repr of its argument.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        text = " ".join(str(message).split())
+        text = printable(" ".join(str(message).split()))
+        text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:1_200]} (…) {text[-500:]}"
         if (code := getattr(error, "exit_code", None)) is not None:
             # Not a fault: training that was asked to stop (nqf.training.stop).
             print(f"stopped: {text}", file=sys.stderr)
@@ -194,6 +200,17 @@ def documented(cls: type) -> dict[str, str]:
     return texts
 
 
+def _errors_of_polars() -> tuple[type[Exception], ...]:
+    """What polars raises, if it was imported: only files can be the cause that reach it."""
+    polars = sys.modules.get("polars")
+    return () if polars is None else (polars.exceptions.PolarsError,)
+
+
+def printable(text: str) -> str:
+    """A text with control characters spelled out, so that no id or title moves the cursor or colors the terminal."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
 def keep_compiled_programs() -> None:
     """Lets jax keep compiled programs in the user's cache folder, 4 GiB at most, unless the environment names another.
 
@@ -233,5 +250,11 @@ def terminal(*, quiet: bool = False) -> Console:
     """The console of an entry point: as wide as the terminal, or plain lines that are never broken elsewhere."""
     from rich.console import Console
 
-    console = Console(highlight=False, quiet=quiet)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, quiet=quiet)
+    class Plain(Console):
+        """A console for which control characters and :names: of emoji are text."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    console = Plain(highlight=False, emoji=False, quiet=quiet)
+    return console if console.is_terminal else Plain(highlight=False, emoji=False, soft_wrap=True, quiet=quiet)

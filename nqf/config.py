@@ -219,15 +219,58 @@ class SyntheticConfig:
 
 
 @section
+class DialectConfig:
+    """How a text table is written: CSV, TSV and RecBole's files. `python -m nqf.data inspect` guesses it.
+
+    Attributes:
+      separator: Character between fields; null takes the one that gives all rows the width of the header, and says so.
+      encoding: A name that Python knows, such as `cp1252`; null is UTF-8, or what a byte order mark announces.
+      quote: Character around fields that hold separators, doubled inside; empty where quotes are plain text.
+      escape: Character that takes away the meaning of the next one, such as a backslash; empty for none.
+      bad_lines: What to do with lines that cannot be read, as those with too many fields: `refuse` or `drop` (counted).
+    """
+
+    separator: str | None = None
+    encoding: str | None = None
+    quote: str = '"'
+    escape: str = ""
+    bad_lines: Literal["refuse", "drop"] = "refuse"
+
+
+@section
+class ColumnsConfig:
+    """Names of columns, where they are not the usual ones; null looks for common names and says what it took.
+
+    Attributes:
+      user: User of an interaction.
+      item: Item of an interaction.
+      time: Time of an interaction.
+      rating: Rating of an interaction.
+      review: Text of an interaction.
+      id: Id in the item table; null looks for the name of `item` first.
+    """
+
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None
+    rating: str | None = None
+    review: str | None = None
+    id: str | None = None
+
+
+@section
 class DataConfig:
     """Where the tables come from and how they are split.
 
     Attributes:
-      format: `synthetic`, `table` (CSV, TSV, JSONL, Parquet; plain or gz), `recbole` (.inter and .item),
-        `amazon-2023` (raw meta and review JSONL) or `unirec` (the reference system's JSON files).
+      format: `synthetic`, `table` (CSV, TSV, JSON, JSONL, Parquet, Excel, folders of parts), `recbole` (.inter and
+        .item), `amazon-2023` (metadata and reviews) or `unirec` (the reference system's JSON files).
       items: Path of the item table; relative paths in a YAML file start at that file's folder.
       interactions: Path of the interaction table.
       schema: Path of the schema YAML.
+      columns: Names of the columns of users, items, times, ratings and reviews (`table` and `recbole`).
+      items_dialect: How the item table is written, if it is text.
+      interactions_dialect: How the interaction table is written, if it is text.
       seed: Seed of the synthetic catalogue and of the cold-item draw.
       split: `leave-one-out` (last item test, the one before it validation) or `temporal` (global time cuts).
       valid_share: Share of the interactions between the two cuts of the temporal split.
@@ -254,6 +297,9 @@ class DataConfig:
     items: str | None = None
     interactions: str | None = None
     schema: str | None = None
+    columns: ColumnsConfig = ColumnsConfig()
+    items_dialect: DialectConfig = DialectConfig()
+    interactions_dialect: DialectConfig = DialectConfig()
     seed: Seed = 0
     split: Literal["leave-one-out", "temporal"] = "leave-one-out"
     valid_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1

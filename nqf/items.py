@@ -41,22 +41,26 @@ def main(arguments: list[str]) -> None:
     import polars as pl
 
     from nqf.data.errors import DataError
+    from nqf.data.schema import some
     from nqf.serving import overlay
     from nqf.stages.run import open_run
-    from nqf.tools.inspect import open_table
+    from nqf.tools.inspect import examine, open_items
 
     console = terminal()
     run = open_run(options.run, console)
     catalogue, cache, folder = run.dataset.catalogue, run.cache, run.folder / "items"
     with tempfile.TemporaryDirectory() as scratch:
-        table = open_table(options.file, Path(scratch))
+        source = examine(options.file, run.config.data.columns)
+        if source.id is None:
+            raise DataError(source.notes[-1])
+        table = open_items(source, Path(scratch))
         names = table.collect_schema().names()
-        if "item_id" not in names:
-            raise DataError(f"{options.file}: no column 'item_id'; it has {', '.join(names)}")
         columns = [column for field in catalogue.schema.fields for column in field.columns if column in names]
         if not columns and options.action != "remove":
-            raise DataError(f"{options.file}: none of its columns is in the schema: {', '.join(names)}")
-        frame = table.select("item_id", *columns).collect()
+            raise DataError(f"{options.file}: none of its columns is in the schema: {some(names)}")
+        frame = table.select(pl.col(source.id).alias("item_id"), *columns).collect()
+    for note in source.notes:
+        console.print(note, markup=False)
     with overlay.locked(folder):
         old = overlay.read_overlay(folder, catalogue, cache)
         if options.action == "remove":
@@ -65,9 +69,9 @@ def main(arguments: list[str]) -> None:
             change = overlay.add if options.action == "add" else overlay.update
             new = change(old, catalogue, cache, frame, options.file.parent)
         overlay.write_overlay(folder, new, cache)
-    passed_over = [name for name in names if name not in ("item_id", *columns)]
+    passed_over = [name for name in names if name not in (source.id, *columns)]
     if passed_over and options.action != "remove":
-        console.print(f"columns that the schema does not name are passed over: {', '.join(passed_over)}", markup=False)
+        console.print(f"columns that the schema does not name are passed over: {some(passed_over)}", markup=False)
     for name, count in overlay.unreadable(new, frame["item_id"].cast(pl.String)).items():
         console.print(f"warning  {count} values of '{name}' could not be read and count as missing", markup=False)
     added = len(set(new.frame["item_id"]) - set(catalogue.item_ids))

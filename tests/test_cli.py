@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pydantic
@@ -206,3 +207,48 @@ assert counts[0] > 100 and max(counts[1:4] + counts[5:]) < 100, counts
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_control_characters_and_markup_of_data_are_text(capsys: pytest.CaptureFixture) -> None:
+    from nqf.evaluation.table import print_table
+
+    hostile = ":smile:[/red]\x1b[2J\x9b31m\x07[bold]"
+    console = cli.terminal()
+    console.print(f"warning  {hostile}", markup=False)
+    print_table(console, [([hostile], [[hostile]])], title=hostile, caption=hostile)
+    out = capsys.readouterr().out
+    assert out.count(r":smile:[/red]\x1b[2J\x9b31m\x07[bold]") == 5
+    assert not set(out) & set("\x1b\x9b\x07")
+
+
+def refuse(error: BaseException) -> Callable[[list[str]], None]:
+    def main(_: list[str]) -> None:
+        raise error
+
+    return main
+
+
+def test_no_error_of_a_file_is_a_traceback_and_none_grows_with_it(capsys: pytest.CaptureFixture) -> None:
+    import csv
+
+    import polars as pl
+
+    errors = [
+        pl.exceptions.ComputeError("x" * 10**6),
+        pl.exceptions.SchemaError("bad"),
+        pl.exceptions.ColumnNotFoundError("bad"),
+        csv.Error("field larger than field limit"),
+        FileExistsError("\x1b[2J" * 50_000),
+        KeyError("k" * 10**6),
+    ]
+    for error in errors:
+        with pytest.raises(SystemExit) as status:
+            cli.guard(refuse(error), [])
+        assert status.value.code == 1
+        text = capsys.readouterr().err
+        assert text.startswith("error: ")
+        assert "Traceback" not in text
+        assert "\x1b" not in text
+        assert len(text) < 2_200
+    with pytest.raises(ZeroDivisionError):
+        cli.guard(refuse(ZeroDivisionError()), [])

@@ -152,7 +152,7 @@ def test_removed_items_can_come_back(run: Path, tmp_path: Path) -> None:
         ("update", {"item_id": "nobody", "price": 1}, "not in the catalogue or were removed, such as item_id 'nobody'"),
         ("remove", {"item_id": "nobody"}, "not in the catalogue or were removed, such as item_id 'nobody'"),
         ("add", {"item_id": "x", "prize": 1}, "none of its columns is in the schema: item_id, prize"),
-        ("add", {"id": "x"}, "no column 'item_id'; it has id"),
+        ("add", {"which": "x"}, "no column 'item_id' and none of a common name for it; it has which"),
     ],
 )
 def test_refusals_change_nothing(

@@ -1,40 +1,80 @@
-"""Raw files of Amazon Reviews 2023: `meta_*.jsonl` and the review JSONL, gzipped or not.
+"""Amazon Reviews 2023: metadata and reviews, raw or as the hub's `datasets` exports them, in any kind of table.
 
 Source: Hou et al., "Bridging Language and Items for Retrieval and Recommendation" (arXiv 2403.03952).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from nqf.data.readers import Columns, read_json_lines, spool
+from nqf.config import DialectConfig
+from nqf.data.errors import DataError
+from nqf.data.nested import unpacked
+from nqf.data.readers import Columns, open_table, pick, spool
+from nqf.data.schema import some
+from nqf.data.text import PLAIN
 
 DETAILS = ("brand", "style", "color", "size", "material")
 """Entries of `details` (there capitalized) that are columns of their own, as in the reference's item dictionary."""
+SCHEMA = """\
+title: title
+fields:
+  title: text
+  description: text
+  features: text
+  main_category: category
+  store: category
+  brand: category
+  style: category
+  color: category
+  size: category
+  material: category
+  price: number
+  # Links to pictures; to use them set fields.image_encoder to a CLIP model.
+  # main_image: image
+  # Totals of the day of the crawl: they know the future of every interaction.
+  average_rating: {modality: number, after_the_fact: true}
+  rating_number: {modality: number, log: true, after_the_fact: true}
+"""
+"""The schema of all categories; configs/schemas/amazon-2023.yaml holds the same."""
 
 
-def read_items(path: Path, scratch: Path, columns: Columns) -> pl.LazyFrame:
+def is_metadata(names: Collection[str]) -> bool:
+    """Whether the columns of a table are those of Amazon's metadata."""
+    return {"parent_asin", "details", "title"} <= set(names)
+
+
+def read_items(path: Path, scratch: Path, columns: Columns, dialect: DialectConfig = PLAIN) -> pl.LazyFrame:
     """Opens a metadata file; columns as `flatten` names them.
 
     Raises:
-      DataError: No such file, or a line that is not a JSON object.
+      DataError: As `nqf.data.readers.open_table`, or no column parent_asin.
     """
-    return spool(
-        (flatten(row, row.get("parent_asin"), columns) for row in read_json_lines(path)), columns, scratch, "meta"
-    )
+    table = open_table(path, dialect)
+    if "parent_asin" not in table.names:
+        raise DataError(f"{path}: no column 'parent_asin', as Amazon's metadata has; it has {some(table.names)}")
+    rows = (flatten(row, row.get("parent_asin"), columns) for row in table.records())
+    return spool(pick(rows, list(columns)), columns, scratch, list(columns))
 
 
-def read_reviews(path: Path, scratch: Path, columns: Columns) -> pl.LazyFrame:
+def read_reviews(path: Path, scratch: Path, columns: Columns, dialect: DialectConfig = PLAIN) -> pl.LazyFrame:
     """Opens a review file as interactions: the item is the parent product, the review its title and text.
 
     Raises:
-      DataError: No such file, or a line that is not a JSON object.
+      DataError: As `nqf.data.readers.open_table`, or no column of users or items.
     """
-    return spool((_interaction(row) for row in read_json_lines(path)), columns, scratch, "reviews")
+    table = open_table(path, dialect)
+    if "user_id" not in table.names or not {"parent_asin", "asin"} & set(table.names):
+        raise DataError(
+            f"{path}: no columns user_id and parent_asin, as Amazon's reviews have; it has {some(table.names)}"
+        )
+    rows = (_interaction(row) for row in table.records())
+    return spool(pick(rows, list(columns)), columns, scratch, list(columns))
 
 
 def flatten(row: Mapping[str, Any], item_id: str | None, columns: Columns) -> dict[str, Any]:
@@ -46,14 +86,15 @@ def flatten(row: Mapping[str, Any], item_id: str | None, columns: Columns) -> di
       columns: Columns to make: keys of the object; `main_image`, the large main picture; `brand`, `style`, `color`,
         `size` and `material` from its details where it has no such key; `details.X` for any other detail.
     """
-    details = row.get("details") or {}
+    details = _nested(row.get("details"))
+    details = details if isinstance(details, dict) else {}
     flat: dict[str, Any] = {"item_id": item_id}
     for name in columns:
         if name == "item_id":
             continue
         value = row.get(name)
         if value is None and name == "main_image":
-            value = _main_image(row.get("images") or [])
+            value = _main_image(_nested(row.get("images")))
         elif value is None and name in DETAILS:
             value = details.get(name.capitalize())
         elif value is None and name.startswith("details."):
@@ -62,10 +103,20 @@ def flatten(row: Mapping[str, Any], item_id: str | None, columns: Columns) -> di
     return flat
 
 
-def _main_image(images: list[Mapping[str, Any]]) -> str | None:
+def _nested(value: Any) -> Any:
+    """What a cell holds, where an export has made a text of it."""
+    return unpacked(value) if isinstance(value, str) else value
+
+
+def _main_image(images: Any) -> str | None:
+    if isinstance(images, dict):
+        # `datasets` turns a list of objects into an object of lists.
+        columns = {key: list(values) for key, values in images.items() if isinstance(values, (list, tuple))}
+        images = [dict(zip(columns, row, strict=True)) for row in itertools.zip_longest(*columns.values())]
+    images = [image for image in images if isinstance(image, dict)] if isinstance(images, (list, tuple)) else []
     ordered = sorted(images, key=lambda image: image.get("variant") != "MAIN")
     links = (image.get(size) for image in ordered for size in ("large", "hi_res", "thumb"))
-    return next((link for link in links if link), None)
+    return next((link for link in links if isinstance(link, str) and link), None)
 
 
 def _interaction(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,14 +34,14 @@ class Catalogue:
     def __init__(self, path: str | Path, schema: Schema):
         self.path = Path(path)
         self.schema = schema
-        self.item_ids: list[str] = pl.read_parquet(self.path, columns=["item_id"])["item_id"].to_list()
+        self.item_ids: list[str] = pl.read_parquet(self.path, columns=["item_id"], glob=False)["item_id"].to_list()
 
     def __len__(self) -> int:
         return len(self.item_ids)
 
     def chunks(self, columns: list[str], rows: int) -> Iterator[pl.DataFrame]:
         """Reads some columns in order, at most `rows` items at a time."""
-        table = pl.scan_parquet(self.path).select(columns)
+        table = pl.scan_parquet(self.path, glob=False).select(columns)
         for start in range(0, len(self), rows):
             yield table.slice(start, rows).collect()
 

@@ -88,7 +88,7 @@ class Interactions:
 
 def load_interactions(path: str | Path) -> Interactions:
     """Reads what `Interactions.save` wrote."""
-    return from_frame(pl.read_parquet(path))
+    return from_frame(pl.read_parquet(path, glob=False))
 
 
 def from_frame(frame: pl.DataFrame) -> Interactions:

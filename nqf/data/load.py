@@ -14,7 +14,7 @@ import polars as pl
 import yaml
 
 from nqf import files
-from nqf.config import DataConfig
+from nqf.config import ColumnsConfig, DataConfig
 from nqf.data import amazon, recbole, splits, synthetic, unirec
 from nqf.data.catalogue import (
     BAD,
@@ -26,15 +26,15 @@ from nqf.data.catalogue import (
     resolve,
     vector_lengths,
 )
+from nqf.data.columns import CANONICAL, identify, identify_interactions
 from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS, DataError
 from nqf.data.interactions import Interactions, load_interactions, read_interactions
-from nqf.data.readers import Columns, read_table
+from nqf.data.readers import Columns, Table, open_table
 from nqf.data.schema import Field, Schema, load_schema, schema_to_tree
 
 T = TypeVar("T")
 
 _INTERACTION_COLUMNS = {"user_id": None, "item_id": None, "timestamp": None, "rating": None, "review": None}
-_OPTIONAL = ("timestamp", "rating", "review")
 # Rows that a reader of the canonical file decodes at least.
 _ROW_GROUP = 16_384
 
@@ -67,6 +67,7 @@ class _Tables:
       folder: Where relative image paths start.
       items_path: Named in errors.
       interactions_path: Named in errors.
+      notes: What was guessed and what is not used, in words.
     """
 
     items: pl.LazyFrame
@@ -75,6 +76,7 @@ class _Tables:
     folder: Path
     items_path: Path
     interactions_path: Path
+    notes: list[str]
 
 
 def prepare(config: DataConfig, directory: Path) -> Dataset:
@@ -166,7 +168,7 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
         split = splits.temporal(interactions, **options)
     else:
         split = splits.leave_one_out(interactions, **options)
-    warnings = [*item_report.pop("warnings"), *event_report.pop("warnings")]
+    warnings = [*tables.notes, *item_report.pop("warnings"), *event_report.pop("warnings")]
     split = dataclasses.replace(split, warnings=(*warnings, *split.warnings))
     report = {
         "format": config.format,
@@ -198,25 +200,28 @@ def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -
         # The folder is renamed when it is complete.
         folder = final / "source"
     else:
-        items, interactions, schema_path = Path(config.items), Path(config.interactions), Path(config.schema)
+        items, interactions, schema_path = (Path(getattr(config, key)) for key in ("items", "interactions", "schema"))
         folder = items.parent
     schema = load_schema(schema_path)
     columns: Columns = {"item_id": None} | {column: field for field in schema.fields for column in field.columns}
     events: Columns = _INTERACTION_COLUMNS
-    if config.format == "recbole":
-        item_table = recbole.read_atomic(items, scratch, columns)
-        event_table = recbole.read_atomic(interactions, scratch, events, _OPTIONAL)
-    elif config.format == "amazon-2023":
-        item_table = amazon.read_items(items, scratch, columns)
-        event_table = amazon.read_reviews(interactions, scratch, events)
+    notes: list[str] = []
+    if config.format in ("amazon-2023", "unirec") and config.columns != ColumnsConfig():
+        raise DataError(f"data.columns: format '{config.format}' has columns of its own; remove it")
+    if config.format == "amazon-2023":
+        item_table = amazon.read_items(items, scratch, columns, config.items_dialect)
+        event_table = amazon.read_reviews(interactions, scratch, events, config.interactions_dialect)
     elif config.format == "unirec":
         item_table = unirec.read_items(items, scratch, columns)
         event_table = unirec.read_interactions(interactions, scratch, events)
     else:
-        # Files of one name in two folders must not meet in the scratch folder.
-        (scratch / "items").mkdir()
-        item_table = read_table(items, scratch / "items", columns)
-        event_table = read_table(interactions, scratch, events, _OPTIONAL)
+        kind = ".item" if config.format == "recbole" else None
+        item_table = _read_item_table(open_table(items, config.items_dialect, kind), columns, config, scratch, notes)
+        if config.format == "recbole":
+            table = recbole.open_interactions(interactions, config.interactions_dialect, config.columns)
+        else:
+            table = open_table(interactions, config.interactions_dialect)
+        event_table = _read_event_table(table, config, scratch, notes)
     return _Tables(
         items=item_table,
         interactions=event_table,
@@ -224,6 +229,30 @@ def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -
         folder=folder,
         items_path=items,
         interactions_path=interactions,
+        notes=notes,
+    )
+
+
+def _read_item_table(
+    table: Table, columns: Columns, config: DataConfig, scratch: Path, notes: list[str]
+) -> pl.LazyFrame:
+    found, guessed = identify(table.path, table.names, ("id",), config.columns)
+    source = found["id"]
+    fields = {name: field for name, field in columns.items() if name != "item_id" or field is not None}
+    if source != "item_id" and "item_id" in fields:
+        raise DataError(f"{table.path}: the schema uses 'item_id' and data.columns.id is '{source}'; rename one")
+    frame = table.read({source: None} | fields, scratch)
+    notes += [*guessed, *table.notes]
+    return frame.with_columns(pl.col(source).alias("item_id"))
+
+
+def _read_event_table(table: Table, config: DataConfig, scratch: Path, notes: list[str]) -> pl.LazyFrame:
+    found, guessed = identify_interactions(table.path, table.names, config.columns)
+    frame = table.read(dict.fromkeys(found.values()), scratch)
+    notes += [*guessed, *table.notes]
+    return frame.select(
+        pl.col(found[role]).alias(name) if role in found else pl.lit(None, dtype=pl.String).alias(name)
+        for role, name in CANONICAL.items()
     )
 
 
@@ -238,7 +267,7 @@ def _write_items(
         canonical(source, schema, tables.folder).sink_parquet(draft, row_group_size=_ROW_GROUP)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: could not be read: {error}") from error
-    table = pl.scan_parquet(draft)
+    table = pl.scan_parquet(draft, glob=False)
     item_ids = table.select("item_id").collect()["item_id"]
     if not len(item_ids):
         raise DataError(f"{path}: there is no item in it")

@@ -1,259 +1,476 @@
-"""Readers of plain tables: CSV, TSV, JSONL and Parquet, gzipped or not, as lazy frames in bounded memory."""
+"""Readers of plain tables, as lazy frames in bounded memory: text, JSON, Parquet, Excel, and folders of parts."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import zlib
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import dataclasses
+import datetime
+import itertools
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from nqf.config import DialectConfig
 from nqf.data.errors import DataError
-from nqf.data.schema import Field, nearest
+from nqf.data.nested import Parted, parse_json, parse_python, plain, unpacked
+from nqf.data.schema import USUAL_SEPARATOR, Field, nearest, some
+from nqf.data.text import MOST_COLUMNS, PLAIN, lines, marked_encoding, name_unnamed, open_text
 
 Columns = Mapping[str, Field | None]
 """Columns to read, each with the field that it belongs to; None for ids, times, ratings and reviews."""
+Rows = Iterator[Sequence[Any]]
 
 _BATCH = 20_000
-# What reading a damaged or truncated .gz raises.
-_GZIP_ERRORS = (OSError, EOFError, zlib.error)
-# Tables shrink by gzip to a twentieth at the least; what grows more than this was made to fill the disk.
-_LARGEST_RATIO = 200
-_PIECE = 2**20
-# Characters; a line is an item or an interaction.
-_LONGEST_LINE = 16 * 2**20
-_MOST_COLUMNS = 10_000
+TEXTS = {".csv": ",;\t|", ".tsv": "\t,;|", ".inter": "\t,;| ", ".item": "\t,;| "}
+"""Separators of each kind of delimited text, the usual one first."""
+TYPES = ("token", "token_seq", "float", "float_seq")
+"""Types in the headers of RecBole's files (https://recbole.io/docs/user_guide/data/atomic_files.html)."""
+_KNOWN = ".csv, .tsv, .json, .jsonl, .ndjson, .inter, .item (each also .gz), .parquet, .xlsx, and folders of such parts"
 
 
-def read_table(path: Path, scratch: Path, columns: Columns, optional: Collection[str] = ()) -> pl.LazyFrame:
-    """Opens a table.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table whose columns are known and whose rows have not been read.
 
-    CSV has quotes and commas, TSV has tabs and no quoting; both have a header, and all their values are read as
-    strings, so that an id such as 007 stays what it is. A JSONL line is an object.
+    Attributes:
+      path: The file or folder.
+      names: Its columns.
+      rows: Iterates over the rows, as values of some columns.
+      notes: What was guessed or left out, in words; complete when the rows were read.
+      parquet: The rows as a scan, where the file has types of its own.
+      sequences: Columns that are taken apart at blanks, RecBole's way.
+    """
 
-    Args:
-      path: File whose name ends in .csv, .tsv, .jsonl, .ndjson or .parquet; all but the last also with .gz.
-      scratch: Folder for temporary files, which must stay until the frame was collected.
-      columns: Columns to read.
-      optional: Those of them that may be absent; then they are null.
+    path: Path
+    names: list[str]
+    rows: Callable[[Sequence[str]], Rows]
+    notes: list[str]
+    parquet: pl.LazyFrame | None = None
+    sequences: frozenset[str] = frozenset()
+
+    def read(self, columns: Columns, scratch: Path, optional: Collection[str] = ()) -> pl.LazyFrame:
+        """Some columns as a lazy frame. Texts stay texts: an id such as 007 is what it is.
+
+        Args:
+          columns: Columns to read.
+          scratch: Folder for temporary files, which must stay until the frame was collected.
+          optional: Those of them that may be absent; then they are null.
+
+        Raises:
+          DataError: A missing column (with the nearest one that is there), or rows that cannot be read.
+        """
+        for name in columns:
+            if name not in self.names and name not in optional:
+                raise DataError(f"{self.path}: no column '{some([name])}'{nearest(name, self.names)}")
+        there = [name for name in columns if name in self.names]
+        if self.parquet is None:
+            return spool(self._noting_commas(self.rows(there), there, columns), columns, scratch, there)
+        frame = self.parquet.select(_unpacked(name, self.parquet, columns[name]) for name in there)
+        return frame.with_columns(pl.lit(None, dtype=pl.String).alias(name) for name in columns if name not in there)
+
+    def _noting_commas(self, rows: Rows, names: Sequence[str], columns: Columns) -> Rows:
+        watched = {
+            place: name
+            for place, name in enumerate(names)
+            if name in self.sequences and (field := columns[name]) and field.modality == "category"
+            if not (field.multi_valued and field.separator != USUAL_SEPARATOR)
+        }
+        commas = dict.fromkeys(watched, 0)
+        for row in rows:
+            for place in watched:
+                commas[place] += isinstance(row[place], Parted) and ", " in row[place].text
+            yield row
+        for place, count in commas.items():
+            if count:
+                self.notes.append(
+                    f"{self.path}: {count:,} sequences of {some([watched[place]])} have commas in them and are taken "
+                    "apart at blanks, as RecBole does; if that is wrong, give the field multi_valued: true and "
+                    'separator: ", "'
+                )
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The rows as dictionaries."""
+        for row in self.rows(self.names):
+            yield dict(zip(self.names, row, strict=True))
+
+
+def read_table(
+    path: Path,
+    scratch: Path,
+    columns: Columns,
+    optional: Collection[str] = (),
+    dialect: DialectConfig = PLAIN,
+) -> pl.LazyFrame:
+    """`open_table` and `Table.read` in one.
 
     Raises:
-      DataError: No such file, unknown format, not readable, or a missing or duplicate column.
+      DataError: As they do.
     """
+    return open_table(path, dialect).read(columns, scratch, optional)
+
+
+def open_table(path: Path, dialect: DialectConfig = PLAIN, kind: str | None = None) -> Table:
+    """Finds out the columns of a table.
+
+    Text is read as Python's csv module does; a JSONL line is an object; .json is JSON lines, an array of objects, a
+    dictionary of them, or what pandas writes; of an Excel file the first sheet is read; a folder's files are parts.
+
+    Args:
+      path: The name's ending says what it is; its characters are never a pattern.
+      dialect: How delimited text is written.
+      kind: The ending that it is read as; None for its own.
+
+    Raises:
+      DataError: No such file, unknown kind, not readable, or a duplicate column.
+    """
+    if path.is_dir():
+        return join(path, [open_table(part, dialect, kind_of(path)) for part in parts_of(path)])
     if not path.is_file():
-        raise DataError(f"{path}: no such file; mend the path in the data section of the configuration")
+        raise DataError(f"{path}: no such file; fix the path in the data section of the configuration")
+    kind = kind or kind_of(path)
+    if kind in TEXTS:
+        return _open_text(path, dialect, kind)
+    if dialect != DialectConfig(encoding=dialect.encoding if "json" in kind else None):
+        raise DataError(f"{path}: a dialect belongs to delimited text; remove it from the data section")
+    if kind in (".jsonl", ".ndjson", ".json"):
+        return _open_json(path, dialect.encoding, lined=kind != ".json")
+    if kind == ".parquet":
+        return _open_parquet(path)
+    if kind == ".xlsx":
+        return _open_excel(path)
+    advice = "; save it as .xlsx or .csv" if kind in (".xls", ".xlsb", ".ods") else ""
+    raise DataError(f"{path}: unknown kind of table; known: {_KNOWN}{advice}")
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says what a file is, in lower case, without .gz; of a folder that of its parts."""
+    if path.is_dir() and (kind := kind_of(parts_of(path)[0])):
+        return kind
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[:-1] if zipped else suffixes)[-1:]
-    if suffix in ([".csv"], [".tsv"]):
-        separator = "," if suffix == [".csv"] else "\t"
-        plain = unzipped(path, scratch) if zipped else path
-        header = read_header(plain, separator, quoted=suffix == [".csv"], where=path)
-        check_columns(path, columns, header, optional)
-        table = scan_text(plain, separator, quoted=suffix == [".csv"])
-        return with_all(table.select(name for name in columns if name in header), columns)
-    if suffix in ([".jsonl"], [".ndjson"]):
-        seen: set[str] = set()
-        table = spool(_noting(read_json_lines(path), seen), columns, scratch, path.name)
-        check_columns(path, columns, sorted(seen), optional)
-        return table
-    if suffix == [".parquet"] and not zipped:
+    kind = "".join((suffixes[:-1] if zipped else suffixes)[-1:])
+    return f"{kind}.gz" if zipped and kind in (".parquet", ".xlsx") else kind
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The files of a folder that Spark, pandas or polars wrote, without their notes (. and _); of a file itself."""
+    if not folder.is_dir():
+        return [folder]
+    entries = sorted(entry for entry in folder.iterdir() if entry.name[0] not in "._")
+    if inner := [entry for entry in entries if entry.is_dir()]:
+        raise DataError(
+            f"{folder}: has folders in it, such as {some([inner[0].name])}; columns that are names of folders are not "
+            "read, write the table without partitions"
+        )
+    if not entries:
+        raise DataError(f"{folder}: the folder has no files in it")
+    # A part without rows may be empty.
+    return [entry for entry in entries if entry.stat().st_size] or entries[:1]
+
+
+def join(path: Path, tables: Sequence[Table]) -> Table:
+    """Tables of the same columns as one, in their order. Where columns have names in every row, some may lack some.
+
+    Raises:
+      DataError: Parts of other kinds, or other columns.
+    """
+    names = list(dict.fromkeys(name for table in tables for name in table.names))
+    for table in tables:
+        if set(table.names) != set(tables[0].names) and kind_of(table.path) in (*TEXTS, ".xlsx"):
+            other = sorted(set(table.names) ^ set(tables[0].names))
+            raise DataError(f"{table.path}: other columns than {tables[0].path.name}: {some(other)}")
+    scans = [table.parquet for table in tables if table.parquet is not None]
+    frame = None
+    if scans:
         try:
-            table = pl.scan_parquet(path)
-            names = table.collect_schema().names()
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise DataError(f"{path}: not readable as Parquet: {error}") from error
-        check_columns(path, columns, names, optional)
-        return with_all(table.select(name for name in columns if name in names), columns)
-    raise DataError(f"{path}: unknown kind of table; known: .csv, .tsv, .jsonl, .ndjson (each also .gz) and .parquet")
+            frame = pl.concat(scans, how="diagonal_relaxed")
+            frame.collect_schema()
+        except pl.exceptions.PolarsError as error:
+            raise DataError(f"{path}: its parts do not fit together: {str(error)[:300]}") from error
+    notes = [note for table in tables for note in table.notes]
+
+    def rows(wanted: Sequence[str]) -> Rows:
+        for table in tables:
+            there, known = [name for name in wanted if name in table.names], len(table.notes)
+            for row in table.rows(there):
+                values = dict(zip(there, row, strict=True))
+                yield [values.get(name) for name in wanted]
+            notes.extend(table.notes[known:])
+
+    sequences = tables[0].sequences
+    return Table(path=path, names=names, rows=rows, notes=notes, parquet=frame, sequences=sequences)
 
 
-def check_columns(path: Path, columns: Columns, names: list[str], optional: Collection[str] = ()) -> None:
-    """Refuses a table without the columns that are asked for.
+def _open_text(path: Path, dialect: DialectConfig, kind: str) -> Table:
+    text = open_text(path, dialect, separators=TEXTS[kind])
+    names, types = text.header, [""] * len(text.header)
+    if kind in (".inter", ".item"):
+        names, types = _typed(path, text.header)
 
-    Raises:
-      DataError: Names the column and the nearest one that is there.
-    """
-    for name in columns:
-        if name not in names and name not in optional:
-            raise DataError(f"{path}: no column '{name}'{nearest(name, names)}")
+    def rows(wanted: Sequence[str]) -> Rows:
+        places = [names.index(name) for name in wanted]
+        chosen = [(place, types[place].endswith("_seq")) for place in places]
+        for row in text.rows():
+            yield [_sequence(row[place]) if parted else row[place] for place, parted in chosen]
+
+    sequences = frozenset(name for name, kind in zip(names, types, strict=True) if kind.endswith("_seq"))
+    return Table(path=path, names=names, rows=rows, notes=text.notes, sequences=sequences)
 
 
-def with_all(table: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
-    """Adds the columns that a table lacks, null throughout."""
-    names = table.collect_schema().names()
-    return table.with_columns(pl.lit(None, dtype=pl.String).alias(name) for name in columns if name not in names)
+def _sequence(text: str) -> Any:
+    found = unpacked(text)
+    if not isinstance(found, str):
+        return found
+    result = Parted(part for part in text.split(" ") if part)
+    result.text = text
+    return result
 
 
-def read_header(plain: Path, separator: str, *, quoted: bool, where: Path) -> list[str]:
-    """Column names of an unzipped CSV or TSV file.
+def _typed(path: Path, header: Sequence[str]) -> tuple[list[str], list[str]]:
+    names, types = [], []
+    for entry in header:
+        name, _, kind = entry.strip().rpartition(":")
+        if not name or kind not in TYPES:
+            raise DataError(
+                f"{path}: column '{some([entry])}' is not of the form name:type with type {', '.join(TYPES)}"
+            )
+        if name in names:
+            raise DataError(f"{path}: duplicate column '{some([name])}'; rename or remove one of them")
+        names.append(name)
+        types.append(kind)
+    return names, types
 
-    Raises:
-      DataError: Empty file, not UTF-8, an endless line, too many columns, or a duplicate one.
-    """
+
+def _open_parquet(path: Path) -> Table:
     try:
-        with plain.open(encoding="utf-8-sig", newline="") as file:
-            quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-            lines = iter(lambda: file.readline(_LONGEST_LINE), "")
-            header = next(csv.reader(lines, delimiter=separator, quoting=quoting), [])
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text: {error}; convert it first") from error
-    except csv.Error as error:
-        raise DataError(f"{where}: its header line is not readable: {error}") from error
-    if not header:
-        raise DataError(f"{where}: the file is empty; it needs a header line")
-    if len(header) > _MOST_COLUMNS:
-        raise DataError(f"{where}: {len(header):,} columns are more than {_MOST_COLUMNS:,}; is the separator right?")
-    for name, count in Counter(header).items():
-        if count > 1:
-            raise DataError(f"{where}: duplicate column '{name}'; rename or remove one of them")
-    return header
+        frame = pl.scan_parquet(path, glob=False)
+        names = frame.collect_schema().names()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet: {str(error)[:300]}") from error
+
+    def rows(wanted: Sequence[str]) -> Rows:
+        selected = frame.select(wanted)
+        for start in itertools.count(0, _BATCH):
+            try:
+                batch = selected.slice(start, _BATCH).collect()
+            except (pl.exceptions.PolarsError, OSError) as error:
+                raise DataError(f"{path}: not readable as Parquet: {str(error)[:300]}") from error
+            if not len(batch):
+                return
+            yield from batch.iter_rows()
+
+    return Table(path=path, names=names, rows=rows, notes=[], parquet=frame)
 
 
-def scan_text(plain: Path, separator: str, *, quoted: bool) -> pl.LazyFrame:
-    """Scans an unzipped CSV or TSV file, all values as strings, empty ones as null."""
-    return pl.scan_csv(plain, separator=separator, infer_schema=False, quote_char='"' if quoted else None)
+def _unpacked(name: str, frame: pl.LazyFrame, field: Field | None) -> pl.Expr:
+    """A column of a Parquet file, with what `plain` makes of texts that hold lists, of objects and of bytes."""
+    dtype, column = frame.collect_schema()[name], pl.col(name)
+    if isinstance(dtype, (pl.Categorical, pl.Enum)):
+        dtype, column = pl.String(), column.cast(pl.String)
+    texts = dtype == pl.String and field is not None and field.modality in ("category", "text", "image")
+    # Lists of numbers and texts are what categories and vectors need.
+    lists = isinstance(dtype, (pl.List, pl.Array)) and (field is None or getattr(dtype, "inner", dtype).is_nested())
+    if not texts and not lists and not isinstance(dtype, (pl.Struct, pl.Binary, pl.Duration)):
+        return column
+    target = spooled_type(field)
+
+    def convert(values: pl.Series) -> pl.Series:
+        return pl.Series(values.name, [plain(value, field) for value in values.to_list()], dtype=target)
+
+    return column.map_batches(convert, return_dtype=target, is_elementwise=True)
 
 
-def unzipped(path: Path, scratch: Path) -> Path:
-    """Unpacks a .gz file into the scratch folder, as a scan of the packed file would hold all of it in memory.
-
-    Raises:
-      DataError: Damaged or truncated.
-    """
-    target = scratch / path.name.removesuffix(".gz")
-    room = _room(path)
+def _open_excel(path: Path) -> Table:
     try:
-        with gzip.open(path) as packed, target.open("wb") as plain:
-            while piece := packed.read(_PIECE):
-                room -= len(piece)
-                if room < 0:
-                    raise _bomb(path)
-                plain.write(piece)
-    except _GZIP_ERRORS as error:
-        raise DataError(f"{path}: not readable as gzip: {error}; fetch or pack the file again") from error
-    return target
-
-
-def _room(path: Path) -> int:
-    return 64 * _PIECE + _LARGEST_RATIO * path.stat().st_size
-
-
-def _bomb(path: Path) -> DataError:
-    return DataError(
-        f"{path}: unpacks to more than {_LARGEST_RATIO} times its size, as files do that are made to fill the disk; if "
-        "it is meant, unpack it first"
-    )
-
-
-def parse_json(text: str) -> Any:
-    """`json.loads`, with a question mark for half a surrogate pair, which JSON can hold and UTF-8 cannot.
-
-    Texts that were cut in the middle of an emoji end in one.
-    """
-    value = json.loads(text)
-    if "\\ud" in text or "\\uD" in text:
-        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
-    return value
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, gzipped if its name ends in .gz; blank lines are passed over.
-
-    Raises:
-      DataError: No such file, or a line that is not a JSON object.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; mend the path in the data section of the configuration")
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    number = 0
-    room = _room(path) if opener is gzip.open else None
+        import openpyxl
+    except ImportError as error:
+        raise DataError(
+            f"{path}: Excel files need the package openpyxl; install it, or save the table as CSV"
+        ) from error
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            # Not `for line in file`: a line without an end would be read into memory whole.
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
-                if len(line) == _LONGEST_LINE:
-                    raise DataError(f"{path}: line {number}: longer than {_LONGEST_LINE:,} characters")
-                if room is not None and (room := room - len(line)) < 0:
-                    raise _bomb(path)
-                if not line.strip():
-                    continue
-                value = parse_json(line)
-                if not isinstance(value, dict):
-                    raise DataError(f"{path}: line {number}: expected a JSON object, found {type(value).__name__}")
-                yield value
-    except DataError:
-        raise
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: after line {number}: not UTF-8 text: {error}") from error
-    except (ValueError, RecursionError) as error:
-        # Not only JSONDecodeError: numbers of thousands of digits and deep nesting have errors of their own.
-        raise DataError(f"{path}: line {number}: not JSON that can be read: {error}") from error
-    except _GZIP_ERRORS as error:
-        raise DataError(f"{path}: after line {number}: not readable: {error}; fetch or pack the file again") from error
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        sheet = book.worksheets[0]
+        header = next(sheet.iter_rows(values_only=True), ())
+    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, OSError, TypeError, SyntaxError) as error:
+        raise DataError(f"{path}: not readable as an Excel file: {str(error)[:300]}; save the table as CSV") from error
+    if not any(value is not None for value in header):
+        raise DataError(f"{path}: the first row is empty; it needs a header")
+    names = name_unnamed("" if value is None else str(value) for value in header)
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{path}: duplicate column '{some([name])}'; rename or remove one of them")
+    notes = []
+    if len(book.worksheets) > 1:
+        notes.append(f"{path}: of {len(book.worksheets)} sheets the first, {some([sheet.title])}, is read")
+
+    def rows(wanted: Sequence[str]) -> Rows:
+        places = [names.index(name) for name in wanted]
+        for row in sheet.iter_rows(min_row=2, values_only=True):
+            if any(value is not None for value in row):
+                values = [row[place] if place < len(row) else None for place in places]
+                yield [
+                    value.isoformat() if isinstance(value, (datetime.date, datetime.time)) else value
+                    for value in values
+                ]
+
+    return Table(path=path, names=names, rows=rows, notes=notes)
 
 
-def spool(rows: Iterable[Mapping[str, Any]], columns: Columns, scratch: Path, name: str) -> pl.LazyFrame:
-    """Writes rows of JSON values into Parquet files of one type per column and scans those.
+def _open_json(path: Path, encoding: str | None, *, lined: bool) -> Table:
+    lined = lined or _is_lined(path, encoding)
+    whole = [] if lined else list(_json_records(path, read_json(path, (dict, list), encoding)))
 
-    Lists stay lists in category and vector columns and are joined by spaces in all others; a text with separators
-    of a multi-valued category is split.
+    def records() -> Iterable[Mapping[str, Any]]:
+        return read_json_lines(path, encoding) if lined else whole
 
-    Args:
-      rows: Objects; what `columns` does not name is passed over.
-      columns: Columns to keep; absent ones are null.
-      scratch: Folder for the Parquet files.
-      name: Start of their names.
-    """
-    schema = {column: _spooled_type(field) for column, field in columns.items()}
-    parts: list[Path] = []
-    batch: list[list[Any]] = []
+    names: dict[str, None] = {}
+    for row in records():
+        names.update(dict.fromkeys(row))
+        if len(names) > MOST_COLUMNS:
+            raise DataError(f"{path}: its objects have more than {MOST_COLUMNS:,} different keys")
 
-    def flush() -> None:
-        parts.append(scratch / f"{name}-{len(parts):05d}.parquet")
-        pl.DataFrame(batch, schema=schema, orient="row").write_parquet(parts[-1])
-        batch.clear()
+    def rows(wanted: Sequence[str]) -> Rows:
+        for row in records():
+            yield [row.get(name) for name in wanted]
 
-    for row in rows:
-        batch.append([_plain(row.get(column), field) for column, field in columns.items()])
-        if len(batch) == _BATCH:
-            flush()
-    if batch or not parts:
-        flush()
-    return pl.scan_parquet(parts)
+    return Table(path=path, names=list(names), rows=rows, notes=[])
 
 
-def _noting(rows: Iterable[dict[str, Any]], seen: set[str]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        seen.update(row)
+def _is_lined(path: Path, encoding: str | None) -> bool:
+    """Whether a file has an object on its first line and more below it."""
+    text = (line for line in _pieces(path, encoding) if line.strip())
+    first, second = next(text, ""), next(text, None)
+    try:
+        return second is not None and isinstance(parse_json(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _pieces(path: Path, encoding: str | None) -> Iterator[str]:
+    return lines(path, encoding or marked_encoding(path) or "utf-8", endless=True)
+
+
+def _json_records(path: Path, tree: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON document, in the orientations that pandas writes and as a dictionary by id."""
+    if isinstance(tree, dict) and isinstance(tree.get("data"), list) and {"schema", "columns"} & tree.keys():
+        names = tree.get("columns")
+        tree = [dict(zip(names, row, strict=False)) for row in tree["data"]] if names else tree["data"]
+    elif isinstance(tree, dict) and tree and all(isinstance(row, dict) for row in tree.values()):
+        numbers = [str(number) for number in range(len(next(iter(tree.values()))))]
+        if numbers and all(list(column) == numbers for column in tree.values()):
+            tree = [{name: column[number] for name, column in tree.items()} for number in numbers]
+        elif list(tree) == [str(number) for number in range(len(tree))]:
+            tree = list(tree.values())
+        else:
+            tree = [{"item_id": key, **row} for key, row in tree.items()]
+    elif isinstance(tree, dict):
+        # Lines of objects, of which there is one.
+        tree = [tree]
+    for number, row in enumerate(tree, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: entry {number}: expected an object, found {type(row).__name__}")
         yield row
 
 
-def _spooled_type(field: Field | None) -> pl.DataType:
+def read_json(path: Path, kind: type | tuple[type, ...], encoding: str | None = None) -> Any:
+    """Reads a JSON file whole.
+
+    Args:
+      path: The file, gzipped if its name ends in .gz.
+      kind: dict or list, what it must hold.
+      encoding: As in `DialectConfig`.
+
+    Raises:
+      DataError: No such file, not JSON, or something else in it.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; fix the path in the data section of the configuration")
+    try:
+        value = parse_json("".join(_pieces(path, encoding)))
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, kind):
+        names = {dict: "an object", list: "a list"}
+        expected = names[kind] if isinstance(kind, type) else "an object or a list"
+        raise DataError(f"{path}: expected {expected} at the top, found {type(value).__name__}")
+    return value
+
+
+def read_json_lines(path: Path, encoding: str | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, gzipped if its name ends in .gz; blank lines are passed over.
+
+    Lines that are a Python dictionary instead, as in older published files, are read as such.
+
+    Raises:
+      DataError: No such file, or a line that is not an object.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; fix the path in the data section of the configuration")
+    for number, line in enumerate(lines(path, encoding or marked_encoding(path) or "utf-8"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = _json_line(line)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+            # Not only JSONDecodeError: numbers of thousands of digits and deep nesting have errors of their own.
+            raise DataError(f"{path}: line {number}: not JSON that can be read: {str(error)[:300]}") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{path}: line {number}: expected a JSON object, found {type(value).__name__}")
+        yield value
+
+
+def _json_line(line: str) -> Any:
+    try:
+        return parse_json(line)
+    except ValueError:
+        if not line.lstrip().startswith(("{'", "{u'", '{"')) or not line.rstrip().endswith("}"):
+            raise
+        try:
+            return {str(key): value for key, value in parse_python(line.strip()).items()}
+        except (ValueError, SyntaxError, AttributeError):
+            pass
+        raise
+
+
+def spool(rows: Iterable[Sequence[Any]], columns: Columns, scratch: Path, names: Sequence[str]) -> pl.LazyFrame:
+    """Writes rows into Parquet files of one type per column and scans those.
+
+    Values become what `nqf.data.nested.plain` says.
+
+    Args:
+      rows: Values in the order of `names`.
+      columns: Columns of the frame; those that `names` lacks are null.
+      scratch: Folder for the Parquet files.
+      names: Columns of the rows.
+    """
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    rows, parts = iter(rows), []
+    while (batch := list(itertools.islice(rows, _BATCH))) or not parts:
+        values = dict(zip(names, zip(*batch, strict=True), strict=bool(batch)))
+        frame = {
+            name: pl.Series(
+                [plain(value, field) for value in values.get(name, [None] * len(batch))], dtype=spooled_type(field)
+            )
+            for name, field in columns.items()
+        }
+        parts.append(folder / f"{len(parts):05d}.parquet")
+        pl.DataFrame(frame).write_parquet(parts[-1])
+        if not batch:
+            break
+    return pl.scan_parquet(parts, glob=False)
+
+
+def pick(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Rows:
+    """Values of some keys of dictionaries, for `spool`."""
+    return ([row.get(name) for name in names] for row in rows)
+
+
+def spooled_type(field: Field | None) -> pl.DataType:
+    """The type of a column of `spool`: List(String) of categories and vectors, else String."""
     listed = field is not None and field.modality in ("category", "vector")
     return pl.List(pl.String) if listed else pl.String()
-
-
-def _plain(value: Any, field: Field | None) -> str | list[str] | None:
-    # NaN, which JSON as Python writes it can hold, is not itself.
-    if value is None or value != value:
-        return None
-    if field is not None and field.modality in ("category", "vector"):
-        if isinstance(value, list):
-            # A hole in a vector must not make it shorter.
-            return [_scalar(element) if element is not None and element == element else "" for element in value]
-        if field.modality == "vector":
-            return _scalar(value).strip(" []").replace(",", " ").split()
-        return _scalar(value).split(field.separator) if field.multi_valued else [_scalar(value)]
-    if isinstance(value, list):
-        return " ".join(_scalar(element) for element in value if element is not None and element == element)
-    return _scalar(value)
-
-
-def _scalar(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +23,7 @@ from nqf.data.errors import DataError
 from nqf.data.values import NUMBER_FORMATS, TIME_FORMATS, Format
 
 Modality = Literal["text", "category", "number", "time", "geo", "image", "vector"]
+USUAL_SEPARATOR = "|"
 MODALITIES: tuple[str, ...] = get_args(Modality)
 
 
@@ -50,7 +52,7 @@ class Field:
     max_length: Count | None = None
     log: bool | None = None
     multi_valued: bool = False
-    separator: str = "|"
+    separator: str = USUAL_SEPARATOR
     format: tuple[Format, ...] = ()
     after_the_fact: bool = False
 
@@ -132,7 +134,14 @@ def nearest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name[:200], [other for other in list(known)[:2_000] if len(other) <= 200], n=1)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(known)}" if known else "; there is none"
+    return f"; known: {some(known)}" if known else "; there is none"
+
+
+def some(names: Collection[str], most: int = 12, between: str = ", ") -> str:
+    """The first of some names, each shortened, and how many there are besides: a message never grows with the data."""
+    first = [name if len(name) <= 60 else f"{name[:59]}…" for name in itertools.islice(names, most)]
+    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return between.join([*first, *more])
 
 
 def _field(name: str, options: Any, where: str) -> Field:

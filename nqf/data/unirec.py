@@ -15,7 +15,7 @@ import polars as pl
 
 from nqf.data.amazon import flatten
 from nqf.data.errors import DataError
-from nqf.data.readers import Columns, parse_json, spool
+from nqf.data.readers import Columns, pick, read_json, spool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,28 +35,6 @@ class Sample:
     ground_truth: str
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """Reads a JSON file.
-
-    Args:
-      path: The file.
-      kind: dict or list, what it must hold.
-
-    Raises:
-      DataError: No such file, not JSON, or something else in it.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; mend the path in the data section of the configuration")
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(value, kind):
-        names = {dict: "an object", list: "a list"}
-        raise DataError(f"{path}: expected {names[kind]} at the top, found {type(value).__name__}")
-    return value
-
-
 def read_items(path: Path, scratch: Path, columns: Columns) -> pl.LazyFrame:
     """Opens an item dictionary `{item id: metadata}`, raw or reduced to the reference's fourteen fields.
 
@@ -72,7 +50,8 @@ def read_items(path: Path, scratch: Path, columns: Columns) -> pl.LazyFrame:
     for item_id, row in tree.items():
         if not isinstance(row, dict):
             raise DataError(f"{path}: item '{item_id}': expected an object, found {type(row).__name__}")
-    return spool((flatten(row, item_id, columns) for item_id, row in tree.items()), columns, scratch, "items")
+    rows = (flatten(row, item_id, columns) for item_id, row in tree.items())
+    return spool(pick(rows, list(columns)), columns, scratch, list(columns))
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -104,8 +83,10 @@ def read_interactions(path: Path, scratch: Path, columns: Columns) -> pl.LazyFra
         samples += read_samples(test)
     sequences: dict[str, list[str]] = {}
     for sample in samples:
-        _append(sequences.setdefault(sample.user_id, []), [*sample.history, sample.ground_truth])
-    return spool(_rows(sequences), columns, scratch, "samples")
+        sequence = sequences.setdefault(sample.user_id, [])
+        if append(sequence, new := [*sample.history, sample.ground_truth]) is None:
+            sequence += new
+    return spool(_rows(sequences), columns, scratch, ("user_id", "item_id"))
 
 
 def _sample(path: Path, number: int, entry: Any) -> Sample:
@@ -121,16 +102,23 @@ def _sample(path: Path, number: int, entry: Any) -> Sample:
     )
 
 
-def _append(known: list[str], new: list[str]) -> None:
-    """Appends what goes beyond the longest overlap of the end of one sequence with the start of the other."""
+def append(known: list[str], new: list[str]) -> int | None:
+    """Appends what goes beyond the longest overlap of the end of one sequence with the start of the other.
+
+    Returns:
+      Where the new sequence starts in the known one; None where nothing overlaps, and then nothing is appended.
+    """
     for size in range(min(len(known), len(new)), 0, -1):
         if known[-size:] == new[:size]:
             known += new[size:]
-            return
-    known += new
+            return len(known) - len(new)
+    if not known:
+        known += new
+        return 0
+    return None
 
 
-def _rows(sequences: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
+def _rows(sequences: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
     for user_id, sequence in sequences.items():
         for item_id in sequence:
-            yield {"user_id": user_id, "item_id": item_id}
+            yield user_id, item_id

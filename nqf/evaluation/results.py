@@ -187,7 +187,7 @@ def read_results(folder: Path, into: str = "eval") -> Results:
     tree = json.loads((target / "results.json").read_text(encoding="utf-8"))
     if "mask_seen" in tree:
         tree |= {"repeats": not tree.pop("mask_seen"), "repeated": None}
-    return Results(frame=pl.read_parquet(target / "per_user.parquet"), **tree)
+    return Results(frame=pl.read_parquet(target / "per_user.parquet", glob=False), **tree)
 
 
 def print_results(results: Results, console: Console, *, k: int | None = None) -> None:

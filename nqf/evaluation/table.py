@@ -34,9 +34,15 @@ def print_table(
     rules, blanks = (box.SIMPLE_HEAD, 1) if console.is_terminal else (None, 2)
     table = Table(box=rules, pad_edge=False, padding=(0, blanks, 0, 0))
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index in left else "right", vertical="bottom", overflow="fold")
+        table.add_column(
+            console.render_str(name, markup=False),
+            justify="left" if index in left else "right",
+            vertical="bottom",
+            overflow="fold",
+        )
     for row in rows:
-        table.add_row(*row)
+        # A cell such as [red] is what it is, not a color.
+        table.add_row(*(console.render_str(cell, markup=False, emoji=False) for cell in row))
     # A title of the table's own would be folded to the width of a narrow table.
     for line in (title, table, caption):
         if line:

@@ -58,7 +58,7 @@ def read_overlay(directory: Path, catalogue: Catalogue, cache: FieldCache) -> Ov
       CacheError: Damaged files, or rows of another schema.
     """
     directory = Path(directory)
-    empty = pl.scan_parquet(catalogue.path).head(0).collect()
+    empty = pl.scan_parquet(catalogue.path, glob=False).head(0).collect()
     path = directory / "items.json"
     if not path.is_file():
         return Overlay(frame=empty, encoded=encode_items(cache, empty), removed=frozenset())
@@ -73,7 +73,7 @@ def read_overlay(directory: Path, catalogue: Catalogue, cache: FieldCache) -> Ov
         raise CacheError(f"{path}: format version {manifest.get('format_version')} is not known here; {advice}")
     for file in manifest["files"].values():
         check_file(directory, file, None, verify=True)
-    frame = pl.read_parquet(directory / manifest["files"]["rows"]["file"])
+    frame = pl.read_parquet(directory / manifest["files"]["rows"]["file"], glob=False)
     if frame.schema != empty.schema:
         raise CacheError(f"{path}: the run's schema has changed since these items were added; {advice}")
     if manifest["encoders"] == _encoders(cache):
@@ -155,7 +155,7 @@ def update(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.
         kept.append("title")
     changed = overlay.frame.filter(pl.col("item_id").is_in(new["item_id"].implode()))
     others = new.filter(~pl.col("item_id").is_in(changed["item_id"].implode()))["item_id"]
-    stored = pl.scan_parquet(catalogue.path).filter(pl.col("item_id").is_in(others.implode())).collect()
+    stored = pl.scan_parquet(catalogue.path, glob=False).filter(pl.col("item_id").is_in(others.implode())).collect()
     old = pl.concat([changed, stored]).select("item_id", *dict.fromkeys(kept))
     merged = new.drop(old.columns[1:]).join(old, on="item_id", how="left", maintain_order="left")
     return _put(overlay, cache, merged.select(new.columns))

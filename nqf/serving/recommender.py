@@ -188,7 +188,11 @@ class Recommender:
         """Canonical values and encoded fields of some items."""
         cache, catalogue = self._run.cache, self._run.dataset.catalogue
         ids = pl.DataFrame({"item_id": [self.item_ids[row] for row in rows]})
-        stored = pl.scan_parquet(catalogue.path).filter(pl.col("item_id").is_in(ids["item_id"].implode())).collect()
+        stored = (
+            pl.scan_parquet(catalogue.path, glob=False)
+            .filter(pl.col("item_id").is_in(ids["item_id"].implode()))
+            .collect()
+        )
         changed = [self._changed[row][1][self._changed[row][0]] for row in dict.fromkeys(rows) if row in self._changed]
         changed = pl.concat([stored.head(0), *changed])
         stored = stored.filter(~pl.col("item_id").is_in(changed["item_id"].implode()))

@@ -15,6 +15,7 @@ import polars as pl
 
 from nqf import __version__, files
 from nqf.config import Config, to_tree
+from nqf.data.recbole import benchmark_files
 from nqf.data.schema import load_schema
 from nqf.stages.records import RECORD, StageError, check_files, fingerprint, read_artifact, read_record
 from nqf.stages.stage import Stage
@@ -43,7 +44,9 @@ def _source_files(name: str | None) -> list[Path]:
     if name is None:
         return []
     path = Path(name)
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [file for file in benchmark_files(path) if file.is_file()]
 
 
 def _test_samples(config: Config) -> str | None:
@@ -65,7 +68,11 @@ def pictures_digest(run: Path) -> str | None:
         return None
     names = [field.name for field in load_schema(schema).fields if field.modality == "image"]
     columns = [name for name in names if name in pl.read_parquet_schema(items)]
-    paths = pl.read_parquet(items, columns=columns).unpivot()["value"].drop_nulls().unique().sort() if columns else []
+    paths = (
+        pl.read_parquet(items, columns=columns, glob=False).unpivot()["value"].drop_nulls().unique().sort()
+        if columns
+        else []
+    )
     digest, found = hashlib.sha256(), False
     for path in paths:
         if not path.startswith(("http://", "https://")) and Path(path).is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from rich.markup import escape
 
 from nqf.config import load_config
 from nqf.data.splits import Cases
@@ -99,7 +100,9 @@ def trained_vectors(run: Run, cases: Cases) -> dict[str, tuple[np.ndarray, np.nd
     vectors = {}
     for stage in (JOINT, USER):
         if reason := status(run.config, stage, run.folder):
-            run.console.print(f"[bold]{stage.name}[/bold]  left out of the evaluation: {reason}", highlight=False)
+            run.console.print(
+                f"[bold]{stage.name}[/bold]  left out of the evaluation: {escape(reason)}", highlight=False
+            )
         else:
             vectors[stage.name] = vectors_of(run, stage, cases)
     return vectors

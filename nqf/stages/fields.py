@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
+
 from nqf.data.load import prepare
 from nqf.fields.build import build
 from nqf.interop.encoders import encoder_factories
@@ -26,7 +28,7 @@ def build_fields(run: Run) -> dict[str, Any]:
             progress=encoding.step,
         )
     for warning in (*dataset.split.warnings, *cache.warnings):
-        run.console.print(f"[yellow]warning[/yellow]  {warning}", highlight=False)
+        run.console.print(f"[yellow]warning[/yellow]  {escape(warning)}", highlight=False)
     return {
         "items": len(dataset.catalogue.item_ids),
         "users": len(dataset.interactions.user_ids),

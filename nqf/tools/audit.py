@@ -204,7 +204,7 @@ def _duplicates(dataset: Dataset) -> Finding:
         if field.modality in ("text", "category"):
             key = key.str.to_lowercase().str.replace_all(r"[^\p{L}\p{N}]+", " ").str.strip_chars()
         keys.append(key.cast(pl.String).fill_null("\0"))
-    table = pl.scan_parquet(dataset.catalogue.path)
+    table = pl.scan_parquet(dataset.catalogue.path, glob=False)
     frame = table.select(
         pl.concat_str(keys, separator="\0").hash().alias("key"),
         pl.any_horizontal(pl.col(worded).is_not_null()).alias("said"),
@@ -267,7 +267,7 @@ def _future_fields(dataset: Dataset, unused: Sequence[str], rng: np.random.Gener
     if not fields:
         return [Finding(check="future fields", verdict="clean", text="there is no number and no time among the fields")]
     past, future, timed = _past_and_future(dataset)
-    values = pl.read_parquet(dataset.catalogue.path, columns=[field.name for field in fields])
+    values = pl.read_parquet(dataset.catalogue.path, columns=[field.name for field in fields], glob=False)
     findings, fine = [], []
     for field in fields:
         found = _association(values[field.name].cast(pl.Float64).to_numpy(), past, future, rng)
@@ -371,7 +371,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _fields(dataset: Dataset, unused: Sequence[str]) -> pl.DataFrame:
-    table = pl.scan_parquet(dataset.catalogue.path)
+    table = pl.scan_parquet(dataset.catalogue.path, glob=False)
     rows = []
     for field in dataset.catalogue.schema.fields:
         column, (what, measure) = pl.col(field.name), _measure(field)

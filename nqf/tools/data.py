@@ -14,6 +14,8 @@ from nqf.cli import program, terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nqf.tools.inspect import Column
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FetchArguments:
@@ -39,16 +41,18 @@ class InspectArguments:
     """Shows the columns of an item table, how interactions are spread, and a schema to start from.
 
     Attributes:
-      table: Item table: CSV, TSV, JSONL (plain or .gz), Parquet, RecBole's .item, Amazon 2023 metadata, or the
-        reference system's item dictionary (.json).
+      table: Item table: CSV, TSV, JSON, JSONL (plain or .gz), Parquet, Excel, a folder of parts, RecBole's .item,
+        Amazon 2023 metadata, or the reference system's item dictionary.
       interactions: Interaction table, of the same kinds.
-      output: Write the suggested schema.yaml, and with interactions a config.yaml, into this folder.
+      output: Write the suggested schema.yaml, and with interactions a config.yaml that was tried, into this folder.
+      force: Replace the schema.yaml and config.yaml that are there.
       debug: Show the traceback of an error.
     """
 
     table: Annotated[Path, tyro.conf.Positional]
     interactions: Path | None = None
     output: Path | None = None
+    force: bool = False
     debug: bool = False
 
 
@@ -99,48 +103,66 @@ def run_fetch(options: FetchArguments, console: Console) -> None:
 
 
 def run_inspect(options: InspectArguments, console: Console) -> None:
-    """Prints what the tables hold and what schema fits."""
+    """Prints what the tables hold, what was guessed and what schema fits."""
     import polars as pl
 
     from nqf.evaluation.table import print_table
+    from nqf.files import write_text
     from nqf.tools import inspect
 
-    with tempfile.TemporaryDirectory() as scratch:
-        columns = inspect.inspect_items(options.table, Path(scratch))
-        header = ["column", "type", "filled", "distinct", "suggested", "example"]
-        rows = [
-            [
-                column.name,
-                column.kind,
-                f"{column.filled:.1%}",
-                f"{column.distinct:,}",
-                column.options.get("modality", "-"),
-                column.example,
-            ]
-            for column in columns
-        ]
-        short = (header[:-1], [row[:-1] for row in rows])
-        print_table(console, [(header, rows), short], title=str(options.table), left=(0, 1, 4, 5))
+    names = ["schema.yaml"] if options.interactions is None else ["schema.yaml", "config.yaml"]
+    for path in [options.output / name for name in names] if options.output is not None else ():
+        if path.exists() and not options.force:
+            raise FileExistsError(f"{path}: there already; --force replaces it, or give another --output")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        source = inspect.examine(options.table)
+        columns = inspect.inspect_items(source, scratch)
+        _print_columns(columns, options.table, console)
+        _print_notes(source.notes, console)
+        schema = inspect.suggest_schema(source, columns)
+        texts = {"schema.yaml": schema}
         if options.interactions is not None:
             ids = None
-            if "item_id" in [column.name for column in columns]:
-                ids = inspect.open_table(options.table, Path(scratch)).select(pl.col("item_id").cast(pl.String))
-                ids = ids.collect()["item_id"]
-            lines = inspect.inspect_interactions(options.interactions, Path(scratch), ids)
+            if source.id is not None:
+                ids = (
+                    inspect.open_items(source, scratch).select(pl.col(source.id).cast(pl.String)).collect().to_series()
+                )
+            events = inspect.open_events(options.interactions, scratch, source)
             console.print()
+            lines = inspect.inspect_interactions(events, ids)
             print_table(console, [(["interactions", ""], lines)], title=str(options.interactions), left=(0, 1))
-    schema = inspect.suggest_schema(columns)
-    console.print("\nA schema to start from:\n", markup=False)
-    console.print(schema, markup=False)
-    if options.output is None:
-        return
-    options.output.mkdir(parents=True, exist_ok=True)
-    texts = {"schema.yaml": schema}
-    if options.interactions is not None:
-        texts["config.yaml"] = inspect.suggest_config(options.table, options.interactions, options.output)
-    for name, text in texts.items():
-        path = options.output / name
-        if path.exists():
-            raise FileExistsError(f"{path}: there already; move it away or give another --output")
-        path.write_text(text, encoding="utf-8")
-        console.print(f"wrote {path}", markup=False)
+            _print_notes(events.notes, console)
+            # Nothing is written that was not tried.
+            data, decided = inspect.suggest_config(source, events, schema, scratch)
+            _print_notes(decided, console)
+            texts["config.yaml"] = inspect.config_text(data, options.output or Path())
+    console.print(f"\nA schema to start from:\n\n{schema}", markup=False)
+    if options.output is not None:
+        for name, text in texts.items():
+            write_text(options.output / name, text)
+            console.print(f"wrote {options.output / name}", markup=False)
+
+
+def _print_columns(columns: list[Column], path: Path, console: Console) -> None:
+    from nqf.evaluation.table import print_table
+
+    header = ["column", "type", "filled", "distinct", "suggested", "example"]
+    rows = [
+        [
+            column.name,
+            column.kind,
+            f"{column.filled:.1%}",
+            f"{column.distinct:,}",
+            column.options.get("modality", "-"),
+            column.example,
+        ]
+        for column in columns
+    ]
+    short = (header[:-1], [row[:-1] for row in rows])
+    print_table(console, [(header, rows), short], title=str(path), left=(0, 1, 4, 5))
+
+
+def _print_notes(notes: list[str], console: Console) -> None:
+    for note in notes:
+        console.print(f"note  {note}", markup=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
+from nqf.data import amazon
 from nqf.data.errors import DataError
 from nqf.data.schema import nearest
 from nqf.files import whole, write_text
@@ -37,25 +38,6 @@ _GOODBOOKS_LICENSE = """\
 goodbooks-10k, Zygmunt Zajac (https://github.com/zygmuntz/goodbooks-10k).
 Creative Commons Attribution-ShareAlike 4.0 International, https://creativecommons.org/licenses/by-sa/4.0/.
 The cover pictures that books.csv links to are not part of it."""
-_AMAZON_SCHEMA = """\
-title: title
-fields:
-  title: text
-  description: text
-  features: text
-  main_category: category
-  store: category
-  brand: category
-  color: category
-  size: category
-  material: category
-  price: number
-  # Links to pictures; to use them set fields.image_encoder to a CLIP model.
-  # main_image: image
-  # Totals of the day of the crawl: they know the future of every interaction.
-  average_rating: {modality: number, after_the_fact: true}
-  rating_number: {modality: number, log: true, after_the_fact: true}
-"""
 _MOVIES_SCHEMA = """\
 title: title
 fields:
@@ -117,7 +99,7 @@ def source_of(name: str) -> Source:
             base="https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/",
             files=(meta, reviews),
             license=_AMAZON_LICENSE,
-            schema=_AMAZON_SCHEMA,
+            schema=amazon.SCHEMA,
             data={
                 "format": "amazon-2023",
                 "items": f"downloads/{Path(meta).name}",

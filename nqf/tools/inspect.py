@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import yaml
 
+from nqf.config import ColumnsConfig, DataConfig, DialectConfig, from_tree, to_tree
 from nqf.data import amazon, recbole, unirec
+from nqf.data.columns import CANONICAL, identify, identify_interactions
 from nqf.data.errors import DataError
-from nqf.data.readers import read_header, read_json_lines, read_table, unzipped
+from nqf.data.load import prepare
+from nqf.data.nested import plain, unpacked
+from nqf.data.readers import TEXTS, Table, kind_of, open_table, parts_of
 from nqf.data.schema import Field
+from nqf.data.text import PLAIN, guess_dialect
 from nqf.data.times import guessed
 
 SAMPLE = 10_000
@@ -32,6 +38,9 @@ _URL = r"(?i)^https?://"
 _NUMBERS = r"^\s*[\[(]?\s*-?\d[\d.eE+-]*(\s*[,; ]\s*-?\d[\d.eE+-]*){3,}\s*[\])]?\s*$"
 _SEPARATORS = ("|", ">", ";", ",")
 _PLACES = (("lat", "lon"), ("lat", "lng"), ("latitude", "longitude"))
+_WORDS_NAME = re.compile(r"(title|name|description|text|summary)$", re.I)
+_INDEX_NAME = re.compile(r"Unnamed: \d+(\.\d+)?|index|level_0|__index_level_\d+__")
+_COLUMNS = ColumnsConfig()
 _NESTED = ("images", "videos", "details", "bought_together")
 
 
@@ -58,72 +67,112 @@ class Column:
     note: str
 
 
-def open_table(path: Path, scratch: Path) -> pl.LazyFrame:
-    """All columns of a table that nqf can read, whatever its kind; lists stay lists where the format has them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """An item table, opened in the way that was guessed.
+
+    Attributes:
+      format: What `data.format` has to be.
+      table: The table.
+      dialect: How it is written, where it is text.
+      id: Column of the item ids; None if none was found.
+      notes: What was guessed, in words.
+    """
+
+    format: str
+    table: Table
+    dialect: DialectConfig
+    id: str | None
+    notes: list[str]
+
+
+def examine(path: Path, columns: ColumnsConfig = _COLUMNS) -> Source:
+    """Opens an item table of any kind: those of `nqf.data.readers`, Amazon's metadata, and item dictionaries.
 
     Args:
-      path: CSV, TSV, JSONL or Parquet; RecBole's .inter and .item; raw Amazon 2023 metadata; an item dictionary of
-        the reference system (.json).
-      scratch: Folder for temporary files, which must stay until the frame was collected.
+      path: The table.
+      columns: Names that are known.
 
     Raises:
       DataError: No such file, an unknown kind of table, or one that is not readable.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    zipped = suffixes[-1:] == [".gz"]
-    suffix = "".join((suffixes[:-1] if zipped else suffixes)[-1:])
-    if suffix in (".inter", ".item", ".csv", ".tsv"):
-        separator = "," if suffix == ".csv" else "\t"
-        plain = unzipped(path, scratch) if zipped else path
-        names = read_header(plain, separator, quoted=suffix == ".csv", where=path)
-        if suffix in (".inter", ".item"):
-            return recbole.read_atomic(path, scratch, dict.fromkeys(name.rpartition(":")[0] for name in names))
-        return read_table(path, scratch, dict.fromkeys(names))
-    if suffix in (".jsonl", ".ndjson"):
-        return _open_json(read_json_lines(path), path, scratch)
-    if suffix == ".json":
-        return _open_json(unirec.read_json(path, dict).values(), path, scratch)
-    names = []
-    if suffix == ".parquet":
-        try:
-            names = list(pl.read_parquet_schema(path))
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise DataError(f"{path}: not readable as Parquet: {error}") from error
-    return read_table(path, scratch, dict.fromkeys(names))
+    table, dialect, notes = _open(path)
+    kind = "recbole" if kind_of(path) in (".inter", ".item") else "table"
+    if amazon.is_metadata(table.names):
+        return Source(format="amazon-2023", table=table, dialect=dialect, id="item_id", notes=notes)
+    if kind_of(path) == ".json" and table.names[:1] == ["item_id"] and {"details", "main_image"} & set(table.names):
+        return Source(format="unirec", table=table, dialect=dialect, id="item_id", notes=notes)
+    try:
+        found, guessed = identify(path, table.names, ("id",), columns)
+    except DataError as error:
+        return Source(format=kind, table=table, dialect=dialect, id=None, notes=[*notes, str(error)])
+    return Source(format=kind, table=table, dialect=dialect, id=found["id"], notes=[*notes, *guessed])
 
 
-def _open_json(rows: Iterable[dict[str, Any]], path: Path, scratch: Path) -> pl.LazyFrame:
-    listed: dict[str, bool] = {}
-    for row in rows:
-        for key, value in row.items():
-            listed[key] = listed.get(key, False) or isinstance(value, list)
-    dictionary = path.suffix.lower() == ".json"
-    if dictionary or {"parent_asin", "details"} <= listed.keys():
-        kept = [key for key in listed if key not in _NESTED and key != "parent_asin"]
-        extra = [*(amazon.DETAILS if "details" in listed else ()), *(["main_image"] if "images" in listed else [])]
+def _open(path: Path) -> tuple[Table, DialectConfig, list[str]]:
+    if not path.exists() or kind_of(path) not in TEXTS:
+        table = open_table(path)
+        return table, PLAIN, list(table.notes)
+    dialect, notes = guess_dialect(parts_of(path)[0], separators=TEXTS[kind_of(path)])
+    return open_table(path, dialect), dialect, notes
+
+
+def open_items(source: Source, scratch: Path) -> pl.LazyFrame:
+    """All columns of an item table; lists stay lists, also those that are written as texts.
+
+    Args:
+      source: From `examine`.
+      scratch: Folder for temporary files, which must stay until the frame was collected.
+
+    Returns:
+      The columns of the table, those of Amazon's and the reference's items as `nqf.data.amazon.flatten` names them.
+
+    Raises:
+      DataError: Rows that cannot be read.
+    """
+    table, names = source.table, source.table.names
+    sample = dict(zip(names, zip(*itertools.islice(table.rows(names), SAMPLE), strict=True), strict=False))
+    if source.format in ("amazon-2023", "unirec"):
+        kept = [name for name in names if name not in (*_NESTED, "parent_asin", "item_id")]
+        extra = [*(amazon.DETAILS if "details" in names else ()), *(["main_image"] if "images" in names else [])]
         names = ["item_id", *dict.fromkeys([*kept, *extra])]
-        reader = unirec.read_items if dictionary else amazon.read_items
-    else:
-        names, reader = list(listed), read_table
+    listed = [name for name in names if _listed(sample.get(name, ())) and not _is_text(name, sample[name], table)]
     fields = {
-        name: Field(name=name, modality="category", columns=(name,)) if listed.get(name) else None for name in names
+        name: Field(name=name, modality="category", columns=(name,)) if name in listed else None for name in names
     }
-    return reader(path, scratch, fields)
+    if source.format == "amazon-2023":
+        return amazon.read_items(table.path, scratch, fields, source.dialect)
+    if source.format == "unirec":
+        return unirec.read_items(table.path, scratch, fields)
+    return table.read(fields, scratch)
 
 
-def inspect_items(path: Path, scratch: Path) -> list[Column]:
+def _listed(values: Sequence[Any]) -> bool:
+    """Whether the values are lists or objects, or texts that hold such."""
+    there = [value for value in values if value is not None and not (isinstance(value, str) and not value.strip())]
+    lists = sum(isinstance(unpacked(value) if isinstance(value, str) else value, (list, dict)) for value in there)
+    return lists > 0.8 * len(there) if there else False
+
+
+def _is_text(name: str, values: Sequence[Any], table: Table) -> bool:
+    """Whether a sequence of a RecBole file is a title or the like, or has commas between its values, not blanks."""
+    if name not in table.sequences:
+        return False
+    commas = sum(", " in str(plain(value, None)) for value in values if value)
+    return bool(_WORDS_NAME.search(name)) or commas > 0.5 * len(values)
+
+
+def inspect_items(source: Source, scratch: Path) -> list[Column]:
     """Looks at every column of an item table.
 
     Args:
-      path: As `open_table` reads.
+      source: From `examine`.
       scratch: Folder for temporary files.
 
     Raises:
       DataError: Not readable, or empty.
     """
-    table = open_table(path, scratch)
+    path, table = source.table.path, open_items(source, scratch)
     names = table.collect_schema().names()
     counts = table.select(
         pl.len().alias("rows"),
@@ -139,11 +188,13 @@ def inspect_items(path: Path, scratch: Path) -> list[Column]:
         values = sample[name].drop_nulls()
         filled = rows - int(counts[f"null {name}"].item())
         distinct = int(counts[f"distinct {name}"].item())
-        if name == "item_id":
+        if name == source.id:
             options, note = (
                 {},
                 "the id of an item" if filled == distinct == rows else "must be there and differ in every row",
             )
+        elif _INDEX_NAME.fullmatch(name) and _counts_rows(values):
+            options, note = {}, "the numbers of the rows, as pandas writes them"
         elif not filled:
             options, note = {}, "no value at all"
         elif distinct == 1 and filled == rows:
@@ -153,7 +204,7 @@ def inspect_items(path: Path, scratch: Path) -> list[Column]:
         columns.append(
             Column(
                 name=name,
-                kind=str(sample[name].dtype).lower(),
+                kind=str(sample[name].dtype).lower()[:30],
                 filled=filled / rows,
                 distinct=distinct,
                 example=_shorten(values[0]) if len(values) else "",
@@ -164,6 +215,11 @@ def inspect_items(path: Path, scratch: Path) -> list[Column]:
     return columns
 
 
+def _counts_rows(values: pl.Series) -> bool:
+    numbers = values.cast(pl.String).cast(pl.Int64, strict=False)
+    return len(numbers) > 0 and not numbers.null_count() and bool((numbers.diff().drop_nulls() == 1).all())
+
+
 def _suggest(name: str, values: pl.Series, variety: float) -> tuple[dict[str, Any], str]:
     """Schema options of a column and what to check, from a sample of its values and the share of distinct ones."""
     dtype = values.dtype
@@ -172,7 +228,7 @@ def _suggest(name: str, values: pl.Series, variety: float) -> tuple[dict[str, An
         lengths, elements = parts.list.len(), parts.explode(empty_as_null=False)
         if lengths.n_unique() == 1 and lengths[0] > 1 and elements.cast(pl.Float64, strict=False).null_count() == 0:
             return {"modality": "vector"}, f"{lengths[0]} numbers"
-        if elements.str.split(" ").list.len().mean() > 6:
+        if _float(elements.str.split(" ").list.len().mean()) > 6:
             return {"modality": "text"}, "lists of sentences are joined"
         return {"modality": "category"}, ""
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
@@ -193,7 +249,7 @@ def _suggest(name: str, values: pl.Series, variety: float) -> tuple[dict[str, An
 def _suggest_number(name: str, values: pl.Series, variety: float) -> tuple[dict[str, Any], str]:
     if variety == 1 and name.lower().endswith("id"):
         return {}, "a code that differs in every row"
-    if _TIME_NAME.search(name) and values.abs().min() >= 1e7:
+    if _TIME_NAME.search(name) and _float(values.abs().min()) >= 1e7:
         return {"modality": "time"}, ""
     if _LATER_NAME.search(name):
         return (
@@ -205,7 +261,7 @@ def _suggest_number(name: str, values: pl.Series, variety: float) -> tuple[dict[
 
 def _suggest_string(name: str, values: pl.Series, variety: float) -> tuple[dict[str, Any], str]:
     def share(mask: pl.Series) -> float:
-        return float(mask.fill_null(False).mean())
+        return _float(mask.fill_null(False).mean())
 
     numbers = values.cast(pl.Float64, strict=False)
     if share(numbers.is_not_null()) >= 0.99:
@@ -224,12 +280,12 @@ def _suggest_string(name: str, values: pl.Series, variety: float) -> tuple[dict[
         return {"modality": "image"}, ""
     if share(values.str.contains(_URL)) >= 0.8:
         return {}, "links"
-    words = float(values.str.split(" ").list.len().mean())
+    words = _float(values.str.split(" ").list.len().mean())
     for separator in _SEPARATORS:
         if share(values.str.contains(separator, literal=True)) < 0.2:
             continue
         parts = values.str.split(separator).explode(empty_as_null=False).str.strip_chars()
-        short = float(parts.str.split(" ").list.len().mean()) <= 3
+        short = _float(parts.str.split(" ").list.len().mean()) <= 3
         if short and parts.n_unique() <= 0.5 * len(parts):
             return {"modality": "category", "multi_valued": True, "separator": separator}, ""
     if variety == 1 and words < 1.5:
@@ -239,33 +295,53 @@ def _suggest_string(name: str, values: pl.Series, variety: float) -> tuple[dict[
     return {"modality": "text"}, ""
 
 
-def suggest_schema(columns: Sequence[Column]) -> str:
-    """A schema YAML to start from: what was guessed, with a comment where it ought to be checked."""
+def suggest_schema(source: Source, columns: Sequence[Column]) -> str:
+    """A schema YAML to start from: what was guessed, with a comment where it ought to be checked.
+
+    Raises:
+      DataError: No column can be used.
+    """
+    if source.format == "amazon-2023":
+        return amazon.SCHEMA
     by_name = {column.name.lower(): column for column in columns}
     place = next((pair for pair in _PLACES if set(pair) <= by_name.keys()), None)
     taken = {by_name[part].name for part in place or ()}
     title = _title(columns)
-    lines = [f"title: {_plain(title.name)}"] if title else []
-    lines.append("fields:")
+    names: set[str] = set()
+
+    def name_of(column: str) -> str:
+        # What a schema reserves, and what has that name already.
+        name = column.lstrip("_") or "field"
+        name = f"{name}_" if name == "item_id" or (name == "title" and column != (title and title.name)) else name
+        while name in names:
+            name += "_"
+        names.add(name)
+        return name
+
+    lines = ["fields:"]
     for column in columns:
         if not column.options or column.name in taken:
-            if column.name != "item_id" and column.name not in taken:
+            if column.name != source.id and column.name not in taken:
                 lines.append(f"  # {_plain(column.name)}: left out, {column.note}")
             continue
-        options = dict(column.options)
-        if column.name.startswith("_"):
+        options, name = dict(column.options), name_of(column.name)
+        if column is title:
+            lines.insert(0, f"title: {_plain(name)}")
+        if name != column.name:
             options["column"] = column.name
         if column.note:
             lines.append(f"  # {column.note}")
-        plain = (
+        written = (
             options["modality"]
             if len(options) == 1
             else yaml.safe_dump(options, default_flow_style=True, sort_keys=False, width=10_000).strip()
         )
-        lines.append(f"  {_plain(column.name.lstrip('_') or 'field')}: {plain}")
+        lines.append(f"  {_plain(name)}: {written}")
     if place:
         pair = ", ".join(_plain(by_name[part].name) for part in place)
-        lines.append(f"  place: {{modality: geo, columns: [{pair}]}}")
+        lines.append(f"  {_plain(name_of('place'))}: {{modality: geo, columns: [{pair}]}}")
+    if not names:
+        raise DataError(f"{source.table.path}: no column of it can be a field, so nothing can be learned from it")
     return "\n".join(lines) + "\n"
 
 
@@ -274,37 +350,81 @@ def _title(columns: Sequence[Column]) -> Column | None:
         column for column in columns if column.options.get("modality") == "text" and not column.name.startswith("_")
     ]
     named = [column for column in texts if _TITLE_NAME.fullmatch(column.name)]
+    alike = [column for column in texts if column.name.lower().endswith(("title", "name"))]
     # A field called title has to be the title.
     exact = [column for column in named if column.name == "title"]
-    return (exact or named or sorted(texts, key=lambda column: len(column.example)) or [None])[0]
+    return (exact or named or alike or sorted(texts, key=lambda column: len(column.example)) or [None])[0]
 
 
-def inspect_interactions(path: Path, scratch: Path, items: pl.Series | None = None) -> list[tuple[str, str]]:
-    """Looks at an interaction table.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Events:
+    """An interaction table, opened in the way that was guessed.
+
+    Attributes:
+      path: The file.
+      format: What `data.format` has to be, beside the item table that was examined.
+      dialect: How it is written, where it is text.
+      columns: Columns by role, as `data.columns`.
+      frame: The columns user_id and item_id, and timestamp, rating and review where they were found.
+      notes: What was guessed, in words.
+    """
+
+    path: Path
+    format: str
+    dialect: DialectConfig
+    columns: dict[str, str]
+    frame: pl.DataFrame
+    notes: list[str]
+
+
+def open_events(path: Path, scratch: Path, source: Source | None = None) -> Events:
+    """Opens an interaction table.
 
     Args:
-      path: As `open_table` reads, or raw Amazon 2023 reviews; columns user_id and item_id, optionally timestamp,
-        rating and review.
+      path: As `nqf.data.readers` reads, RecBole's, Amazon's reviews, or samples of the reference system.
       scratch: Folder for temporary files.
-      items: Ids of the item table, to count who is without company.
-
-    Returns:
-      Lines of a report: what, and how much.
+      source: The item table.
 
     Raises:
       DataError: Not readable, empty, or without users or items.
     """
-    wanted = {"user_id": None, "item_id": None, "timestamp": None, "rating": None, "review": None}
-    table = open_table(path, scratch)
-    names = table.collect_schema().names()
-    if "parent_asin" in names and "item_id" not in names:
-        table, names = amazon.read_reviews(path, scratch, wanted), list(wanted)
-    for name in ("user_id", "item_id"):
-        if name not in names:
-            raise DataError(f"{path}: no column '{name}'; it has {', '.join(names)}; rename the one that is meant")
-    frame = table.select(name for name in wanted if name in names).collect()
-    if not len(frame):
+    table, dialect, notes = _open(path)
+    kind, columns = "table" if source is None else source.format, {}
+    wanted = dict.fromkeys(CANONICAL.values())
+    if {"history", "candidate", "ground_truth"} <= set(table.names):
+        kind = "unirec"
+        frame = unirec.read_interactions(path, scratch, wanted).select("user_id", "item_id")
+    elif kind == "amazon-2023" and "user_id" in table.names and {"parent_asin", "asin"} & set(table.names):
+        frame = amazon.read_reviews(path, scratch, wanted, dialect)
+    else:
+        kind = "recbole" if kind_of(path) == ".inter" else "table"
+        if kind == "recbole":
+            table = recbole.open_interactions(path, dialect, _COLUMNS)
+        columns, guessed = identify_interactions(path, table.names, _COLUMNS)
+        scan = table.read(dict.fromkeys(columns.values()), scratch)
+        notes = list(dict.fromkeys([*notes, *guessed, *table.notes]))
+        frame = scan.select(pl.col(name).alias(CANONICAL[role]) for role, name in columns.items())
+    try:
+        collected = frame.collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: could not be read: {str(error)[:300]}") from error
+    if not len(collected):
         raise DataError(f"{path}: there is no row in it")
+    return Events(path=path, format=kind, dialect=dialect, columns=columns, frame=collected, notes=notes)
+
+
+def inspect_interactions(events: Events, items: pl.Series | None = None) -> list[tuple[str, str]]:
+    """Looks at an interaction table.
+
+    Args:
+      events: From `open_events`.
+      items: Ids of the item table, to count who is without company.
+
+    Returns:
+      Lines of a report: what, and how much.
+    """
+    frame = events.frame
+    names = frame.columns
     lengths = frame.group_by("user_id").len()["len"]
     counts = frame.group_by("item_id").len()["len"]
     lines = [
@@ -323,8 +443,7 @@ def inspect_interactions(path: Path, scratch: Path, items: pl.Series | None = No
             ("with unknown items", f"{(~known).sum():,}"),
             ("items without any interaction", f"{unused.sum():,}"),
         ]
-    if "timestamp" in names:
-        lines += _times(frame)
+    lines += _times(frame) if "timestamp" in names else [("timestamps", "none; the order of the rows counts")]
     if "rating" in names:
         rating = frame["rating"].cast(pl.Float64, strict=False)
         lines.append(
@@ -345,13 +464,18 @@ def _times(frame: pl.DataFrame) -> list[tuple[str, str]]:
     known = timed.drop_nulls()
     if not len(known):
         return [("timestamps", "none; the order of the rows counts")]
-    days = pl.Series([known["time"].min() * 1000, known["time"].max() * 1000]).cast(pl.Datetime("ms")).dt.date()
+    days = (known["time"].sort().gather([0, len(known) - 1]) * 1000).cast(pl.Datetime("ms")).dt.date()
     gaps = known.sort("user_id", "time").select(pl.col("time").diff().over("user_id"))["time"].drop_nulls()
-    tied = float((gaps == 0).mean() or 0)
+    tied = _float((gaps == 0).mean() or 0)
     return [
         ("timestamps", f"{_share(timed['time'])}, {days[0]} to {days[1]}"),
         ("consecutive, at the same time", f"{tied:.1%}"),
     ]
+
+
+def _float(value: Any) -> float:
+    """A statistic of a column, whose type polars does not tell."""
+    return float(value)
 
 
 def _spread(values: pl.Series) -> str:
@@ -373,20 +497,57 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def suggest_config(items: Path, interactions: Path, folder: Path) -> str:
-    """A configuration YAML for two tables and the schema.yaml of a folder."""
-    suffixes = [suffix.lower() for suffix in items.suffixes]
-    kind = "table"
-    if ".item" in suffixes:
-        kind = "recbole"
-    elif ".json" in suffixes:
-        kind = "unirec"
-    elif {".jsonl", ".ndjson"} & set(suffixes) and "parent_asin" in next(read_json_lines(items)):
-        kind = "amazon-2023"
-    where = [os.path.relpath(path, folder) for path in (items, interactions)]
-    return (
-        "# Train with: python -m nqf.train --config THIS_FILE\n"
-        f"name: {_plain(folder.resolve().name)}\n"
-        f"data:\n  format: {kind}\n  items: {_plain(where[0])}\n  interactions: {_plain(where[1])}\n"
-        "  schema: schema.yaml\n"
-    )
+def suggest_config(source: Source, events: Events, schema: str, scratch: Path) -> tuple[dict[str, Any], list[str]]:
+    """The data section of a configuration that was tried: its tables are read, checked and split by it.
+
+    Args:
+      source: The item table.
+      events: The interactions.
+      schema: The schema YAML.
+      scratch: Folder for temporary files.
+
+    Returns:
+      The section, with absolute paths and without what is as by default, and what was decided, in words.
+
+    Raises:
+      DataError: No configuration of these tables can be trained; says why.
+    """
+    if source.id is None:
+        raise DataError(source.notes[-1])
+    (scratch / "schema.yaml").write_text(schema, encoding="utf-8")
+    kind = "table" if "table" in (source.format, events.format) else events.format
+    tree: dict[str, Any] = {
+        "format": kind,
+        "items": str(source.table.path.absolute()),
+        "interactions": str(events.path.absolute()),
+        "schema": str(scratch / "schema.yaml"),
+    }
+    columns = {role: name for role, name in events.columns.items() if name != CANONICAL[role]}
+    if kind in ("table", "recbole") and source.id not in ("item_id", columns.get("item")):
+        columns["id"] = source.id
+    options = {"columns": columns, "items_dialect": _changed(source), "interactions_dialect": _changed(events)}
+    tree |= {key: section for key, section in options.items() if section}
+    failure: DataError | None = None
+    for split in ("temporal", "leave-one-out") if "timestamp" in events.frame.columns else ("leave-one-out",):
+        data = from_tree(DataConfig, {**tree, "split": split}, where="data")
+        try:
+            prepare(data, scratch / "prepared")
+        except DataError as error:
+            failure = failure or error
+            continue
+        reason = "" if failure is None else f", as the temporal split does not work: {str(failure).split(';')[0]}"
+        return {**tree, "split": split}, [f"data.split: {split}{reason}"]
+    raise failure or DataError(f"{events.path}: there is no way to split it")
+
+
+def _changed(opened: Source | Events) -> dict[str, Any]:
+    usual = to_tree(PLAIN)
+    return {key: value for key, value in to_tree(opened.dialect).items() if value != usual[key]}
+
+
+def config_text(data: dict[str, Any], folder: Path) -> str:
+    """A configuration YAML for a folder that also holds its schema.yaml."""
+    where = {key: os.path.relpath(data[key], folder.absolute()) for key in ("items", "interactions")}
+    tree = {"name": folder.resolve().name or "shop", "data": {**data, **where, "schema": "schema.yaml"}}
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10_000)
+    return f"# Train with: python -m nqf.train --config THIS_FILE\n{text}"

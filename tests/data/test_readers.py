@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nqf.data import amazon, recbole, unirec
+from nqf.config import MISSING_WORDS
+from nqf.data import amazon, readers, unirec
 from nqf.data.catalogue import canonical
 from nqf.data.errors import DataError
 from nqf.data.readers import read_table
@@ -83,7 +84,9 @@ def test_lists_stay_lists(ending: str, tmp_path: Path) -> None:
     ]
 
 
-TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=12)
+TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=12).filter(
+    lambda text: text.strip() not in MISSING_WORDS
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
@@ -104,7 +107,7 @@ def test_half_a_surrogate_pair_is_a_question_mark(tmp_path: Path) -> None:
     table = read_table(tmp_path / "a.jsonl", tmp_path, {"item_id": None, "name": None})
     assert table.collect().rows() == [("x?", "😀 ?")]
     (tmp_path / "a.json").write_text('{"x\\ud83d": {"name": "\\ud83d\\ude00"}}')
-    assert unirec.read_json(tmp_path / "a.json", dict) == {"x?": {"name": "😀"}}
+    assert readers.read_json(tmp_path / "a.json", dict) == {"x?": {"name": "😀"}}
 
 
 def test_an_optional_column_may_be_absent(tmp_path: Path) -> None:
@@ -123,15 +126,16 @@ def test_an_optional_column_may_be_absent(tmp_path: Path) -> None:
         ("a.csv", b"item_id,nmae\n1,x\n", "no column 'name'; did you mean 'nmae'"),
         ("a.csv", b"item_id,name,name\n1,x,y\n", "duplicate column 'name'"),
         ("a.csv", b"", "the file is empty"),
-        ("a.csv", b"\xff\xfe\n", "not UTF-8"),
+        ("a.csv", b"item_id,name\n1,caf\xe9\n", r"line 2: not UTF-8 text \(.*\); set its encoding"),
         ("a.csv.gz", b"no gzip", "not readable as gzip"),
-        ("a.csv.gz", gzip.compress(b"item_id,name\n" * 999, mtime=0)[:-20], "not readable as gzip"),
+        ("a.csv.gz", gzip.compress(b"item_id,name\n" * 999, mtime=0)[:-20], "not readable"),
         ("a.jsonl", b'{"item_id": 1, "name": "x"}\n{oops\n', "line 2: not JSON"),
         ("a.jsonl", b'{"item_id": 1, "name": "x"}\n[1]\n', "line 2: expected a JSON object, found list"),
         ("a.jsonl", b'{"item_id": 1, "name": "\xff"}\n', "not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"item_id": 1}\n' * 999, mtime=0)[:-20], "not readable"),
         ("a.parquet", b"PAR1 nonsense", "not readable as Parquet"),
-        ("a.xlsx", b"", "unknown kind of table; known: .csv"),
+        ("a.xlsx", b"", "not readable as an Excel file"),
+        ("a.xls", b"", "unknown kind of table; known: .csv.*save it as .xlsx or .csv"),
     ],
 )
 def test_damage_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -142,7 +146,7 @@ def test_damage_is_named(name: str, content: bytes, message: str, tmp_path: Path
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for read in (read_table, recbole.read_atomic, amazon.read_items, unirec.read_items):
+    for read in (read_table, amazon.read_items, unirec.read_items):
         with pytest.raises(DataError, match=r"nowhere\.csv: no such file"):
             read(tmp_path / "nowhere.csv", tmp_path, {"item_id": None})
 
@@ -152,7 +156,7 @@ def test_recbole(tmp_path: Path) -> None:
         "item_id:token\tname:token_seq\ttags:token_seq\tprice:float\tv:float_seq\n"
         '1\tA "quoted\tx y\t2.5\t1 2\n2\t\t\t\t\n'
     )
-    assert values(recbole.read_atomic(tmp_path / "x.item", tmp_path, COLUMNS)) == [
+    assert values(read_table(tmp_path / "x.item", tmp_path, COLUMNS)) == [
         {"item_id": "1", "title": 'A "quoted', "tags": ["x", "y"], "price": 2.5, "v": [1.0, 2.0]},
         {"item_id": "2", "title": None, "tags": None, "price": None, "v": None},
     ]
@@ -163,7 +167,7 @@ def test_recbole(tmp_path: Path) -> None:
     ):
         (tmp_path / "y.item").write_text(header + "\n")
         with pytest.raises(DataError, match=message):
-            recbole.read_atomic(tmp_path / "y.item", tmp_path, {"item_id": None})
+            read_table(tmp_path / "y.item", tmp_path, {"item_id": None})
 
 
 META = {
@@ -235,5 +239,5 @@ def test_overlapping_samples_give_the_sequence_back(data: st.DataObject) -> None
     sequences: list[str] = []
     width = data.draw(st.integers(2, 5))
     for end in range(2, len(sequence) + 1):
-        unirec._append(sequences, sequence[max(0, end - width) : end])
+        unirec.append(sequences, sequence[max(0, end - width) : end])
     assert sequences == sequence

@@ -9,11 +9,20 @@ import pytest
 import yaml
 
 from nqf.config import load_config
+from nqf.data.amazon import SCHEMA
 from nqf.data.errors import DataError
 from nqf.data.load import prepare
 from nqf.data.schema import schema_from_tree
 from nqf.tools import data as command
-from nqf.tools.inspect import Column, inspect_interactions, inspect_items, open_table, suggest_config, suggest_schema
+from nqf.tools.inspect import (
+    Column,
+    examine,
+    inspect_interactions,
+    inspect_items,
+    open_events,
+    open_items,
+    suggest_schema,
+)
 
 WORDS = "oak desk lamp tall chair small walnut green shelf round table blue".split()
 
@@ -64,7 +73,7 @@ EXPECTED = {
 def look(path: Path, tmp_path: Path) -> dict[str, Column]:
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
-    return {column.name: column for column in inspect_items(path, scratch)}
+    return {column.name: column for column in inspect_items(examine(path), scratch)}
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet"])
@@ -121,7 +130,7 @@ def test_lists_and_nested_values(tmp_path: Path) -> None:
     pl.DataFrame(rows).write_parquet(tmp_path / "items.parquet")
     columns = look(tmp_path / "items.parquet", tmp_path)
     assert columns["vector"].options == {"modality": "vector"}
-    assert "nested" in columns["extra"].note
+    assert columns["extra"].options == {"modality": "category"}
 
 
 def test_amazon_metadata_and_dictionary(tmp_path: Path) -> None:
@@ -143,7 +152,8 @@ def test_amazon_metadata_and_dictionary(tmp_path: Path) -> None:
     assert not {"parent_asin", "details", "images"} & columns.keys()
     assert columns["item_id"].distinct == 30
     assert columns["average_rating"].options["after_the_fact"] is True
-    assert "amazon-2023" in suggest_config(path, path, tmp_path)
+    assert examine(path).format == "amazon-2023"
+    assert suggest_schema(examine(path), list(columns.values())) == SCHEMA
     dictionary = tmp_path / "dict.json"
     dictionary.write_text(json.dumps({row.pop("parent_asin"): row for row in rows}))
     assert look(dictionary, tmp_path).keys() == columns.keys()
@@ -159,18 +169,19 @@ def test_recbole(tmp_path: Path) -> None:
     events.write_text(
         "user_id:token\titem_id:token\ttimestamp:float\n" + "".join(f"u\t{r}\t{r}00000000\n" for r in range(5))
     )
-    lines = dict(inspect_interactions(events, tmp_path, pl.Series([*map(str, range(3)), "9"])))
+    opened = open_events(events, tmp_path, examine(path))
+    lines = dict(inspect_interactions(opened, pl.Series([*map(str, range(3)), "9"])))
     assert lines["interactions"] == "5"
     assert lines["with unknown items"] == "2"
     assert lines["items without any interaction"] == "1"
-    assert "format: recbole" in suggest_config(path, events, tmp_path)
+    assert (examine(path).format, opened.format) == ("recbole", "recbole")
 
 
 def test_interactions_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "events.csv"
     rows = [("a", "1", 0), ("a", "2", 0), ("a", "3", 86_400), ("b", "1", 86_400), ("b", "1", 200_000)]
     path.write_text("user_id,item_id,timestamp,rating\n" + "".join(f"{u},{i},{t},4\n" for u, i, t in rows))
-    lines = dict(inspect_interactions(path, tmp_path))
+    lines = dict(inspect_interactions(open_events(path, tmp_path)))
     assert lines["users"] == "2"
     assert lines["users with fewer than 3"] == "1"
     assert lines["the same user and item again"] == "1"
@@ -204,14 +215,18 @@ def test_suggestions_are_ready_to_train(tmp_path: Path, capsys) -> None:
     assert dataset.report["items"]["missing"]["place"] == 0
     assert not dataset.report["items"]["bad_values"]
     assert dataset.report["fields_left_out"] == ["sales_rank"]
-    with pytest.raises(FileExistsError, match=r"schema.yaml: there already"):
+    assert load_config(folder / "config.yaml").data.split == "temporal"
+    with pytest.raises(FileExistsError, match=r"schema.yaml: there already; --force replaces it"):
         command.main([*arguments, "--output", str(folder)])
+    (folder / "config.yaml").write_text("name: mine\n")
+    command.main([*arguments, "--output", str(folder), "--force"])
+    assert load_config(folder / "config.yaml").data.split == "temporal"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("items.xlsx", b"PK", "unknown kind of table"),
+        ("items.doc", b"PK", "unknown kind of table"),
         ("items.csv", b"", "the file is empty"),
         ("items.csv", b"item_id,title\n", "there is no row in it"),
         ("items.parquet", b"PAR1", "not readable as Parquet"),
@@ -222,17 +237,161 @@ def test_refusals(tmp_path: Path, name: str, content: bytes | None, message: str
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        inspect_items(tmp_path / name, tmp_path)
+        inspect_items(examine(tmp_path / name), tmp_path)
 
 
 def test_interactions_need_users_and_items(tmp_path: Path) -> None:
-    (tmp_path / "events.csv").write_text("userId,item_id\na,1\n")
-    with pytest.raises(DataError, match=r"no column 'user_id'; it has userId, item_id; rename the one that is meant"):
-        inspect_interactions(tmp_path / "events.csv", tmp_path)
+    (tmp_path / "events.csv").write_text("who,item_id\na,1\n")
+    with pytest.raises(DataError, match=r"no column 'user_id' .* it has who, item_id; name the one that is meant"):
+        open_events(tmp_path / "events.csv", tmp_path)
 
 
 def test_schema_without_a_title(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("item_id,price\n" + "".join(f"{row},{row}.5\n" for row in range(9)))
-    columns = list(look(tmp_path / "items.csv", tmp_path).values())
-    assert schema_from_tree(yaml.safe_load(suggest_schema(columns))).title is None
-    assert open_table(tmp_path / "items.csv", tmp_path).collect().shape == (9, 2)
+    source, columns = examine(tmp_path / "items.csv"), list(look(tmp_path / "items.csv", tmp_path).values())
+    assert schema_from_tree(yaml.safe_load(suggest_schema(source, columns))).title is None
+    assert open_items(source, tmp_path).collect().shape == (9, 2)
+
+
+# Files as strangers have them: items, events, keys of the configuration, words that are printed.
+EVENTS = "user_id,item_id,timestamp\n" + "".join(
+    f"u{user},p{1 + (user + step) % 9},{1_600_000_000 + 1_000 * step + user}\n"
+    for user in range(12)
+    for step in range(5)
+)
+ITEMS = "item_id,title,price\n" + "".join(f"p{n},Thing number {n} of the shop,{n}.5\n" for n in range(1, 10))
+STRANGERS = {
+    "d17: row numbers of pandas": (
+        (
+            "items.csv",
+            "Unnamed: 0,,"
+            + "\n".join(f"{n - 1},{n - 1},{line}" if n else line for n, line in enumerate(ITEMS.splitlines())),
+        ),
+        ("events.csv", EVENTS),
+        {"split": "temporal"},
+        ("# 'Unnamed: 0': left out, the numbers of the rows", "# 'Unnamed: 1': left out"),
+    ),
+    "d12b: semicolons and Windows-1252": (
+        ("items.csv", ITEMS.replace(",", ";").replace("Thing", "Café").encode("cp1252")),
+        ("events.csv", EVENTS.replace(",", "\t")),
+        {"items_dialect": {"separator": ";", "encoding": "cp1252"}, "interactions_dialect": {"separator": "\t"}},
+        ("the separator is taken to be semicolon", "its encoding is taken to be cp1252", "taken to be tab"),
+    ),
+    "d18: backslashes": (
+        ("items.csv", ITEMS.replace("Thing number 3 of the shop", '"Thing \\"3\\", red"')),
+        ("events.csv", EVENTS),
+        {"items_dialect": {"escape": "\\"}},
+        ("a backslash is taken to escape quotes",),
+    ),
+    "d03: lists as text": (
+        (
+            "items.csv",
+            "item_id,title,genres\n"
+            + "".join(f"p{n},Thing number {n} here,\"['A & B', 'C{n % 3}']\"\n" for n in range(1, 10)),
+        ),
+        ("events.csv", EVENTS),
+        {},
+        ("genres: category",),
+    ),
+    "d09e: product_id": (
+        (
+            "x.item",
+            "product_id:token\tapp_name:token\n" + "".join(f"p{n}\tGame number {n} of all\n" for n in range(1, 10)),
+        ),
+        (
+            "x.inter",
+            EVENTS.replace(",", "\t").replace(
+                "user_id\titem_id\ttimestamp", "user_id:token\tproduct_id:token\ttimestamp:float"
+            ),
+        ),
+        {"format": "recbole", "columns": {"item": "product_id"}, "split": "temporal"},
+        ("the item is taken from the column 'product_id'", "title: app_name"),
+    ),
+    "d10: lines of objects in .json": (
+        (
+            "b.json",
+            "".join(
+                json.dumps({"business_id": f"p{n}", "name": f"Cafe number {n} there"}) + "\n" for n in range(1, 10)
+            ),
+        ),
+        (
+            "r.json",
+            "".join(
+                json.dumps(dict(zip(("user_id", "business_id", "date", "stars"), (*line.split(","), 4), strict=True)))
+                + "\n"
+                for line in EVENTS.splitlines()[1:]
+            ),
+        ),
+        {"format": "table", "columns": {"item": "business_id", "time": "date", "rating": "stars"}},
+        ("the time is taken from the column 'date'",),
+    ),
+    "a shop whose item table has another name": (
+        ("items.csv", ITEMS.replace("item_id", "sku")),
+        ("events.csv", EVENTS.replace("user_id,item_id,timestamp", "customer_id,product,ordered_at")),
+        {"columns": {"user": "customer_id", "item": "product", "time": "ordered_at", "id": "sku"}},
+        ("the id of an item is taken from the column 'sku'",),
+    ),
+    "no times": (
+        ("items.csv", ITEMS),
+        (
+            "events.csv",
+            "".join(line.rpartition(",")[0] + ",x\n" for line in EVENTS.splitlines()).replace(
+                "item_id,x", "item_id,shelf"
+            ),
+        ),
+        {"split": "leave-one-out"},
+        ("no column of times was found", "columns that are not used: shelf"),
+    ),
+    "a title that is a category": (
+        (
+            "items.csv",
+            "item_id,title,place,lat,lon\n" + "".join(f"p{n},T{n % 2},x{n % 3},{n},{n}.5\n" for n in range(1, 10)),
+        ),
+        ("events.csv", EVENTS),
+        {},
+        ("title_: {modality: category, column: title}", "place_: {modality: geo"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_what_is_written_can_be_trained(case: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (items, item_text), (events, event_text), expected, words = STRANGERS[case]
+    for name, text in ((items, item_text), (events, event_text)):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    arguments = ["inspect", str(tmp_path / items), "--interactions", str(tmp_path / events)]
+    command.main([*arguments, "--output", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    for word in words:
+        assert word in out
+    data = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["data"]
+    assert expected.items() <= data.items()
+    dataset = prepare(load_config(tmp_path / "out" / "config.yaml").data, tmp_path / "data")
+    assert dataset.report["interactions"]["count"] == 60
+    assert len(dataset.catalogue) == 9
+
+
+def test_nothing_is_written_that_cannot_be_trained(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text(ITEMS.replace("p", "q"))
+    (tmp_path / "events.csv").write_text(EVENTS)
+    arguments = ["inspect", str(tmp_path / "items.csv"), "--interactions", str(tmp_path / "events.csv")]
+    with pytest.raises(DataError, match="no interaction is left"):
+        command.main([*arguments, "--output", str(tmp_path / "out")])
+    (tmp_path / "items.csv").write_text(ITEMS.replace("item_id", "which"))
+    with pytest.raises(DataError, match=r"no column 'item_id' and none of a common name"):
+        command.main([*arguments, "--output", str(tmp_path / "out")])
+    (tmp_path / "items.csv").write_text("item_id,title\np1,same\np2,same\n")
+    with pytest.raises(DataError, match="no column of it can be a field"):
+        command.main([*arguments, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_markup_and_escapes_of_a_table_are_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "items.csv").write_text(
+        "item_id,[bold]x[/],title\n" + "".join(f"[/red]{n},\x1b[2J{n},[link]Thing {n} [/b]\n" for n in range(5))
+    )
+    command.main(["inspect", str(tmp_path / "items.csv")])
+    out = capsys.readouterr().out
+    for text in ("[bold]x[/]", "[/red]0", "[link]Thing 0 [/b]", "\\x1b[2J0"):
+        assert text in out
+    assert "\x1b" not in out

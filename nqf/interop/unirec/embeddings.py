@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nqf.data.errors import DataError
-from nqf.data.unirec import read_json
+from nqf.data.readers import read_json
 
 
 def read_candidate_embeddings(path: str | Path) -> tuple[list[str], np.ndarray]:

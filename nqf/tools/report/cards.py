@@ -57,7 +57,7 @@ def item_cards(catalogue: Catalogue, item_ids: Sequence[str], *, lines: int = 2)
     fields = catalogue.schema.fields
     images = [field.name for field in fields if field.modality == "image"]
     shown = [field for field in fields if field.modality in ("category", "number", "time")]
-    table = pl.scan_parquet(catalogue.path).filter(pl.col("item_id").is_in(list(item_ids)))
+    table = pl.scan_parquet(catalogue.path, glob=False).filter(pl.col("item_id").is_in(list(item_ids)))
     rows = {row["item_id"]: row for row in table.collect().iter_rows(named=True)}
     cards = []
     for item_id in item_ids:

@@ -90,7 +90,7 @@ def _map(run: Run, vectors: dict[str, np.ndarray]) -> Map | None:
     fields = [field.name for field in dataset.catalogue.schema.fields if field.modality == "category"]
     # The first value, which is the most general one where categories are nested.
     first = [pl.col(name).list.first().fill_null("") for name in fields]
-    table = pl.scan_parquet(dataset.catalogue.path).select("item_id", "title", *first).collect()[rows]
+    table = pl.scan_parquet(dataset.catalogue.path, glob=False).select("item_id", "title", *first).collect()[rows]
     # The fields with the fewest categories color best.
     fields = sorted((name for name in fields if table[name].n_unique() > 1), key=lambda name: table[name].n_unique())
     counts = np.bincount(dataset.interactions.items[dataset.split.train], minlength=items)
