@@ -81,6 +81,7 @@ def worlds(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {name: trained(planted(source, folder / name, place)) for name, place in places.items()}
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.parametrize("split", HELD_OUT)
 def test_other_held_out_events_make_the_same_models(
@@ -102,6 +103,7 @@ def test_other_held_out_events_make_the_same_models(
     )
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.parametrize("split", HELD_OUT)
 def test_baselines_do_not_see_what_they_are_tested_on(worlds: dict[str, Run], split: str) -> None:
@@ -121,6 +123,7 @@ def test_baselines_do_not_see_what_they_are_tested_on(worlds: dict[str, Run], sp
             np.testing.assert_array_equal(one, other, err_msg=key)
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_the_planting_would_be_seen(worlds: dict[str, Run]) -> None:
     run, other = worlds["as it is"], worlds["test"]

@@ -78,6 +78,7 @@ def exercise(run: Run, name: str) -> None:
     program.report(params, metrics)
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_read_that_no_fingerprint_holds(tiny_run: Path, tmp_path: Path, name: str) -> None:

@@ -94,6 +94,7 @@ def readers(run: Path) -> dict[str, Callable[[], object]]:
     }
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_reader_refuses_what_was_altered(
@@ -115,6 +116,7 @@ def test_every_reader_refuses_what_was_altered(
     )
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_picture_replaced_in_place_makes_the_fields_stale(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
