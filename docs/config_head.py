@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 from nqf.config import DataConfig, load_config
-from nqf.stages.artifacts import STAGES
+from nqf.stages.graph import NAMES
 from nqf.stages.records import read_artifact
 
 
@@ -30,7 +30,7 @@ def main(config: str, run: str) -> None:
 def head_lines(path: Path, run: Path) -> list[str]:
     """Command, time per stage, test results and reconstruction of a run."""
     results = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))
-    stages = {stage: read_artifact(run, stage).result for stage in STAGES}
+    stages = {stage: read_artifact(run, stage).result for stage in NAMES if read_artifact(run, stage)}
     minutes = ", ".join(f"{stage} {result['wall_seconds'] / 60:.1f}" for stage, result in stages.items())
     total = sum(result["wall_seconds"] for result in stages.values()) / 60
     made = results["provenance"]

@@ -18,7 +18,8 @@ from nqf.data.errors import DataError
 from nqf.fields.cache import encode_items
 from nqf.fields.encoder import CacheError
 from nqf.serving import overlay
-from nqf.stages.artifacts import STAGES, status
+from nqf.stages.artifacts import status
+from nqf.stages.graph import STAGES
 from nqf.stages.run import Run, open_run
 
 pytestmark = pytest.mark.slow

@@ -225,7 +225,7 @@ def _read(path: Path, wanted: Any) -> Any:
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: damaged ({reason}); delete this folder to go on from an earlier checkpoint, if there is one, or "
+        f"{path}: damaged ({reason}); delete this folder to resume from an earlier checkpoint, if there is one, or "
         "begin the stage again with --restart"
     )
 

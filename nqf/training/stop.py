@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Stopped(RuntimeError):
-    """Training was asked to stop and has saved; the same command goes on from there."""
+    """Training was asked to stop and has saved; the same command resumes from there."""
 
     # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. Schedulers may requeue on it.
     exit_code = 75

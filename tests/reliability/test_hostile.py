@@ -507,7 +507,7 @@ READ = ("config.yaml", "*/stage.json", "data/*.*", "tokens/*.np?", "joint/tokeni
 
 def test_damaged_run_folder(smallest_run: Path, tmp_path: Path, record: Callable[..., None]) -> None:
     run = tmp_path / "run"
-    shutil.copytree(smallest_run, run, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "eval"))
+    shutil.copytree(smallest_run, run, ignore=shutil.ignore_patterns("tensorboard", "eval"))
     opened(run)
     files = sorted({path for pattern in READ for path in run.glob(pattern) if path.is_file()})
     assert len(files) >= 15
@@ -548,11 +548,12 @@ def test_damaged_run_folder(smallest_run: Path, tmp_path: Path, record: Callable
 def sign(run: Path, stage: str) -> None:
     """Makes the record of a stage say that its files are as they are now, as one who forges them would."""
     from nqf.stages.artifacts import _digests
+    from nqf.stages.graph import stage_of
     from nqf.stages.records import fingerprint
 
     path = run / stage / "stage.json"
     tree = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
-    tree["files"] = _digests(run, stage)
+    tree["files"] = _digests(run, stage_of(stage), tree["result"])
     path.write_text(json.dumps(tree | {"sha256": fingerprint(tree)}))
 
 
@@ -560,7 +561,7 @@ def test_pickles_in_arrays_are_not_loaded(smallest_run: Path, tmp_path: Path, re
     marker = tmp_path / "executed"
     payload = np.array([marker_payload(marker)] * 120, dtype=object)
     run = tmp_path / "run"
-    shutil.copytree(smallest_run, run, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "eval"))
+    shutil.copytree(smallest_run, run, ignore=shutil.ignore_patterns("tensorboard", "eval"))
     state = next(run.glob("fields/encoders/*/state.npz"))
     targets = {
         run / "tokens" / "tokens.npy": "tokens",
