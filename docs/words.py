@@ -26,7 +26,7 @@ WORDS = {
 # Their grammar differs from that of what they stand for.
 BY_HAND = {"(?:can ?not|could not|not to) be had": "unavailable"}
 PATTERN = re.compile(rf"\b(?:{'|'.join([*WORDS, *BY_HAND])})\b".replace(" ", r"\s+"), re.IGNORECASE)
-SKIPPED = re.compile(r"\.(?:png|svg|jpg)$|^LICENSE$|/results/|^docs/words\.py$|^CONTRIBUTING\.md$")
+SKIPPED = re.compile(r"\.(?:png|svg|jpg|gz)$|^LICENSE$|/results/|^docs/words\.py$|^CONTRIBUTING\.md$")
 
 
 def fixed(match: re.Match[str]) -> str:
