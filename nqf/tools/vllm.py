@@ -54,8 +54,8 @@ llm = LLM(
     dtype="float32",
 {options})
 recommender = Recommender(".")
-asked = [{{key: user[key] for key in ("items", "times", "ratings")}} for user in json.load(open("golden.json"))]
-histories = [recommender.history(**user) for user in asked]
+asked = [user["history"] for user in json.load(open("golden.json"))]
+histories = [recommender.history(**history) for history in asked]
 prompts = [{{"prompt_embeds": torch.from_numpy(recommender.prompt(history))}} for history in histories]
 outputs = llm.embed(prompts{request})
 for history, output in zip(histories, outputs):
@@ -204,20 +204,19 @@ def _write_golden(
         left = np.where(recommender.available, scores[user], -np.inf)
         left[interactions.items[span]] = -np.inf
         best = [row for row in np.argsort(-left, kind="stable")[:_TOP] if np.isfinite(left[row])]
-        times, ratings = interactions.times[span].tolist(), interactions.ratings[span]
-        lines.append(
-            {
-                "user": interactions.user_ids[user],
-                "items": [recommender.item_ids[row] for row in interactions.items[span]],
-                "times": [None if at == MISSING_TIME else at for at in times],
-                "ratings": [float(rating) if np.isfinite(rating) else None for rating in ratings],
-                "best": [[recommender.item_ids[row], float(left[row])] for row in best],
-            }
-        )
-    write_text(folder / "golden.json", json.dumps(lines, indent=1))
+        times, ratings, reviews = interactions.times[span].tolist(), interactions.ratings[span], run.features.reviews
+        asked = {
+            "items": [recommender.item_ids[row] for row in interactions.items[span]],
+            "times": [None if at == MISSING_TIME else at for at in times],
+            "ratings": [float(rating) if np.isfinite(rating) else None for rating in ratings],
+        }
+        if reviews is not None:
+            read = (reviews.values[at].tolist() if at >= 0 else None for at in reviews.rows[span])
+            asked["reviews"] = list(read)
+        found = [[recommender.item_ids[row], float(left[row])] for row in best]
+        lines.append({"user": interactions.user_ids[user], "history": asked, "best": found})
+    write_text(folder / "golden.json", json.dumps(lines))
     arrays = inputs | {"states": states, "vectors": vectors}
-    if history.reviews.shape[-1]:
-        arrays |= {"reviews": history.reviews, "has_review": history.has_review.astype(np.uint8)}
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / GOLDEN)
 
 
