@@ -134,6 +134,23 @@ def test_cooccurrence_and_removed_items(tiny_run: Path, tmp_path: Path) -> None:
     check(run, folder)
 
 
+def test_another_prompt(tiny_run: Path, tmp_path: Path) -> None:
+    """Mean pooling, no titles, no user tokens, and items that the language model reads too."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    options = {
+        "joint.prompt.pooling": "mean",
+        "joint.prompt.title-tokens": "0",
+        "joint.candidates": "qwen3",
+        "joint.loss.negatives": "sampled",
+        "joint.loss.samples": "32",
+        "joint.optim.epochs": "1",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    train.main(["--run", str(run), "--stage", "joint", *arguments, "--joint.prompt.no-user-tokens"])
+    check(run, exported(run, tmp_path / "vllm"))
+
+
 def test_item_qformer(tiny_run: Path, folder: Path) -> None:
     """Tokens of items by the builder, from their fields, are those that the run has."""
     import importlib.util

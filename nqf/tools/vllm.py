@@ -122,7 +122,7 @@ def write_recommender(run: Run, recommender: Recommender, folder: Path, *, langu
         path=base if adapter else "model",
         pooling=module.reader.prompt.pooling.upper(),
         imports="\nfrom vllm.lora.request import LoRARequest" if adapter else "",
-        options=f"    enable_lora=True,\n    max_lora_rank={served},\n" if adapter else "",
+        options=f'    tokenizer="adapter",\n    enable_lora=True,\n    max_lora_rank={served},\n' if adapter else "",
         request=', lora_request=LoRARequest("nqf", 1, "adapter")' if adapter else "",
     )
     write_text(folder / "README.md", readme)
