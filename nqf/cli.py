@@ -27,7 +27,7 @@ COMMANDS = {
     "recommend": ("nqf.recommend", "recommend items for a user, a history or everybody"),
     "items": ("nqf.items", "add, change or remove items of a trained run"),
     "embed": ("nqf.embed", "make vectors of texts with a pretrained encoder"),
-    "export": ("nqf.export", "write a run in other formats: PEFT, Hugging Face, index, Parquet"),
+    "export": ("nqf.export", "write a run in other formats: PEFT, Hugging Face, vLLM, index, Parquet"),
     "compare": ("nqf.compare", "compare the models of several runs, user by user"),
     "ablate": ("nqf.ablate", "train and tabulate every variant of a study"),
     "report": ("nqf.report", "write a page about an evaluated run"),

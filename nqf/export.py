@@ -125,7 +125,8 @@ def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], fo
         )
     require(run, "joint")
     trained = load_joint(run)
-    joint, variables = trained.parts, trained.variables
+    joint, variables, tokenizer = trained.parts, trained.variables, trained.parts.tokenizer
+    assert tokenizer is not None, "the joint stage has a tokenizer"
     # Golden vectors are those of float32, which every other implementation can be held to.
     model = Qwen3(dataclasses.replace(joint.module.reader.qwen3, dtype=jnp.float32, attention="xla"))
     qwen3 = {name: tree["qwen3"] for name, tree in variables.items() if "qwen3" in tree}
@@ -134,12 +135,12 @@ def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], fo
         base = config.backbone.path
         # A relative folder would be looked for beside whoever loads the adapter.
         base = str(Path(base).resolve()) if Path(base).is_dir() else base
-        export_adapter(folder, model, qwen3, joint.tokenizer, golden=prompts, base=base, pooling=pooling)
+        export_adapter(folder, model, qwen3, tokenizer, golden=prompts, base=base, pooling=pooling)
         about, load = f"LoRA adapter of `{config.backbone.path}`, trained to rank.", _PEFT
     else:
         chunk = next(run.dataset.catalogue.chunks(["title"], 1_024))
         texts = [title for title in chunk["title"] if title][:_GOLDEN_ROWS]
-        export_merged(folder, model, qwen3, joint.tokenizer, golden=prompts, texts=texts, pooling=pooling)
+        export_merged(folder, model, qwen3, tokenizer, golden=prompts, texts=texts, pooling=pooling)
         about, load = "Qwen3 trained to rank, for transformers and sentence-transformers.", _MERGED
     readme = _README.format(about=about, load=load, pool=_POOL[pooling])
     (folder / "README.md").write_text(readme, encoding="utf-8")

@@ -35,11 +35,10 @@ def language_model():
         return peft.PeftModel.from_pretrained(base, "adapter").eval()
     return transformers.Qwen3Model.from_pretrained("model", dtype=torch.float32).eval()
 
-NAMES = ("items", "times", "ratings", "reviews")
 recommender, model = Recommender("."), language_model()
 
 def ask(user):
-    history = recommender.history(**{name: user[name] for name in NAMES if name in user})
+    history = recommender.history(**user)
     prompt = recommender.prompt(history)
     with torch.no_grad():
         hidden = model(inputs_embeds=torch.from_numpy(prompt)[None]).last_hidden_state[0].numpy()
@@ -49,10 +48,7 @@ def ask(user):
 golden, users = load_file("golden.safetensors"), json.load(open("golden.json"))
 worst = {"prompt": 0.0, "state": 0.0, "vector": 0.0, "score": 0.0}
 for row, user in enumerate(users):
-    # As the run's arrays are, padded before the oldest.
-    reviews = zip(golden["reviews"][row], golden["has_review"][row])
-    reviews = [review if there else None for review, there in reviews][-len(user["items"]):]
-    history, prompt, state = ask(user | {"reviews": reviews})
+    history, prompt, state = ask(user["history"])
     length = int(golden["attention_mask"][row].sum())
     assert prompt.shape == (length, golden["inputs_embeds"].shape[2]) and prompt.dtype == np.float32
     best = recommender.recommend(history, golden["states"][row])
@@ -136,6 +132,23 @@ def test_cooccurrence_and_removed_items(tiny_run: Path, tmp_path: Path) -> None:
     folder = exported(run, tmp_path / "vllm")
     assert not np.load(folder / "available.npy")[3]
     check(run, folder)
+
+
+def test_another_prompt(tiny_run: Path, tmp_path: Path) -> None:
+    """Mean pooling, no titles, no user tokens, and items that the language model reads too."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    options = {
+        "joint.prompt.pooling": "mean",
+        "joint.prompt.title-tokens": "0",
+        "joint.candidates": "qwen3",
+        "joint.loss.negatives": "sampled",
+        "joint.loss.samples": "32",
+        "joint.optim.epochs": "1",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    train.main(["--run", str(run), "--stage", "joint", *arguments, "--joint.prompt.no-user-tokens"])
+    check(run, exported(run, tmp_path / "vllm"))
 
 
 def test_item_qformer(tiny_run: Path, folder: Path) -> None:

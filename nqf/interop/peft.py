@@ -195,9 +195,9 @@ def _open(folder: Path) -> tuple[Path, dict[str, tuple[int, ...]], Callable[[str
 
 def _abstract(config: Qwen3Config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return traverse_util.flatten_dict(
-        jax.eval_shape(lambda ids: Qwen3(config).init(jax.random.key(0), ids)["lora"], ids)
-    )
+    shapes = jax.eval_shape(lambda ids: Qwen3(config).init(jax.random.key(0), ids)["lora"], ids)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(shapes)
+    return flat
 
 
 def _name(path: tuple[str, ...], layer: int, prefix: str) -> str:
@@ -320,9 +320,10 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model.model." if causal_lm else "base_model.model."
+    flat: dict[Any, Any] = traverse_util.flatten_dict(lora)
     tensors = {
         _name(path, layer, prefix): np.ascontiguousarray(np.asarray(leaf[layer], np.float32).T)
-        for path, leaf in traverse_util.flatten_dict(lora).items()
+        for path, leaf in flat.items()
         for layer in range(config.num_hidden_layers)
     }
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})

@@ -256,7 +256,7 @@ class Recommender:
             parts.append(weights["rating/embedding"][history.ratings + 1])
         if self.config["reads_reviews"] and self.config["review_width"]:
             parts.append(np.where(history.has_review[:, None], _dense(weights, "review", history.reviews), 0))
-        return sum(parts) if parts else None
+        return np.sum(parts, axis=0) if parts else None
 
 
 def _qformer(

@@ -54,8 +54,8 @@ llm = LLM(
     dtype="float32",
 {options})
 recommender = Recommender(".")
-asked = [{{key: user[key] for key in ("items", "times", "ratings")}} for user in json.load(open("golden.json"))]
-histories = [recommender.history(**user) for user in asked]
+asked = [user["history"] for user in json.load(open("golden.json"))]
+histories = [recommender.history(**history) for history in asked]
 prompts = [{{"prompt_embeds": torch.from_numpy(recommender.prompt(history))}} for history in histories]
 outputs = llm.embed(prompts{request})
 for history, output in zip(histories, outputs):
@@ -122,7 +122,7 @@ def write_recommender(run: Run, recommender: Recommender, folder: Path, *, langu
         path=base if adapter else "model",
         pooling=module.reader.prompt.pooling.upper(),
         imports="\nfrom vllm.lora.request import LoRARequest" if adapter else "",
-        options=f"    enable_lora=True,\n    max_lora_rank={served},\n" if adapter else "",
+        options=f'    tokenizer="adapter",\n    enable_lora=True,\n    max_lora_rank={served},\n' if adapter else "",
         request=', lora_request=LoRARequest("nqf", 1, "adapter")' if adapter else "",
     )
     write_text(folder / "README.md", readme)
@@ -187,7 +187,7 @@ def _write_golden(
     qwen3 = {name: tree["qwen3"] for name, tree in variables.items() if "qwen3" in tree}
     hidden = jax.jit(lambda variables, inputs: model.apply(variables, **inputs))(qwen3, inputs)
     pool = last_token_pool if reader.prompt.pooling == "last" else mean_pool
-    states = np.asarray(pool(hidden, inputs["attention_mask"]), np.float32)
+    states = np.asarray(pool(hidden, jnp.asarray(inputs["attention_mask"])), np.float32)
 
     interactions, users = run.dataset.interactions, range(len(states))
     spans = [np.arange(interactions.offsets[user], interactions.offsets[user + 1]) for user in users]
@@ -204,20 +204,19 @@ def _write_golden(
         left = np.where(recommender.available, scores[user], -np.inf)
         left[interactions.items[span]] = -np.inf
         best = [row for row in np.argsort(-left, kind="stable")[:_TOP] if np.isfinite(left[row])]
-        times, ratings = interactions.times[span].tolist(), interactions.ratings[span]
-        lines.append(
-            {
-                "user": interactions.user_ids[user],
-                "items": [recommender.item_ids[row] for row in interactions.items[span]],
-                "times": [None if at == MISSING_TIME else at for at in times],
-                "ratings": [float(rating) if np.isfinite(rating) else None for rating in ratings],
-                "best": [[recommender.item_ids[row], float(left[row])] for row in best],
-            }
-        )
-    write_text(folder / "golden.json", json.dumps(lines, indent=1))
+        times, ratings, reviews = interactions.times[span].tolist(), interactions.ratings[span], run.features.reviews
+        asked = {
+            "items": [recommender.item_ids[row] for row in interactions.items[span]],
+            "times": [None if at == MISSING_TIME else at for at in times],
+            "ratings": [float(rating) if np.isfinite(rating) else None for rating in ratings],
+        }
+        if reviews is not None:
+            read = (reviews.values[at].tolist() if at >= 0 else None for at in reviews.rows[span])
+            asked["reviews"] = list(read)
+        found = [[recommender.item_ids[row], float(left[row])] for row in best]
+        lines.append({"user": interactions.user_ids[user], "history": asked, "best": found})
+    write_text(folder / "golden.json", json.dumps(lines))
     arrays = inputs | {"states": states, "vectors": vectors}
-    if history.reviews.shape[-1]:
-        arrays |= {"reviews": history.reviews, "has_review": history.has_review.astype(np.uint8)}
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / GOLDEN)
 
 
