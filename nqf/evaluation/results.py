@@ -82,6 +82,7 @@ class Results:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "frame"}
 
 
+# Many parameters: what is ranked, on what, and how it is told; each named at its one call.
 def evaluate(
     models: Mapping[str, Scorer],
     interactions: Interactions,
