@@ -126,6 +126,7 @@ def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], fo
     require(run, "joint")
     trained = load_joint(run)
     joint, variables = trained.parts, trained.variables
+    assert joint.tokenizer is not None, "the joint stage has a language model"
     # Golden vectors are those of float32, which every other implementation can be held to.
     model = Qwen3(dataclasses.replace(joint.module.reader.qwen3, dtype=jnp.float32, attention="xla"))
     qwen3 = {name: tree["qwen3"] for name, tree in variables.items() if "qwen3" in tree}

@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -256,7 +256,7 @@ class Recommender:
             parts.append(weights["rating/embedding"][history.ratings + 1])
         if self.config["reads_reviews"] and self.config["review_width"]:
             parts.append(np.where(history.has_review[:, None], _dense(weights, "review", history.reviews), 0))
-        return sum(parts) if parts else None
+        return cast(np.ndarray, sum(parts)) if parts else None
 
 
 def _qformer(

@@ -187,7 +187,7 @@ def _write_golden(
     qwen3 = {name: tree["qwen3"] for name, tree in variables.items() if "qwen3" in tree}
     hidden = jax.jit(lambda variables, inputs: model.apply(variables, **inputs))(qwen3, inputs)
     pool = last_token_pool if reader.prompt.pooling == "last" else mean_pool
-    states = np.asarray(pool(hidden, inputs["attention_mask"]), np.float32)
+    states = np.asarray(pool(hidden, jnp.asarray(inputs["attention_mask"])), np.float32)
 
     interactions, users = run.dataset.interactions, range(len(states))
     spans = [np.arange(interactions.offsets[user], interactions.offsets[user + 1]) for user in users]
