@@ -983,7 +983,7 @@ def _build(cls: type[T], tree: Any, base: T | None) -> T:
         except ConfigError as error:
             dotted = f"{key}.{error.key}" if error.key else key
             raise ConfigError(error.problem, key=dotted) from None
-    return cls(**values) if base is None else dataclasses.replace(typing.cast(Any, base), **values)
+    return typing.cast(T, cls(**values) if base is None else dataclasses.replace(typing.cast(Any, base), **values))
 
 
 def _plain(hint: Any, value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import scipy.sparse
@@ -41,7 +42,9 @@ class Cooccurrence:
         """
         row, column = np.nonzero(newest_BxH >= 0)
         weights = (1 / (1 + column)).astype(np.float32)
-        shape = len(newest_BxH), self.pairs.shape[0]
+        # What is inferred of scipy, which has no annotations, may be None.
+        items, _ = cast(tuple[int, int], self.pairs.shape)
+        shape = len(newest_BxH), items
         return scipy.sparse.csr_matrix((weights, (row, newest_BxH[row, column])), shape=shape) @ self.pairs
 
 

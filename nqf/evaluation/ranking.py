@@ -249,7 +249,7 @@ def _standing(users_BxD: jax.Array, chunk_CxD: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(_scores(users_BxD, chunk_CxD))
 
 
-def _one_zero(scores: jax.Array) -> jax.Array:
+def _one_zero(scores: jax.Array | np.ndarray) -> jax.Array:
     # `lax.top_k` orders -0.0 below 0.0, which a comparison holds to be equal.
     return jnp.where(scores == 0, 0.0, scores)
 

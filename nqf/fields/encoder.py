@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -34,9 +34,11 @@ class FieldEncoder(Protocol):
     """
 
     width: int
-    identity: dict[str, Any]
 
-    def encode(self, values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    def encode(self, values: Any) -> tuple[np.ndarray, np.ndarray]:
         """Encodes present values: float32 [n, width], and bool [n] that is False where one could not be read."""
         ...
 
@@ -80,6 +82,10 @@ class LightEncoder(abc.ABC):
         """What of the field's options and the configuration a fit depends on; the encoder is fitted anew when
         this changes, and at no other time."""
 
+    @abc.abstractmethod
+    def encode(self, values: Any) -> tuple[np.ndarray, np.ndarray]:
+        """As `FieldEncoder.encode`; values are a column or a list."""
+
     @property
     def identity(self) -> dict[str, Any]:
         """Kind, version, options and the SHA-256 of the fitted arrays."""
@@ -92,7 +98,8 @@ class LightEncoder(abc.ABC):
     def save(self, directory: Path) -> None:
         """Writes `encoder.json` and `state.npz`."""
         (directory / "encoder.json").write_text(json.dumps(self.identity, indent=1, sort_keys=True), encoding="utf-8")
-        np.savez(directory / "state.npz", **self.state)
+        arrays: dict[str, Any] = dict(self.state)
+        np.savez(directory / "state.npz", **arrays)
 
     @classmethod
     def load(cls, directory: Path) -> Self:

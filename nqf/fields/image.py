@@ -64,9 +64,12 @@ class ImageEncoder(LightEncoder):
         if len(pending) > 1:
             pca = pca or IncrementalPCA(min(config.image_width, *pending.shape))
             pca.partial_fit(pending)
-            mean, components = pca.mean_.astype(np.float32), pca.components_.T.astype(np.float32)
+            mean, components = np.asarray(pca.mean_, np.float32), np.asarray(pca.components_, np.float32).T
             scale = rms_scale((pending - mean) @ components)
-        return cls(settings, {"mean": mean, "components": np.ascontiguousarray(components), "scale": np.float64(scale)})
+        return cls(
+            settings,
+            {"mean": mean, "components": np.ascontiguousarray(components), "scale": np.asarray(scale, np.float64)},
+        )
 
     def encode(self, values: pl.Series | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         vectors, readable = [np.zeros((0, self.width), np.float32)], [np.zeros(0, bool)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
@@ -26,6 +26,9 @@ OVERSAMPLED = 16
 POWER_ITERATIONS = 4
 # Distinct terms counted at a time; beyond it, those met once are dropped (lossy counting, Manku and Motwani 2002).
 COUNTED = 2_000_000
+
+# A float32 `csr_matrix`. Scipy has no annotations; what checkers infer (a shape may be None) fits none of its matrices.
+Matrix: TypeAlias = Any
 
 
 class TextEncoder(LightEncoder):
@@ -74,7 +77,7 @@ class TextEncoder(LightEncoder):
         state["pairs"] = np.sort(pairs["term"].to_numpy())
         terms = _Terms(state, limit)
         every = -(-characters // DECOMPOSED)
-        rows = [terms.counts(part) for chunk in values() for part in _slices(chunk.gather_every(every))]
+        rows: list[Matrix] = [terms.counts(part) for chunk in values() for part in _slices(chunk.gather_every(every))]
         rows = rows or [sparse.csr_matrix((0, terms.width), dtype=np.float32)]
         frequency = sum(np.bincount(part.indices, minlength=terms.width) for part in rows)
         held = sum(part.shape[0] for part in rows)
@@ -102,7 +105,7 @@ class TextEncoder(LightEncoder):
         return unit_rows(np.where(ok[:, None], vectors, 0)), ok
 
 
-def truncated_svd(matrix: sparse.csr_matrix, width: int) -> tuple[np.ndarray, np.ndarray]:
+def truncated_svd(matrix: Matrix, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Largest singular values and their right vectors, by randomized subspace iteration.
 
     Algorithm 4.4 of Halko, Martinsson and Tropp (SIAM Review 2011), orthogonalized through k x k Gram matrices
@@ -145,7 +148,7 @@ class _Terms:
         self.trigrams_at = len(self._words) + len(self._pairs)
         self.width = self.trigrams_at + len(self._trigrams)
 
-    def counts(self, texts: pl.Series) -> sparse.csr_matrix:
+    def counts(self, texts: pl.Series) -> Matrix:
         """Term counts, float32 [texts, width]."""
         row, at, distinct = _tokens(texts, self._max_words)
         word = _look_up(distinct, self._words)[at]
@@ -164,7 +167,7 @@ class _Terms:
         )
         return sparse.hstack([words, _matrix(row, at, (len(texts), len(distinct))) @ subwords], format="csr")
 
-    def weigh(self, counts: sparse.csr_matrix, idf: np.ndarray) -> sparse.csr_matrix:
+    def weigh(self, counts: Matrix, idf: np.ndarray) -> Matrix:
         """TF-IDF with the word part and the trigram part of norm 1 each."""
         data = (1 + np.log(counts.data)) * idf[counts.indices]
         row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
@@ -225,7 +228,7 @@ def _look_up(terms: pl.Series, vocabulary: pl.Series) -> np.ndarray:
     return found["at"].cast(pl.Int64).fill_null(-1).to_numpy()
 
 
-def _matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_matrix:
+def _matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> Matrix:
     return sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
 
 

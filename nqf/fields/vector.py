@@ -35,7 +35,10 @@ class VectorEncoder(LightEncoder):
             energy += float(np.sum(np.square(vectors[ok], dtype=np.float64)))
         # One row of the mean energy has the same root-mean-square norm.
         scale = rms_scale(np.full((1, 1), np.sqrt(energy / max(rows, 1))))
-        return cls(cls.settings(field, config), {"scale": np.float64(scale), "width": np.int64(max(width, 1))})
+        return cls(
+            cls.settings(field, config),
+            {"scale": np.asarray(scale, np.float64), "width": np.asarray(max(width, 1), np.int64)},
+        )
 
     def encode(self, values: pl.Series | list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
         vectors, ok = _matrix(pl.Series(values, dtype=pl.List(pl.Float32)), self.width)

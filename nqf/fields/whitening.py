@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def save_whitenings(path: Path, whitenings: Mapping[str, Whitening]) -> None:
 
     They are kept because a fit on another machine may turn the axes.
     """
-    arrays = {"names": np.array(list(whitenings), np.str_)}
+    arrays: dict[str, Any] = {"names": np.array(list(whitenings), np.str_)}
     for index, whitening in enumerate(whitenings.values()):
         arrays |= {f"mean_{index}": whitening.mean, f"matrix_{index}": whitening.matrix}
     with files.whole(path) as file:

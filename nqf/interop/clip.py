@@ -51,13 +51,13 @@ class Preprocessing:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
         shorter = min(image.size)
-        size = tuple(self.resize if side == shorter else int(self.resize * side / shorter) for side in image.size)
-        if size[0] * size[1] > MAX_PIXELS:
+        width, height = (self.resize if side == shorter else int(self.resize * side / shorter) for side in image.size)
+        if width * height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow")
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = ((side - self.crop) // 2 for side in image.size)
         pixels = np.asarray(image, np.float32)[top : top + self.crop, left : left + self.crop] / np.float32(255)
-        return (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
 def load_clip(

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -353,7 +353,9 @@ class ClipImageEncoder:
         self.failures: dict[str, str] = {}
         self._reader = reader or ImageReader()
         self._digest = folder_digest(folder)
-        self._vectors = jax.jit(lambda params, pixels: module.apply({"params": params}, pixels).astype(jnp.float32))
+        self._vectors = jax.jit(
+            lambda params, pixels: cast(jax.Array, module.apply({"params": params}, pixels)).astype(jnp.float32)
+        )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from nqf.interop.tensors import GOLDEN, GOLDEN_TEXTS, TensorFile, list_tensors, 
 from nqf.interop.tokenizer import Tokenizer
 from nqf.models.lora import merge_lora
 from nqf.models.qwen3 import Qwen3, Qwen3Config
+from nqf.models.trees import flatten
 from nqf.ops.pooling import last_token_pool, mean_pool
 
 Pooling = Literal["last", "mean"]
@@ -40,9 +41,9 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _read_part(
-    sources: Sequence[TensorFile], path: tuple[str, ...], shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any
+    sources: Sequence[TensorFile], path: tuple[str, ...], shape: tuple[int, ...], index: Any, dtype: Any
 ) -> np.ndarray:
-    """The part `index` of a parameter, read straight into its type and layout."""
+    """The part `index`, a slice of every axis, of a parameter, read straight into its type and layout."""
     ranges = [range(size)[part] for part, size in zip(index, shape, strict=True)]
     host = _aligned_empty(tuple(map(len, ranges)), np.dtype(dtype))
     stacked = path[0] == "layers"
@@ -62,7 +63,7 @@ def _abstract(config: Qwen3Config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct
     model = Qwen3(dataclasses.replace(config, lora_rank=0))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(lambda ids: model.init(jax.random.key(0), ids, method="init_all"), ids)
-    return traverse_util.flatten_dict(shapes["params"])
+    return flatten(shapes["params"])
 
 
 def source_names(path: tuple[str, ...], layers: int, *, prefix: str) -> list[str]:
@@ -200,7 +201,7 @@ def save_qwen3(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = traverse_util.flatten_dict(params)
+    flat = flatten(params)
     dtype = np.dtype(dtype or flat["embed_tokens", "embedding"].dtype)
     # Without the projection that an untied model needs for logits, it can only be loaded as the bare decoder.
     with_head = config.tie_word_embeddings or ("lm_head", "kernel") in flat
@@ -331,7 +332,7 @@ def pooled_vectors(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _pooled(model: Qwen3, pooling: Pooling, variables: Any, inputs: dict[str, Any]) -> jax.Array:
-    hidden_BxTxD = model.apply(variables, **inputs).astype(jnp.float32)
+    hidden_BxTxD = cast(jax.Array, model.apply(variables, **inputs)).astype(jnp.float32)
     pool = last_token_pool if pooling == "last" else mean_pool
     vectors_BxD = pool(hidden_BxTxD, inputs["attention_mask"])
     return vectors_BxD / jnp.maximum(jnp.linalg.norm(vectors_BxD, axis=-1, keepdims=True), 1e-12)

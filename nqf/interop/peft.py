@@ -22,6 +22,7 @@ from nqf.interop.tensors import read_json
 from nqf.interop.tokenizer import Tokenizer
 from nqf.interop.torch_file import Tensor, TorchFile
 from nqf.models.qwen3 import LORA_TARGETS, Qwen3, Qwen3Config
+from nqf.models.trees import flatten
 
 _LOG = logging.getLogger(__name__)
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -195,9 +196,7 @@ def _open(folder: Path) -> tuple[Path, dict[str, tuple[int, ...]], Callable[[str
 
 def _abstract(config: Qwen3Config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(lambda ids: Qwen3(config).init(jax.random.key(0), ids)["lora"], ids)
-    flat: dict[Any, Any] = traverse_util.flatten_dict(shapes)
-    return flat
+    return flatten(jax.eval_shape(lambda ids: Qwen3(config).init(jax.random.key(0), ids)["lora"], ids))
 
 
 def _name(path: tuple[str, ...], layer: int, prefix: str) -> str:
@@ -320,10 +319,9 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model.model." if causal_lm else "base_model.model."
-    flat: dict[Any, Any] = traverse_util.flatten_dict(lora)
     tensors = {
         _name(path, layer, prefix): np.ascontiguousarray(np.asarray(leaf[layer], np.float32).T)
-        for path, leaf in flat.items()
+        for path, leaf in flatten(lora).items()
         for layer in range(config.num_hidden_layers)
     }
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})

@@ -301,7 +301,7 @@ def width_after(modules: Sequence[Module], width: int, where: Path) -> int:
         if module.kind == "Normalize" and found is None:
             continue
         wanted = module.settings.get("in_features", module.settings.get("dimension", found))
-        if wanted != found:
+        if found is None or wanted != found:
             raise ValueError(f"{where}: module '{module.kind}' reads {wanted} components, and there are {found}")
         factor = len(module.settings["modes"]) if module.kind == "Pooling" else 1
         widths[target] = module.settings.get("out_features", factor * found)

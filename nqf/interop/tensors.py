@@ -18,6 +18,7 @@ from flax import traverse_util
 
 from nqf.files import sha256
 from nqf.interop.torch_file import CheckpointError, Tensor, TorchFile
+from nqf.models.trees import flatten
 
 # A tensor's name in the PyTorch model to its path in the parameter tree.
 Table = Mapping[str, tuple[str, ...]]
@@ -244,7 +245,7 @@ def assemble(
     Raises:
       ValueError: Missing, surplus or wrongly shaped tensors; all of them are named.
     """
-    expected = traverse_util.flatten_dict(abstract)
+    expected = flatten(abstract)
     if set(expected) != set(table.values()):
         difference = sorted("/".join(path) for path in set(expected) ^ set(table.values()))
         raise ValueError(f"{where}: no rule, or one too many, for the parameters {', '.join(difference)}")
@@ -265,5 +266,5 @@ def assemble(
 
 def disassemble(table: Table, params: Any) -> dict[str, np.ndarray]:
     """The tensors of a parameter tree under their PyTorch names and in PyTorch's layout."""
-    flat = traverse_util.flatten_dict(params)
+    flat = flatten(params)
     return {name: np.ascontiguousarray(to_torch(np.asarray(flat[path]), path)) for name, path in table.items()}

@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nqf import files
 from nqf.interop.tensors import read_json, resolve_folder
@@ -213,7 +213,7 @@ def load_text_tokenizer(folder: Path, *, options: Mapping[str, Any], max_length:
         backend.encode("a")
     if lower_case:
         own = backend.normalizer
-        own = [] if own is None else list(own) if isinstance(own, normalizers.Sequence) else [own]
+        own = [] if own is None else list(cast(Any, own)) if isinstance(own, normalizers.Sequence) else [own]
         if not any(isinstance(part, normalizers.Lowercase) for part in own):
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
     return tokenizer

@@ -188,6 +188,7 @@ def _interpret(program: bytes) -> Any:
         del stack[start:]
         return values
 
+    argument: Any
     for instruction, argument, _ in pickletools.genops(program):
         name = instruction.name
         if name in _VALUES:

@@ -16,8 +16,7 @@ from nqf.config import QFormerConfig
 from nqf.models.qformer import QFormer
 
 
-@struct.dataclass
-class ItemOutput:
+class ItemOutput(struct.PyTreeNode):
     """Output of the Item Q-Former.
 
     Attributes:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from nqf.models.dropout import Dropout
+from nqf.models.trees import flatten
 from nqf.ops.products import DotGeneral, low_rank_product
 
 
@@ -84,7 +85,7 @@ def merge_lora(params: Any, lora: Any, *, scale: float) -> Any:
     Raises:
       ValueError: An adapter without a kernel.
     """
-    flat, adapters = dict(traverse_util.flatten_dict(params)), traverse_util.flatten_dict(lora)
+    flat, adapters = flatten(params), flatten(lora)
     for path in adapters:
         if path[-1] != "lora_a":
             continue

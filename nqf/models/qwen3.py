@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -369,7 +369,8 @@ class Qwen3(nn.Module):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast),
+            # flax declares one entry for all arguments, and takes one for each.
+            in_axes=cast(Any, (nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast)),
             length=config.num_hidden_layers,
         )(config)
         self.norm = RMSNorm(config)
@@ -410,11 +411,14 @@ class Qwen3(nn.Module):
         Raises:
           ValueError: Neither or both of `input_ids` and `inputs_embeds`, or a prefix without `position_ids` and `mask`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
         if prefix is not None and (position_ids is None or mask is None):
             raise ValueError("after a prefix, position_ids and mask have to be given")
-        x_BxTxD = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.config.dtype)
+        if input_ids is not None and inputs_embeds is None:
+            x_BxTxD = self.embed(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            x_BxTxD = inputs_embeds.astype(self.config.dtype)
+        else:
+            raise ValueError("give either input_ids or inputs_embeds")
         length = x_BxTxD.shape[1]
         if position_ids is None:
             if attention_mask is None:
@@ -460,6 +464,7 @@ class Qwen3(nn.Module):
         cos, sin = rope_tables(jnp.arange(inputs_embeds.shape[1])[None], self.config.head_dim, self.config.rope_theta)
         x_1xPxD = inputs_embeds.astype(self.config.dtype)
         x_1xPxD, prefix = self.layers(x_1xPxD, None, cos, sin, None, deterministic, True)
+        assert prefix is not None, "the layers were told to keep it"
         return self.norm(x_1xPxD), prefix
 
     def embed(self, input_ids: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ class CandidateTower(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tables: ItemTables, rows: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(self, tables: ItemTables, rows: Array, *, deterministic: bool = True) -> jax.Array:
         """Learned part of the item vectors, not normalized.
 
         Args:
@@ -134,7 +134,7 @@ class ScoreHead(nn.Module):
         return jnp.concatenate([user, gate_BxPx1 * recent("decay", text_BxNxT, has_text_BxN)], axis=-1)
 
 
-def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: jax.Array) -> jax.Array:
+def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: Array) -> jax.Array:
     """Tokens of the history's items, each beside the item's learned vector: float [B, N, Q, E + V]."""
     rows = jnp.maximum(items_BxN, 0)
     tokens = tables.tokens[rows]
@@ -146,15 +146,14 @@ def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: jax.Arra
 
 def history_vectors(
     tables: ItemTables, learned_RxV: jax.Array, history: History
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Array, Array, Array]:
     """What the score reads of the slots: the tower's vectors, float [B, N, V], where there is an item, bool [B, N],
     frozen text embeddings, float [B, N, T], and where there is one, bool [B, N]."""
     rows, there = jnp.maximum(history.items, 0), history.items >= 0
     return learned_RxV[rows], there, tables.text[rows], tables.has_text[rows] & there
 
 
-@struct.dataclass
-class PromptIds:
+class PromptIds(struct.PyTreeNode):
     """Token ids that frame the injected tokens.
 
     Attributes:
@@ -163,9 +162,9 @@ class PromptIds:
       end: int32 scalar, the end token whose state is pooled.
     """
 
-    instruction: jax.Array
-    placeholder: jax.Array
-    end: jax.Array
+    instruction: Array
+    placeholder: Array
+    end: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,14 +336,15 @@ class RankModel(nn.Module):
     def _read(
         self,
         prompt: PromptIds,
-        titles_BxSxW: jax.Array,
+        titles_BxSxW: Array,
         items_BxSxQxD: jax.Array,
-        valid_BxS: jax.Array,
+        valid_BxS: Array,
         users_BxPxUxD: jax.Array | None,
         positions: int,
         deterministic: bool,
     ) -> jax.Array:
         """Runs the Qwen3 over the branched prompt; returns the pooled state of every branch, [B, P, D]."""
+        assert self.reader is not None, "without a language model there is no prompt"
         (batch, slots, per_item, _), words = items_BxSxQxD.shape, titles_BxSxW.shape[-1]
         count = users_BxPxUxD.shape[2] if users_BxPxUxD is not None else 0
         layout = prompt_layout(slots, words, per_item, positions, count)
@@ -379,8 +379,9 @@ class RankModel(nn.Module):
         )
         instruction_1xIxD = self.qwen3.embed(prompt.instruction[None])
         instruction_1xIxD = self.dropout(instruction_1xIxD, deterministic=deterministic)
+        pools_last = self.reader.prompt.pooling == "last"
         if positions == 1:
-            return self._read_one(instruction_1xIxD, embeds, valid_BxL, deterministic)
+            return self._read_one(instruction_1xIxD, embeds, valid_BxL, pools_last, deterministic)
         start, prefix = instruction_1xIxD.shape[1], None
         if start:
             # Often more than half of a short history's prompt, and the same in all of them.
@@ -389,7 +390,6 @@ class RankModel(nn.Module):
         # A token's position is the number of tokens it sees before itself, so padding and other branches do not
         # shift it.
         position_ids = jnp.maximum(start + jnp.sum(mask_BxLxL, axis=-1) - 1, 0).astype(jnp.int32)
-        pools_last = self.reader.prompt.pooling == "last"
         hidden = self.qwen3(
             inputs_embeds=embeds,
             position_ids=position_ids,
@@ -407,7 +407,12 @@ class RankModel(nn.Module):
         return total / (start + jnp.sum(weights, axis=-1, keepdims=True))
 
     def _read_one(
-        self, instruction_1xIxD: jax.Array, embeds_BxLxD: jax.Array, valid_BxL: jax.Array, deterministic: bool
+        self,
+        instruction_1xIxD: jax.Array,
+        embeds_BxLxD: jax.Array,
+        valid_BxL: jax.Array,
+        pools_last: bool,
+        deterministic: bool,
     ) -> jax.Array:
         """Prompts of one branch, which are plain sequences: with their padding moved to the end, causal order is all
         that attention needs, and no mask stands in memory."""
@@ -418,15 +423,14 @@ class RankModel(nn.Module):
         order_BxL = jnp.argsort(~valid_BxL, axis=1, stable=True)
         embeds = jnp.take_along_axis(embeds_BxLxD, order_BxL[..., None], axis=1)
         count_Bx1 = jnp.sum(valid_BxL, axis=1, keepdims=True)
-        if self.reader.prompt.pooling == "last":
+        if pools_last:
             return self.qwen3(inputs_embeds=embeds, read_at=count_Bx1 - 1, deterministic=deterministic)
         hidden = self.qwen3(inputs_embeds=embeds, deterministic=deterministic)
         weights_BxL = (jnp.arange(hidden.shape[1])[None] < count_Bx1).astype(jnp.float32)
         return jnp.einsum("bl,bld->bd", weights_BxL / count_Bx1, hidden.astype(jnp.float32))[:, None]
 
 
-@struct.dataclass
-class PromptLayout:
+class PromptLayout(struct.PyTreeNode):
     """Static places in a branched prompt, counted from the end of its instruction.
 
     Attributes:

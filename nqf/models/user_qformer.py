@@ -11,6 +11,8 @@ D width, H heads.
 
 from __future__ import annotations
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from nqf.config import QFormerConfig
 from nqf.models.dropout import Dropout
 from nqf.models.qformer import QFormer
-from nqf.pipelines.batches import RATING_BUCKETS, History
+from nqf.pipelines.batches import RATING_BUCKETS, Array, History
 
 GAP_BUCKETS = 34
 """log2 of a gap in seconds: 0 for below one second, 1..32 for powers of two, 33 for an unknown time."""
@@ -58,7 +60,7 @@ class SmallEmbed(nn.Module):
     init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
-    def __call__(self, at: jax.Array) -> jax.Array:
+    def __call__(self, at: Array) -> jax.Array:
         """Rows of the table at int32 [...]: float [..., width]."""
         table = self.param("embedding", self.init, (self.rows, self.width))
         return jax.nn.one_hot(at, self.rows, dtype=self.dtype) @ table.astype(self.dtype)
@@ -148,7 +150,7 @@ class UserQFormer(nn.Module):
         if self.reviews and history.reviews.shape[-1]:
             review = nn.Dense(width, name="review", dtype=self.dtype)(history.reviews.astype(self.dtype))
             parts.append(jnp.where(history.has_review[..., None], review, 0))
-        return sum(parts) if parts else None
+        return cast(jax.Array, sum(parts)) if parts else None
 
     def _bias(self, history: History, distance_PxN: jax.Array, at_P: jax.Array) -> jax.Array:
         heads = self.config.heads

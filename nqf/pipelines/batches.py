@@ -5,16 +5,20 @@ Letters: B users or pairs, N history slots, P supervised positions, Q item token
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import jax
 import numpy as np
 from flax import struct
 
-Array = jax.Array | np.ndarray
+Array: TypeAlias = Any
+"""An array of either kind: numpy's on the host, jax's in a compiled step. What takes such an array takes both, and a
+union of the two types has no operation that type checkers know for both."""
+
 RATING_BUCKETS = 12
 
 
-@struct.dataclass
-class History:
+class History(struct.PyTreeNode):
     """Slots of a batch of histories, oldest to newest; padding stands before the oldest.
 
     Attributes:
@@ -34,8 +38,7 @@ class History:
     has_review: Array
 
 
-@struct.dataclass
-class ItemTables:
+class ItemTables(struct.PyTreeNode):
     """What the user and joint stages know of items; rows are items.
 
     Attributes:
@@ -61,8 +64,7 @@ class ItemTables:
         return jax.tree.map(lambda table: table[rows], self)
 
 
-@struct.dataclass
-class HistoryBatch:
+class HistoryBatch(struct.PyTreeNode):
     """One training batch.
 
     Attributes:
@@ -92,8 +94,7 @@ class HistoryBatch:
         return np.concatenate([self.history.items.ravel(), self.targets.ravel()])
 
 
-@struct.dataclass
-class PairBatch:
+class PairBatch(struct.PyTreeNode):
     """One training batch of the item stage; all items are catalogue rows.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -193,7 +193,7 @@ def history_dataset(
         counts = np.minimum(windows.slots()[members], places)
         usual = usual_places(counts, batch_size, batch_size * places)
         parts.append(
-            grain.MapDataset.source(members)
+            grain.MapDataset.source(cast(Sequence[int], members))
             .seed(seed + index)
             .shuffle()
             .batch(batch_size, drop_remainder=True, batch_fn=_indices)

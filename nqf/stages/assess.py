@@ -59,17 +59,18 @@ def assess(
     def with_pairs(vectors: tuple[np.ndarray, np.ndarray], weight: float) -> Scorer:
         return add_cooccurrence(*vectors, weight, memory(), interactions, cases)
 
-    models: dict[str, Scorer] = dict(trained_vectors(run, cases))
-    if evaluation.cooccurrence_weight and "joint" in models:
-        vectors = models.pop("joint")
-        models = {"joint": with_pairs(vectors, evaluation.cooccurrence_weight), "joint_vectors": vectors, **models}
+    trained = trained_vectors(run, cases)
+    models: dict[str, Scorer] = dict(trained)
+    if evaluation.cooccurrence_weight and "joint" in trained:
+        vectors = trained.pop("joint")
+        models = {"joint": with_pairs(vectors, evaluation.cooccurrence_weight), "joint_vectors": vectors, **trained}
     models |= baseline_scorers(run, cases)
     if config.baselines.sasrec:
         # Trained here where `--stage all` did not.
         run_stage(run, SASREC.name)
-        models["sasrec"] = vectors_of(run, SASREC, cases)
+        models["sasrec"] = sasrec = vectors_of(run, SASREC, cases)
         if weight := config.baselines.sasrec_cooccurrence_weight:
-            models["sasrec_cooccurrence"] = with_pairs(models["sasrec"], weight)
+            models["sasrec_cooccurrence"] = with_pairs(sasrec, weight)
     results = evaluate(
         models,
         dataset.interactions,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from nqf.config import ItemConfig, OptimConfig
 from nqf.fields.cache import FieldCache
 from nqf.fields.encoder import unit_rows
-from nqf.models.item_qformer import ItemQFormer
+from nqf.models.item_qformer import ItemOutput, ItemQFormer
 from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
 from nqf.pipelines.batches import PairBatch
 from nqf.pipelines.pairs import PairSource, pair_source
@@ -114,14 +114,15 @@ def make_item_loss(
             values, present = take_fields(frozen, jnp.concatenate([items[which] for which in lists]))
         count = batch.anchors.shape[0]
         visible = hide_fields(present, config.field_dropout, hide_key)
-        output = module.apply({"params": params}, values, visible, deterministic=False, rngs={"dropout": dropout_key})
+        rngs = {"dropout": dropout_key}
+        output = cast(ItemOutput, module.apply({"params": params}, values, visible, deterministic=False, rngs=rngs))
 
         # Every field that is present has to come back, hidden or not.
         errors = {}
         for name, weight in field_weights.items():
             error_B = jnp.mean(jnp.square(output.reconstructions[name].astype(jnp.float32) - values[name]), axis=-1)
             errors[name] = weight * weighted_mean(error_B, present[name]) / variances[name]
-        reconstruction = sum(errors.values()) / total
+        reconstruction = cast(jax.Array, sum(errors.values())) / total
         metrics = {"reconstruction": reconstruction}
         loss = config.reconstruction_weight * reconstruction
         anchors, positives = output.vector[:count], output.vector[count : 2 * count]

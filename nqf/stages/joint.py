@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from nqf.data.splits import Cases
 from nqf.interop.huggingface import check_embedding, load_qwen3
 from nqf.interop.tensors import read_json, resolve_folder
 from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
-from nqf.models.item_qformer import ItemQFormer
+from nqf.models.item_qformer import ItemOutput, ItemQFormer
 from nqf.models.qwen3 import Qwen3Config
 from nqf.models.rank_model import PromptIds, Reader
 from nqf.ops.micro_batches import in_micro_batches
@@ -214,20 +214,16 @@ def make_joint_loss(config: Config, parts: RankParts, items: ItemQFormer | None)
         item_key, model_key = jax.random.split(key)
         if items is not None:
             values, present = take_fields(frozen["fields"], jnp.maximum(rows, 0))
-            output = items.apply(
-                {"params": params["item_qformer"]},
-                values,
-                present,
-                deterministic=False,
-                rngs={"dropout": item_key},
-            )
+            qformer, rngs = {"params": params["item_qformer"]}, {"dropout": item_key}
+            output = cast(ItemOutput, items.apply(qformer, values, present, deterministic=False, rngs=rngs))
             step_tables = step_tables.replace(tokens=output.tokens, vectors=output.vector)
         variables = dataclasses.replace(parts, frozen=frozen["params"]).variables(params)
         prompt = frozen["prompt"]
 
         def apply(method: str, key: jax.Array, *inputs: Any, **options: Any) -> jax.Array:
             rngs = {"dropout": key}
-            return parts.module.apply(variables, *inputs, **options, deterministic=False, rngs=rngs, method=method)
+            read = parts.module.apply(variables, *inputs, **options, deterministic=False, rngs=rngs, method=method)
+            return cast(jax.Array, read)
 
         def read_items(key: jax.Array, items: tuple) -> jax.Array:
             return apply("candidates", key, *items, prompt)
@@ -274,6 +270,8 @@ def joint_program(run: Run, abstract: bool = False) -> Program:
     def validation() -> Any:
         ranker = ranker_of(run, parts)
         check = make_validation(run, ranker)
+        if check is None:
+            return None
 
         def validate(params: Any) -> Metrics:
             variables = parts.variables(params)
@@ -282,9 +280,11 @@ def joint_program(run: Run, abstract: bool = False) -> Program:
             # The selection must see the tokens that the model in training makes, not those it started from.
             write_tokens(run, items, params["item_qformer"], tokens_folder)
             fresh = run.tables(tokens_folder, titles=parts.tables.titles)
-            return make_validation(run, dataclasses.replace(ranker, tables=fresh))(variables)
+            check_fresh = make_validation(run, dataclasses.replace(ranker, tables=fresh))
+            assert check_fresh is not None, "the validation cases are the same"
+            return check_fresh(variables)
 
-        return validate if check else None
+        return validate
 
     def report(params: Any, metrics: Metrics) -> dict[str, Any]:
         # Where it validates, `fit` does so with the best parameters last, and the tokens on disk are theirs.

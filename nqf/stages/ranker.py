@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
 from nqf.models.qformer import cross_attention
 from nqf.models.rank_model import PromptIds
-from nqf.pipelines.batches import History, HistoryBatch, ItemTables
+from nqf.pipelines.batches import Array, History, HistoryBatch, ItemTables
 from nqf.pipelines.histories import EventFeatures, bucket_of, case_events, gather_history, number_by_rows, slot_buckets
 
 ITEM_CHUNK = 16_384
@@ -35,9 +35,9 @@ class Ranker:
       item_chunk: Items encoded at a time.
     """
 
-    users: Callable[[Any, ItemTables, jax.Array, History], jax.Array]
-    items: Callable[[Any, ItemTables, jax.Array], jax.Array]
-    explained: Callable[[Any, ItemTables, jax.Array, History], tuple[jax.Array, jax.Array | None]]
+    users: Callable[[Any, ItemTables, Array, History], jax.Array]
+    items: Callable[[Any, ItemTables, Array], jax.Array]
+    explained: Callable[[Any, ItemTables, Array, History], tuple[jax.Array, jax.Array | None]]
     tables: ItemTables
     max_history: int
     batch_size: int
@@ -80,6 +80,7 @@ class Ranker:
         history = jax.tree.map(widen, history)
         none = np.full((self.batch_size, 0), -1, np.int32)
         batch = number_by_rows(HistoryBatch(history=history, targets=none, supervised=none.ravel()), self.tables)
+        assert batch.tables is not None, "they were given"
         vectors = self.users(variables, batch.tables, batch.rows, batch.history)
         return np.asarray(jax.device_get(vectors), np.float32)[:count]
 
@@ -124,18 +125,21 @@ def make_ranker(
     """
 
     @jax.jit
-    def users(variables: Any, tables: ItemTables, rows: jax.Array, history: History) -> jax.Array:
+    def users(variables: Any, tables: ItemTables, rows: Array, history: History) -> jax.Array:
         return model.apply(variables, tables, rows, history, prompt, positions=1)[0][:, -1]
 
     @jax.jit
-    def items(variables: Any, tables: ItemTables, rows: jax.Array) -> jax.Array:
-        return model.apply(variables, tables, rows, prompt, method="item_vectors")
+    def items(variables: Any, tables: ItemTables, rows: Array) -> jax.Array:
+        return cast(jax.Array, model.apply(variables, tables, rows, prompt, method="item_vectors"))
 
     @jax.jit
     def explained(
-        variables: Any, tables: ItemTables, rows: jax.Array, history: History
+        variables: Any, tables: ItemTables, rows: Array, history: History
     ) -> tuple[jax.Array, jax.Array | None]:
-        outputs, state = model.apply(variables, tables, rows, history, prompt, positions=1, mutable=["intermediates"])
+        outputs, state = cast(
+            tuple[Any, dict[str, Any]],
+            model.apply(variables, tables, rows, history, prompt, positions=1, mutable=["intermediates"]),
+        )
         return outputs[0][:, -1], cross_attention(state.get("intermediates", {}), ("user_qformer", "qformer"))
 
     return Ranker(

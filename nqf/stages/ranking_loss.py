@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from nqf.config import LossConfig
 from nqf.ops.losses import full_softmax, info_nce, unit
-from nqf.pipelines.batches import HistoryBatch, ItemTables
+from nqf.pipelines.batches import Array, HistoryBatch, ItemTables
 
 
-def batch_tables(tables: ItemTables | None, batch: HistoryBatch) -> tuple[ItemTables, jax.Array]:
+def batch_tables(tables: ItemTables | None, batch: HistoryBatch) -> tuple[ItemTables, Array]:
     """The tables a training step works on and their rows in the catalogue."""
     if batch.tables is not None:
         return batch.tables, batch.rows
+    assert tables is not None, "where batches carry no tables, they are on the device"
     if batch.rows is not None:
         return tables.take(jnp.maximum(batch.rows, 0)), batch.rows
     return tables, jnp.arange(tables.has_text.shape[0], dtype=jnp.int32)
@@ -26,8 +27,8 @@ def ranking_loss(
     batch: HistoryBatch,
     *,
     learned_width: int,
-    text_RxT: jax.Array,
-    trained: jax.Array,
+    text_RxT: Array,
+    trained: Array,
     log_popularity: jax.Array,
 ) -> jax.Array:
     """InfoNCE of every supervised position against the configured negatives.
@@ -77,6 +78,7 @@ def ranking_loss(
         return full_softmax(users_MxD, learned, frozen, targets_M, weights_M=weights_M, allowed=allowed)
     if config.negatives == "sampled":
         negatives = batch.negatives
+        assert negatives is not None, "the batches of this loss carry them"
         labels_M = jnp.zeros_like(targets_M)
         positive_M = jnp.sum(users_MxD * items_RxD[targets_M], axis=-1)
         all_scores = jnp.concatenate([positive_M[:, None], scores(negatives)], axis=1)
@@ -86,6 +88,7 @@ def ranking_loss(
         ratio = jnp.full(negatives.shape, jnp.log(negatives.shape[0] / log_popularity.shape[0]))
         log_q, log_one = jnp.concatenate([jnp.zeros(1), ratio]), 0.0
     else:
+        assert batch.rows is not None, "the batches of this loss are numbered by them"
         # in-batch: every other example's target is a negative, drawn by its popularity.
         labels_M = jnp.arange(targets_M.shape[0])
         all_scores = scores(targets_M)

@@ -5,7 +5,7 @@ That is what makes a SASRec strong (Klenitskiy and Vasilev 2023, arXiv 2309.0760
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -60,7 +60,7 @@ def sasrec_program(run: Run, abstract: bool = False) -> Program:
 
     def loss_fn(params: Any, frozen: Any, batch: HistoryBatch, key: jax.Array) -> tuple[jax.Array, dict]:
         tables, rows = batch_tables(frozen["tables"], batch)
-        users, items, _ = parts.module.apply(
+        made = parts.module.apply(
             {"params": params},
             tables,
             rows,
@@ -69,6 +69,7 @@ def sasrec_program(run: Run, abstract: bool = False) -> Program:
             deterministic=False,
             rngs={"dropout": key},
         )
+        users, items, _ = cast(tuple[jax.Array, jax.Array, None], made)
         ranking = ranking_loss(
             loss,
             users,

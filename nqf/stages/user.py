@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from nqf.config import Config
 from nqf.data.splits import Cases
-from nqf.models.rank_model import RankModel
 from nqf.pipelines.batches import HistoryBatch
 from nqf.stages.artifacts import restore_best
 from nqf.stages.item import load_items
@@ -44,12 +44,12 @@ def init_user(run: Run, parts: RankParts) -> Any:
     return init_rank(run, parts, seed=run.config.seed + 1, slots=1)["params"]
 
 
-def make_user_loss(config: Config, module: RankModel) -> LossFn:
+def make_user_loss(config: Config, module: nn.Module) -> LossFn:
     """Ranking loss plus the weighted regression of the next item's query tokens."""
 
     def loss_fn(params: Any, frozen: Any, batch: HistoryBatch, key: jax.Array) -> tuple[jax.Array, dict]:
         step_tables, rows = batch_tables(frozen["tables"], batch)
-        users, items, predicted = module.apply(
+        made = module.apply(
             {"params": params},
             step_tables,
             rows,
@@ -59,6 +59,7 @@ def make_user_loss(config: Config, module: RankModel) -> LossFn:
             deterministic=False,
             rngs={"dropout": key},
         )
+        users, items, predicted = cast(tuple[jax.Array, jax.Array, jax.Array], made)
         ranking = ranking_loss(
             config.user.loss,
             users,

@@ -78,6 +78,6 @@ def faithfulness(
             "rank_random": np.exp2(np.log2(ranks[:, 2:]).mean(axis=1)),
         }
     )
-    drops = {name: np.log2(frame[f"rank_{name}"] / frame["rank"]).to_numpy() for name in ("named", "random")}
+    drops = {name: np.log2((frame[f"rank_{name}"] / frame["rank"]).to_numpy()) for name in ("named", "random")}
     drops["difference"] = drops["named"] - drops["random"]
     return Faithfulness(cases=frame, **mean_intervals(drops, bootstrap=1_000, seed=seed))

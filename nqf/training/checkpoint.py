@@ -53,7 +53,7 @@ class Checkpointer:
         self._directory = directory.resolve()
         self._policy = _NewestAndBest(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            self._directory, preservation_policy=self._policy, cleanup_tmp_directories=True
+            str(self._directory), preservation_policy=self._policy, cleanup_tmp_directories=True
         )
         self._saving: Any = None
 
@@ -189,7 +189,7 @@ def _read(path: Path, wanted: Any) -> Any:
     If that is a dictionary, what else the checkpoint holds is left unread.
     """
     try:
-        stored = ocp.metadata(path, "state").metadata
+        stored = ocp.metadata(str(path), "state").metadata
     except Exception as error:
         # Damaged files may raise anything that readers of JSON, protobuf and tensorstore can.
         raise _damaged(path, _first_line(error)) from error
@@ -210,7 +210,7 @@ def _read(path: Path, wanted: Any) -> Any:
         whole = _replicated(jax.tree.leaves(abstract)[0].sharding)
         sums[CHECKSUM] = jax.ShapeDtypeStruct((len(names),), jnp.uint32, sharding=whole)
     try:
-        loaded = ocp.load_checkpointables(path, {"state": {**abstract, **unread, **sums}})["state"]
+        loaded = ocp.load_checkpointables(str(path), {"state": {**abstract, **unread, **sums}})["state"]
         read = {name: loaded[name] for name in parts}
     except Exception as error:
         raise _damaged(path, _first_line(error)) from error
@@ -245,7 +245,7 @@ def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 def _check_leaves(path: Path, stored: Any, wanted: Any) -> None:
     """Compares names and shapes first: Orbax's own message for a mismatch hides the cause."""
 
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    def shapes(tree: Any) -> dict[str, tuple[Any, ...]]:
         return {name: tuple(getattr(leaf, "shape", ("no array",))) for name, leaf in _named(tree).items()}
 
     there, here = shapes(stored), shapes(wanted)

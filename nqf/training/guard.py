@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,10 @@ def refuse_batch(
       ids: Names rows of users and of items.
     """
     batch = data.batches[step - 1]
-    arrays = {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(batch)}
+    assert batch is not None, "a step was made of it"
+    arrays: dict[str, Any] = {
+        leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+    }
     users = data.users[data.examples[step - 1]]
     items = np.unique(batch.items())
     arrays |= ids(users, items[items >= 0])

@@ -32,8 +32,7 @@ LOG_EVERY = 20
 """Steps between fetches of the metrics; a fetch waits for the device."""
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that training resumes from; the position in the data is the step.
 
     Attributes:
@@ -318,7 +317,7 @@ class _Loop:
         """Validates, and notes in the state whether this step is the best; of equal values the newest is kept."""
         before, name = time.perf_counter(), self.program.score
         scores = self.validate(local(state.params, self.mesh)) if self.validate else {}
-        value = float(agree(np.float32(scores[name]))) if self.validate else 0.0
+        value = float(agree(np.asarray(scores[name], np.float32))) if self.validate else 0.0
         if scores:
             self.writer.write(step, {f"valid/{key}": value for key, value in scores.items()})
         improved = value >= float(state.best)

@@ -29,13 +29,16 @@ RULES = (
     (r"/lora_a$", ("embed", None)),
     (r"/lora_b$", (None, "hidden")),
 )
-MESH_AXIS = {"embed": "fsdp", "hidden": "tensor", "rows": "tensor"}
+MESH_AXIS: dict[str | None, str] = {"embed": "fsdp", "hidden": "tensor", "rows": "tensor"}
 
 # Leaves of a batch that every process holds whole; of all others it builds its rows.
 WHOLE = ("rows", "negatives", "supervised")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # jax names it by a variable
+) -> Mesh:
     """The mesh of some devices, by default all of all processes, with the axes `data`, `fsdp` and `tensor`.
 
     Auto axes: under jax's default, explicit ones, Linen's embeddings fail.
@@ -60,7 +63,7 @@ def batch_shard(config: MeshConfig) -> tuple[int, int]:
     mesh = make_mesh(config)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     where = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).addressable_devices_indices_map((rows,))
-    starts = {index[0].indices(rows)[0] for index in where.values()}
+    starts = {index[0].indices(rows)[0] for index in where.values() if index is not None}
     return min(starts) // len(starts), rows // len(starts)
 
 
@@ -136,7 +139,7 @@ def join_processes() -> None:
     JAX finds the others by itself under SLURM, Open MPI, Kubernetes and on TPU pods, else by its own variable
     JAX_COORDINATOR_ADDRESS (host:port of the first process) and JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
-    numbers = {
+    numbers: dict[str, Any] = {
         argument: int(os.environ[variable])
         for argument, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
         if variable in os.environ

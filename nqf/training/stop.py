@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 
 class Stopped(RuntimeError):
@@ -23,7 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = ""
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Only the main thread may listen; elsewhere the caller stops its threads by other means.

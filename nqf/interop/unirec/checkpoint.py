@@ -27,8 +27,7 @@ _UNUSED = (
 )
 
 
-@struct.dataclass
-class ItemQFormerOutput:
+class ItemQFormerOutput(struct.PyTreeNode):
     """What the reference's item module returns.
 
     Attributes:
@@ -83,8 +82,7 @@ class UniRecItemQFormer(nn.Module):
         )
 
 
-@struct.dataclass
-class UserQFormerOutput:
+class UserQFormerOutput(struct.PyTreeNode):
     """Output of the reference's user module.
 
     Attributes:
