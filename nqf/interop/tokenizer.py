@@ -136,9 +136,7 @@ class Tokenizer:
                 single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, self.eos_id)]
             )
             offsets = backend.post_processor if full == plain else None
-            # The library's own annotation of this constructor is wrong.
-            both: Any = [offsets, template]
-            backend.post_processor = processors.Sequence(both) if offsets else template
+            backend.post_processor = processors.Sequence([offsets, template]) if offsets else template
         return backend, settings | {"split_special_tokens": True}
 
 
