@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 import polars as pl
 import scipy.sparse
 
-from nqf import files
+from nqf import __version__, files
 from nqf.config import ConfigError
 from nqf.data.catalogue import canonical_items
 from nqf.data.errors import DataError
@@ -37,10 +39,16 @@ from nqf.stages.graph import require, up_to
 from nqf.stages.item import ENCODE_CHUNK
 from nqf.stages.joint import load_joint, title_tokens
 from nqf.stages.rank import Trained
-from nqf.stages.records import read_artifact
+from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import Run, open_run
 from nqf.stages.user import load_users
 
+_HUB_METADATA = """---
+library_name: nqf
+tags: [recommendation, sequential-recommendation, jax, flax]
+---
+
+"""
 Fallback = Literal["popular", "refuse"]
 Frame = pl.DataFrame | Sequence[Mapping[str, Any]]
 
@@ -87,7 +95,7 @@ class Recommender:
         """Restores a run's checkpoints, whatever number of devices wrote them, and its changed items (`nqf.items`).
 
         Args:
-          run: Run folder, or what `save` wrote.
+          run: Run folder, what `save` wrote, or `owner/name` of a repository that `push_to_hub` wrote.
           stage: `joint`, or `user` for the User Q-Former without the language model.
 
         Raises:
@@ -95,6 +103,8 @@ class Recommender:
           CheckpointError: The checkpoint does not fit the run's configuration.
           CacheError: The changed items cannot be used.
         """
+        if not Path(run).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)):
+            run = _from_hub(str(run))
         opened = open_run(run)
         if stage not in ("joint", "user"):
             raise ConfigError(f"stage {stage!r} ranks nothing; use 'joint' or 'user'")
@@ -470,6 +480,31 @@ class Recommender:
             shutil.rmtree(parts, ignore_errors=True)
         return target
 
+    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
+        """Uploads what `save` writes to a repository of the Hugging Face Hub, for `Recommender.load(name)`.
+
+        The users' events go along, as recommendations for users need them, and the names of the folders that the
+        tables were read from; the repository is private unless told otherwise.
+
+        Args:
+          name: `owner/name` of the repository, which is made if missing.
+          private: Whether a new repository is.
+          token: Of the account; by default the one of `hf auth login`.
+
+        Returns:
+          Address of the commit.
+        """
+        import huggingface_hub
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save(Path(scratch) / "run")
+            card = folder / "README.md"
+            text = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
+            files.write_text(card, f"{_HUB_METADATA}{text}")
+            hub = huggingface_hub.HfApi(token=token)
+            hub.create_repo(name, private=private, exist_ok=True)
+            return hub.upload_folder(folder_path=folder, repo_id=name, commit_message=f"nqf {__version__}").commit_url
+
     def add_items(self, items: Frame, *, save: bool = False) -> None:
         """Adds new items without retraining: encodes their fields, appends their tokens and vectors.
 
@@ -817,6 +852,22 @@ def _lists(histories: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     if isinstance(histories, (str, bytes)) or any(isinstance(history, (str, bytes)) for history in histories):
         raise ValueError("histories: give a list of lists of item ids; for a single one there is history=[...]")
     return list(histories)
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a repository of the Hub, which is downloaded if it is not in the cache.
+
+    Raises:
+      StageError: Neither a folder nor such a repository.
+    """
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name))
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.RepositoryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise StageError(f"{name}: neither a run folder nor a repository that can be downloaded ({reason})") from error
 
 
 def _replaced(at: np.ndarray, table: np.ndarray, row: np.ndarray) -> np.ndarray:
