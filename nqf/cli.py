@@ -25,6 +25,7 @@ COMMANDS = {
     "train": ("nqf.train", "train a run, stage by stage, and evaluate it"),
     "evaluate": ("nqf.evaluate", "rank the whole catalogue for every user, beside all baselines"),
     "recommend": ("nqf.recommend", "recommend items for a user, a history or everybody"),
+    "serve": ("nqf.serve", "serve a run over HTTP, with a page to click through"),
     "items": ("nqf.items", "add, change or remove items of a trained run"),
     "embed": ("nqf.embed", "make vectors of texts with a pretrained encoder"),
     "export": ("nqf.export", "write a run in other formats: PEFT, Hugging Face, vLLM, index, Parquet"),

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -56,8 +57,14 @@ def whole(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         with temporary.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file
         publish(temporary, path)
-    except OSError as error:
-        raise _named(error, path) from error
+    except Exception as error:
+        # Polars tells the system's errors in words of its own: "... (os error 28)".
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError):
+            raise _named(error, path) from error
+        if code is None:
+            raise
+        raise _named(OSError(int(code[1]), os.strerror(int(code[1]))), path) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -73,7 +73,8 @@ def main(arguments: list[str]) -> None:
                 f"unknown item ids in the history: {', '.join(map(repr, sorted(unknown)[:5]))}; ids that hold commas "
                 "are given by --item or --history-file"
             )
-        frame, title = recommender.recommend(history=history, k=options.k), f"For the history {', '.join(history)}"
+        frame = recommender.recommend(history=history, k=options.k)
+        title = f"For the history {', '.join(history)}" if history else "The popular items, as the history is empty"
     rows = [
         [str(row["rank"]), row["item_id"], row["title"], f"{row['score']:.4f}"] for row in frame.iter_rows(named=True)
     ]

@@ -50,7 +50,8 @@ def test_index_leaves_removed_items_out(
     tiny_run: Path, recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     available = np.arange(len(recommender.item_ids)) % 3 > 0
-    monkeypatch.setattr(recommender, "available", available)
+    recommender = Recommender.load(tiny_run)
+    recommender.remove_items(recommender.item_ids[::3])
     monkeypatch.setattr(Recommender, "load", lambda run: recommender)
     folder = exported(tiny_run, "index", tmp_path / "index")
     kept = [item for row, item in enumerate(recommender.item_ids) if row % 3]

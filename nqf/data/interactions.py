@@ -60,9 +60,14 @@ class Interactions:
         Raises:
           DataError: The user is not known.
         """
-        if user_id not in self._row_of:
+        row = self.find(user_id)
+        if row is None:
             raise DataError(f"unknown user '{user_id}'{nearest(user_id, self.user_ids[:10_000])}")
-        return self._row_of[user_id]
+        return row
+
+    def find(self, user_id: str) -> int | None:
+        """The row of a user, None for an unknown one."""
+        return self._row_of.get(user_id)
 
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
@@ -120,7 +125,7 @@ def from_frame(frame: pl.DataFrame) -> Interactions:
 
 def read_interactions(
     table: pl.LazyFrame, item_ids: pl.Series, config: DataConfig, *, where: str, items_where: str
-) -> tuple[Interactions, dict[str, Any]]:
+) -> tuple[Interactions, Interactions | None, dict[str, Any]]:
     """Reads, checks and counts the events of a table.
 
     Args:
@@ -131,7 +136,8 @@ def read_interactions(
       items_where: Table of the items, likewise.
 
     Returns:
-      The interactions, and the report: what was read, left out and warned about (JSON-able).
+      The interactions; those of users with fewer than `data.min_interactions`, None if there are none; and the report:
+      what was read, left out and warned about (JSON-able).
 
     Raises:
       DataError: Missing ids, unreadable times, bad values or unknown items, where the configuration refuses them, or
@@ -156,7 +162,8 @@ def read_interactions(
     report["short_user_interactions"] = len(short)
     if len(short):
         report["warnings"].append(
-            f"{report['short_users']} users with fewer than {config.min_interactions} interactions are left out"
+            f"{report['short_users']} users with fewer than {config.min_interactions} interactions are left out of "
+            "training and evaluation; they are served"
         )
         frame = frame.filter(lengths >= config.min_interactions)
     if not len(frame):
@@ -172,7 +179,8 @@ def read_interactions(
     if tied > 0.01:
         order = "in random order (data.shuffle_ties)" if config.shuffle_ties else "in the order of the source"
         report["warnings"].append(f"{tied:.0%} of consecutive interactions share their time; those stand {order}")
-    return interactions, report | {"count": len(frame), "users": len(interactions.user_ids)}
+    report |= {"count": len(frame), "users": len(interactions.user_ids)}
+    return interactions, from_frame(short) if len(short) else None, report
 
 
 def _read_events(table: pl.LazyFrame, config: DataConfig, where: str) -> tuple[pl.DataFrame, dict[str, Any]]:

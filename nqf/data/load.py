@@ -1,4 +1,7 @@
-"""From tables to a prepared data folder, and back: `items.parquet, interactions.parquet, split.npz, report.json`."""
+"""From tables to a prepared data folder, and back: `items.parquet, interactions.parquet, split.npz, report.json`.
+
+Users with fewer than `data.min_interactions` events are in `short.parquet`, which serving alone reads.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ from nqf.data.schema import Field, Schema, load_schema, schema_to_tree
 T = TypeVar("T")
 
 _INTERACTION_COLUMNS = {"user_id": None, "item_id": None, "timestamp": None, "rating": None, "review": None}
+_SHORT = "short.parquet"
 # Rows that a reader of the canonical file decodes at least.
 _ROW_GROUP = 16_384
 
@@ -128,6 +132,16 @@ def open_dataset(directory: Path) -> Dataset:
     return dataset
 
 
+def open_short_users(directory: Path) -> Interactions | None:
+    """Users with too few events to be trained on; None if there are none, or the folder is of before version 0.2.
+
+    Raises:
+      DataError: The file is not readable.
+    """
+    path = Path(directory) / _SHORT
+    return _read(path, load_interactions) if path.is_file() else None
+
+
 def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
@@ -155,7 +169,7 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
     title = tables.schema.title if tables.schema.title not in left_out else None
     schema = Schema(fields=fields, title=title, missing_words=config.missing_words)
     item_ids, schema, item_report = _write_items(tables, schema, config, target, scratch)
-    interactions, event_report = read_interactions(
+    interactions, short, event_report = read_interactions(
         tables.interactions,
         item_ids,
         config,
@@ -184,6 +198,8 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
         "warnings": list(split.warnings),
     }
     interactions.save(target / "interactions.parquet")
+    if short is not None:
+        short.save(target / _SHORT)
     split.save(target / "split.npz")
     (target / "schema.yaml").write_text(yaml.safe_dump(schema_to_tree(schema), sort_keys=False), encoding="utf-8")
     (target / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 
+from nqf import files
 from nqf.config import DialectConfig
 from nqf.data.errors import DataError
 from nqf.data.nested import Parted, parse_json, parse_python, plain, unpacked
@@ -459,7 +460,8 @@ def spool(rows: Iterable[Sequence[Any]], columns: Columns, scratch: Path, names:
             for name, field in columns.items()
         }
         parts.append(folder / f"{len(parts):05d}.parquet")
-        pl.DataFrame(frame).write_parquet(parts[-1])
+        with files.whole(parts[-1]) as file:
+            pl.DataFrame(frame).write_parquet(file)
         if not batch:
             break
     return pl.scan_parquet(parts, glob=False)

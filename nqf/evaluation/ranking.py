@@ -6,6 +6,7 @@ the expected rank under random tie-breaking. Letters: N users, I items, D width,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -183,6 +184,34 @@ def top_k(
             )
             scores_NxK[span], rows_NxK[span] = np.asarray(scores_BxK)[:size], np.asarray(rows_BxK)[:size]
     return scores_NxK, rows_NxK
+
+
+def place_items(item_vectors_IxD: np.ndarray) -> jax.Array:
+    """Item vectors on the devices, for `best_columns`, filled up with zeros to rows that all devices share evenly."""
+    whole = 128 * jax.local_device_count()
+    return _placed(_rows(item_vectors_IxD, -(-len(item_vectors_IxD) // whole) * whole), "items")
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def best_columns(
+    users_BxD: jax.Array, items_CxD: jax.Array, allowed_C: jax.Array, left_out_BxS: jax.Array, *, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """The best `k` items of a few users whose scores fit in memory together; ties go to the lower row.
+
+    Args:
+      users_BxD: float32.
+      items_CxD: From `place_items`.
+      allowed_C: bool, which items may be among the best of anybody.
+      left_out_BxS: int32, items that may not be among a user's best, -1 for none.
+      k: Items per user, at most C.
+
+    Returns:
+      Scores float32 [B, k] in falling order, minus infinity where no item is left, and rows int32 [B, k].
+    """
+    scores_BxC = jnp.where(allowed_C, _standing(users_BxD, items_CxD), -jnp.inf)
+    left_out_BxS = jnp.where(left_out_BxS >= 0, left_out_BxS, items_CxD.shape[0])
+    scores_BxC = scores_BxC.at[jnp.arange(len(users_BxD))[:, None], left_out_BxS].set(-jnp.inf, mode="drop")
+    return _top(_one_zero(scores_BxC), k)
 
 
 def top_k_from_scores(scores_NxI: np.ndarray, k: int, seen: Seen | None = None) -> tuple[np.ndarray, np.ndarray]:

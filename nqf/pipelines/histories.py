@@ -43,7 +43,7 @@ def event_features(interactions: Interactions, split: Split, reviews: FieldTable
         items=interactions.items,
         times=interactions.times,
         calendar=calendar_parts(interactions.times),
-        ratings=_rating_buckets(interactions.ratings, interactions.ratings[split.train]),
+        ratings=rating_buckets(interactions.ratings, interactions.ratings[split.train]),
         reviews=reviews,
     )
 
@@ -59,7 +59,8 @@ def calendar_parts(times: np.ndarray) -> np.ndarray:
     return np.where(known[:, None], parts, -1).astype(np.int8)
 
 
-def _rating_buckets(ratings: np.ndarray, training: np.ndarray) -> np.ndarray:
+def rating_buckets(ratings: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """Buckets of ratings, int8, -1 where unknown, spread evenly over the range of the ratings that are trained on."""
     known = np.isfinite(ratings)
     finite = training[np.isfinite(training)]
     if not finite.size:

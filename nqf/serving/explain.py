@@ -23,6 +23,7 @@ from nqf.models.item_qformer import ItemOutput, ItemQFormer
 from nqf.models.qformer import cross_attention
 from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.histories import bucket_of, history_of_items, newest, slot_buckets
+from nqf.serving.stock import fill
 from nqf.stages.ranker import Ranker
 
 # Item vectors scored at a time.
@@ -75,6 +76,8 @@ class Items:
     present: Mapping[str, np.ndarray]
 
 
+# Long: all variants go through each model in one call, so nothing of it can be done apart.
+# Many parameters: parts of a run that have no value in common, by name.
 def explain(
     items: Items,
     *,
@@ -201,8 +204,8 @@ def _hide_fields(
             said = words.is_not_null().to_numpy()
             vectors, readable = encode_column(cache.encoder(CANDIDATE), words.fill_null(""))
             has_text[at] = said & readable
-            text[at] = text_features(vectors, has_text[at])
-    output, attention = _read_fields(*item_qformer, *_padded((values, present), (slots + 1) * (1 + len(names))))
+            text[at] = text_features(vectors, np.asarray(has_text[at]))
+    output, attention = _read_fields(*item_qformer, *fill((values, present), (slots + 1) * (1 + len(names))))
     hidden = ItemTables(
         tokens=np.asarray(output.tokens, old.tokens.dtype)[: len(text)],
         vectors=np.asarray(output.vector, old.vectors.dtype)[: len(text)],
@@ -218,7 +221,9 @@ def _hide_fields(
 @functools.partial(jax.jit, static_argnums=0)
 def _read_fields(module: ItemQFormer, params: Any, values: Any, present: Any) -> tuple[ItemOutput, jax.Array]:
     output, state = module.apply({"params": params}, values, present, mutable=["intermediates"])
-    return output, cross_attention(state["intermediates"], ("qformer",))
+    attention = cross_attention(dict(state["intermediates"]), ("qformer",))
+    assert attention is not None
+    return output, attention
 
 
 def _encode(
@@ -233,16 +238,11 @@ def _encode(
     """User vectors of histories of table rows, float32 [V, D], and the first one's attention, [layers, heads, ...]."""
     items_VxS = np.stack([newest(variant, slots) for variant in variants])
     most = len(variants) - len(variants[0]) + slots
-    history = history_of_items(_padded(items_VxS, most), review_width)
-    tables, rows = _padded((tables, rows), len(rows) // (len(variants[0]) + 1) * (slots + 1))
+    history = history_of_items(fill(items_VxS, most), review_width)
+    tables, rows = fill((tables, rows), len(rows) // (len(variants[0]) + 1) * (slots + 1))
     users, attention = ranker.explained(variables, tables, rows, history)
     users = np.asarray(users, np.float32)[: len(variants)]
     return users, None if attention is None else np.asarray(attention[:, 0], np.float32)
-
-
-def _padded(tree: Any, size: int) -> Any:
-    """Repeats the last row of every array, so that histories of one bucket share their programs."""
-    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]), tree)
 
 
 def _standing(

@@ -24,6 +24,7 @@ import polars as pl
 from nqf import files
 from nqf.data.catalogue import Catalogue, canonical_items
 from nqf.data.errors import DataError
+from nqf.data.schema import Schema, nearest
 from nqf.fields.cache import FieldCache, encode_items
 from nqf.fields.encoder import CacheError
 from nqf.fields.tables import check_file, publish
@@ -88,15 +89,36 @@ def read_overlay(directory: Path, catalogue: Catalogue, cache: FieldCache) -> Ov
 
 
 def write_overlay(directory: Path, overlay: Overlay, cache: FieldCache) -> None:
-    """Replaces the overlay, whole or not at all."""
+    """Replaces the overlay, whole or not at all.
+
+    Raises:
+      OSError: Not writable, or the disk is full; what was there stays.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_files(directory, overlay, cache)
+    except OSError as error:
+        message = f"{error.strerror or error}; the items stay as they were"
+        raise OSError(error.errno, message, str(directory / "items.json")) from error
+    finally:
+        # Also what a killed process left.
+        current = (directory / "items.json").read_text(encoding="utf-8") if (directory / "items.json").exists() else ""
+        for path in [*directory.glob("rows-*"), *directory.glob("encoded-*")]:
+            if path.name not in current:
+                path.unlink()
+        for path in directory.glob("writing-*"):
+            shutil.rmtree(path)
+
+
+def _write_files(directory: Path, overlay: Overlay, cache: FieldCache) -> None:
     with tempfile.TemporaryDirectory(prefix="writing-", dir=directory) as temporary:
         rows, encoded = Path(temporary) / "rows", Path(temporary) / "encoded"
-        overlay.frame.write_parquet(rows)
+        with files.whole(rows) as file:
+            overlay.frame.write_parquet(file)
         arrays = {}
         for name, (values, present) in overlay.encoded.items():
             arrays |= {f"values {name}": values.astype(np.float16), f"present {name}": present}
-        with encoded.open("wb") as file:
+        with files.whole(encoded) as file:
             np.savez(file, **arrays)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -108,13 +130,6 @@ def write_overlay(directory: Path, overlay: Overlay, cache: FieldCache) -> None:
             "removed": sorted(overlay.removed),
         }
         files.write_text(directory / "items.json", json.dumps(manifest, indent=1))
-    current = {file["file"] for file in manifest["files"].values()}
-    for path in [*directory.glob("rows-*"), *directory.glob("encoded-*")]:
-        if path.name not in current:
-            path.unlink()
-    # What a killed process left.
-    for path in directory.glob("writing-*"):
-        shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -135,8 +150,10 @@ def add(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.Dat
       folder: Where relative image paths start.
 
     Raises:
-      DataError: A duplicate or known item id, or a value that does not parse.
+      DataError: A duplicate or known item id, a column that the schema does not name or none that it does, or a value
+        that does not parse.
     """
+    _check_columns(items, catalogue.schema)
     known = (set(catalogue.item_ids) | set(overlay.frame["item_id"])) - overlay.removed
     return _put(overlay, cache, canonical_items(items, catalogue.schema, taken=known, folder=folder))
 
@@ -145,9 +162,11 @@ def update(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.
     """Replaces fields of known items; a field of which no column is given stays as it is.
 
     Raises:
-      DataError: A duplicate or unknown item id, or a value that does not parse.
+      DataError: A duplicate or unknown item id, a column that the schema does not name or none that it does, or a
+        value that does not parse.
     """
     schema = catalogue.schema
+    _check_columns(items, schema)
     new = canonical_items(items, schema, folder=folder)
     _check_known(new["item_id"], overlay, catalogue)
     kept = [field.name for field in schema.fields if not set(field.columns) & set(items.columns)]
@@ -186,16 +205,25 @@ def _put(overlay: Overlay, cache: FieldCache, frame: pl.DataFrame) -> Overlay:
     keep = ~overlay.frame["item_id"].is_in(frame["item_id"].implode())
     new, kept = encode_items(cache, frame), keep.to_numpy()
     encoded = {
-        name: tuple(
-            np.concatenate([old[kept], part]) for old, part in zip(overlay.encoded[name], new[name], strict=True)
-        )
-        for name in new
+        name: (np.concatenate([old[0][kept], new[name][0]]), np.concatenate([old[1][kept], new[name][1]]))
+        for name, old in overlay.encoded.items()
     }
     return Overlay(
         frame=pl.concat([overlay.frame.filter(keep), frame]),
         encoded=encoded,
         removed=overlay.removed - set(frame["item_id"]),
     )
+
+
+def _check_columns(items: pl.DataFrame, schema: Schema) -> None:
+    known = [column for field in schema.fields for column in field.columns]
+    unknown = [name for name in items.columns if name not in ("item_id", *known)]
+    if unknown:
+        raise DataError(
+            f"the items have a column '{unknown[0]}' that the run does not know{nearest(unknown[0], known)}"
+        )
+    if not set(known) & set(items.columns):
+        raise DataError(f"the items have none of the run's columns: {', '.join(known)}; nothing could be told of them")
 
 
 def _check_known(item_ids: Collection[str], overlay: Overlay, catalogue: Catalogue) -> None:

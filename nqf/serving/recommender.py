@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import polars as pl
 import scipy.sparse
 
+from nqf import __version__, files
 from nqf.config import ConfigError
 from nqf.data.catalogue import canonical_items
+from nqf.data.errors import DataError
+from nqf.data.load import open_short_users
+from nqf.evaluation.baselines import known_events
 from nqf.evaluation.cooccurrence import WINDOW
-from nqf.evaluation.ranking import dense_batches, raise_some, rank_vectors, ranks_from_scores, top_k
+from nqf.evaluation.ranking import dense_batches, raise_some, rank_vectors, ranks_from_scores
 from nqf.fields.cache import encode_items
-from nqf.pipelines.batches import ItemTables
-from nqf.pipelines.histories import gather_history, history_of_items, newest
+from nqf.pipelines.batches import HistoryBatch, ItemTables
+from nqf.pipelines.histories import bucket_of, gather_history, newest, number_by_rows, slot_buckets
+from nqf.serving import overlay
 from nqf.serving.explain import Explanation, Items, explain
-from nqf.serving.overlay import read_overlay
-from nqf.stages.graph import require
+from nqf.serving.filters import Filters
+from nqf.serving.histories import Past, checked_ids, features_of, given_pasts, pasts_of, unknown_ids
+from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of
+from nqf.stages import folder as folders
+from nqf.stages.graph import require, up_to
 from nqf.stages.item import ENCODE_CHUNK
 from nqf.stages.joint import load_joint, title_tokens
 from nqf.stages.rank import Trained
+from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import Run, open_run
 from nqf.stages.user import load_users
+
+_HUB_METADATA = """---
+library_name: nqf
+tags: [recommendation, sequential-recommendation, jax, flax]
+---
+
+"""
+Fallback = Literal["popular", "refuse"]
+Frame = pl.DataFrame | Sequence[Mapping[str, Any]]
 
 
 class Recommender:
     """Ranks the catalogue for a history. Restore one with `Recommender.load`.
+
+    Its methods may be called from several threads at once. Users are computed in batches of few sizes (1, 8, 64, 512):
+    the same request always gives the same bits, and in another batch its scores differ by rounding, 1e-6 at most, so
+    that the lists are the same but for items whose scores are that near to each other.
 
     Attributes:
       item_ids: Ids of all items, in the order of `item_vectors`.
@@ -39,31 +67,35 @@ class Recommender:
       available: bool [items], False for items that were removed: known in histories, never recommended.
     """
 
-    def __init__(self, run: Run, trained: Trained, cooccurrence_weight: float) -> None:
-        self._trained = trained
-        self._run, self._ranker, self._variables = run, trained.ranker, trained.variables
-        self._tokenizer, self._cooccurrence_weight = trained.parts.tokenizer, cooccurrence_weight
+    def __init__(self, run: Run, trained: Trained, stage: str) -> None:
+        self._run, self._ranker, self._variables, self._stage = run, trained.ranker, trained.variables, stage
+        self._trained, self._tokenizer = trained, trained.parts.tokenizer
         self._items = trained.load_item_qformer()
+        module = self._items[0]
+        self._read_items = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
         # Test targets do not count, so that trying the recommender on test users tells the truth.
-        self._cooccurrence = run.cooccurrence(run.dataset.split.test) if cooccurrence_weight else None
-        self.item_ids: list[str] = list(run.dataset.catalogue.item_ids)
-        self._titles: list[str] = [
-            title if title is not None else ""
-            for chunk in run.dataset.catalogue.chunks(["title"], 65_536)
-            for title in chunk["title"]
-        ]
-        self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids)}
-        self.item_vectors: np.ndarray = self._ranker.item_vectors(self._variables)
-        self.available = np.ones(len(self.item_ids), bool)
-        # Row of an item that was added or updated to its place in a frame, and its encoded fields.
-        self._changed: dict[int, tuple[int, pl.DataFrame, Mapping[str, tuple[np.ndarray, np.ndarray]]]] = {}
+        self._cooccurrence_weight = run.config.evaluation.cooccurrence_weight if stage == "joint" else 0.0
+        self._cooccurrence = run.cooccurrence(run.dataset.split.test) if self._cooccurrence_weight else None
+        self._short = open_short_users(run.folder / "data")
+        self._filters = Filters(run.dataset.catalogue)
+        self._changing = threading.Lock()
+        item_ids = list(run.dataset.catalogue.item_ids)
+        titles = [title or "" for chunk in run.dataset.catalogue.chunks(["title"], 65_536) for title in chunk["title"]]
+        self._stock = Stock(
+            item_ids=item_ids,
+            titles=titles,
+            rows={item_id: row for row, item_id in enumerate(item_ids)},
+            changed={},
+            count=len(item_ids),
+            buffers=(self._ranker.tables, self._ranker.item_vectors(self._variables), np.ones(len(item_ids), bool)),
+        )
 
     @classmethod
     def load(cls, run: str | Path, *, stage: str = "joint") -> Recommender:
         """Restores a run's checkpoints, whatever number of devices wrote them, and its changed items (`nqf.items`).
 
         Args:
-          run: Run folder.
+          run: Run folder, what `save` wrote, or `owner/name` of a repository that `push_to_hub` wrote.
           stage: `joint`, or `user` for the User Q-Former without the language model.
 
         Raises:
@@ -71,65 +103,199 @@ class Recommender:
           CheckpointError: The checkpoint does not fit the run's configuration.
           CacheError: The changed items cannot be used.
         """
+        if not Path(run).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)):
+            run = _from_hub(str(run))
         opened = open_run(run)
         if stage not in ("joint", "user"):
             raise ConfigError(f"stage {stage!r} ranks nothing; use 'joint' or 'user'")
         require(opened, stage)
-        trained = load_joint(opened) if stage == "joint" else load_users(opened)
-        weight = opened.config.evaluation.cooccurrence_weight if stage == "joint" else 0.0
-        recommender = cls(opened, trained, weight)
-        overlay = read_overlay(opened.folder / "items", opened.dataset.catalogue, opened.cache)
-        recommender._put(overlay.frame, overlay.encoded)
-        recommender.available = np.array([item_id not in overlay.removed for item_id in recommender.item_ids])
+        recommender = cls(opened, load_joint(opened) if stage == "joint" else load_users(opened), stage)
+        changed = overlay.read_overlay(opened.folder / "items", opened.dataset.catalogue, opened.cache)
+        recommender._put(changed.frame, changed.encoded)
+        recommender._remove(changed.removed)
         return recommender
+
+    def __repr__(self) -> str:
+        stock = self._stock
+        known = len(self._run.dataset.catalogue.item_ids)
+        changes = [f"{stock.count - known:,} added"] if stock.count > known else []
+        changes += [f"{gone:,} removed"] if (gone := int((~stock.available).sum())) else []
+        changes = [f"({', '.join(changes)})"] if changes else []
+        users = len(self._run.dataset.interactions.user_ids) + (len(self._short.user_ids) if self._short else 0)
+        return (
+            f"<nqf.Recommender of {self._run.folder}: stage {self._stage}, {stock.count:,} items"
+            f"{''.join(f' {change}' for change in changes)}, {users:,} users, vectors of {stock.vectors.shape[1]}>"
+        )
 
     @property
     def trained(self) -> Trained:
         """The restored stage, with the item tables as they are now."""
-        return dataclasses.replace(self._trained, ranker=self._ranker)
+        return dataclasses.replace(self._trained, ranker=dataclasses.replace(self._ranker, tables=self._stock.tables))
 
+    @property
+    def item_ids(self) -> list[str]:
+        """Ids of all items, in the order of `item_vectors`."""
+        return self._stock.item_ids[: self._stock.count]
+
+    @property
+    def item_vectors(self) -> np.ndarray:
+        """float32 [items, dim]."""
+        return self._stock.vectors
+
+    @property
+    def available(self) -> np.ndarray:
+        """bool [items], False for items that were removed."""
+        return self._stock.available
+
+    @property
+    def titles(self) -> list[str]:
+        """Titles of all items, empty where there is none."""
+        return self._stock.titles[: self._stock.count]
+
+    @property
+    def user_ids(self) -> list[str]:
+        """The run's users, those with too few events to be trained on last."""
+        return [*self._run.dataset.interactions.user_ids, *(self._short.user_ids if self._short else [])]
+
+    # Many parameters: what may be asked, by name; none is needed but for one of the first four.
     def recommend(
-        self, *, history: Sequence[str] | None = None, user: str | None = None, k: int = 10, repeats: bool | None = None
+        self,
+        *,
+        history: Sequence[str] | None = None,
+        histories: Sequence[Sequence[str]] | None = None,
+        user: str | None = None,
+        users: Sequence[str] | None = None,
+        k: int = 10,
+        exclude: Collection[str] = (),
+        only: Collection[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        fallback: Fallback | None = None,
+        repeats: bool | None = None,
+        times: Sequence[Any] | None = None,
+        ratings: Sequence[Any] | None = None,
+        reviews: Sequence[Any] | None = None,
     ) -> pl.DataFrame:
-        """The best `k` items for a history of item ids, oldest first, or for a known user.
+        """The best `k` items for histories of item ids, oldest first, or for known users.
 
-        A known user's times, ratings and reviews are read too; a bare history has none.
+        Filters are exact: what they leave out is masked before the best are looked for.
 
         Args:
           history: Item ids.
-          user: User id, in place of a history.
+          histories: Several of them.
+          user: User id, in place of a history; the user's times, ratings and reviews are read too.
+          users: Several of them.
           k: Number of items.
+          exclude: Item ids that are not recommended; unknown ones change nothing.
+          only: Item ids of which some are recommended.
+          where: Field name to what an item has to have: a value or a list of values, one of which suffices; for numbers
+            and times (unix seconds) also a pair (least, most), None for no bound.
+          fallback: Who gets the popular items: by default those with an empty history, while unknown users are refused;
+            `popular` for both, `refuse` for neither.
           repeats: Whether items of the history may be recommended; by default what `evaluation.repeats` says.
+          times: With histories: the time of each item, as dates, ISO 8601 or unix seconds, None where unknown.
+          ratings: With histories: the rating of each item, None where unknown.
+          reviews: With histories: what the user wrote of each item, None where nothing.
 
         Returns:
-          Frame with rank (1-based), item_id, title and score (inner product with the user vector of length one, and
-          what co-occurrence adds; float32).
+          Frame with rank (1-based), item_id, title, score (inner product with the user vector of length one, and what
+          co-occurrence adds, float32; of popular items their share of the events) and basis: `history`, or `popular`
+          where the fallback was taken. With users there is user_id before them, with histories history (0-based).
 
         Raises:
-          ValueError: Neither or both of history and user, an empty history, or an unknown id.
+          ValueError: Not exactly one of the first four, an unknown id, or a value that cannot be used.
         """
-        if (history is None) == (user is None):
-            raise ValueError("give either a history of item ids or a user id")
-        if user is not None:
-            vectors, seen = self._encode_known([self._user_row(user)])
+        stock = self._stock
+        given = {"history": history, "histories": histories, "user": user, "users": users}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1:
+            raise ValueError(f"give either a history or a user, or several as histories or users; got {named}")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if fallback not in (None, "popular", "refuse"):
+            raise ValueError(f"fallback {fallback!r}: use 'popular', 'refuse' or None")
+        extras = {"times": times, "ratings": ratings, "reviews": reviews}
+        extras = {name: values for name, values in extras.items() if values is not None}
+        if user is not None or users is not None:
+            if extras:
+                raise ValueError(f"{next(iter(extras))}: belongs to a bare history; those of a user are known")
+            ids = checked_ids([user] if users is None else users, named[0])
+            pasts = [self._past_of(user, fallback) for user in ids]
+            head = None if users is None else pl.Series("user_id", ids, dtype=pl.String)
         else:
-            vectors, seen = self._encode_histories([history]), [self._rows(history)]
-        scores, rows = self._best(vectors, seen, k, repeats)
-        return self._frame(rows[0], scores[0])
+            many = _lists(histories) if histories is not None else [[] if history is None else history]
+            extras = {name: [values] for name, values in extras.items()} if histories is None else extras
+            rows = [self._rows(stock, some, empty=fallback != "refuse") for some in many]
+            pasts = given_pasts(self._run, rows, extras)
+            head = None if histories is None else pl.Series("history", np.arange(len(many)))
+        allowed = self._allowed(stock, only, where)
+        return self._ranked(stock, pasts, head, k, allowed, self._known_rows(stock, exclude, "exclude"), repeats)
 
     def recommend_all(self, *, k: int = 10, repeats: bool | None = None) -> Iterable[pl.DataFrame]:
-        """Recommendations for every user of the run, in frames of many users with a user_id column."""
-        interactions, size = self._run.dataset.interactions, self._ranker.batch_size
-        for start in range(0, len(interactions.user_ids), size):
-            users = list(range(start, min(start + size, len(interactions.user_ids))))
-            vectors, seen = self._encode_known(users)
-            scores, rows = self._best(vectors, seen, k, repeats)
-            yield pl.concat(
-                self._frame(rows[index], scores[index]).select(
-                    pl.lit(interactions.user_ids[user]).alias("user_id"), pl.all()
-                )
-                for index, user in enumerate(users)
-            )
+        """Recommendations for every user of the run, in frames of many users with a user_id column.
+
+        Users with too few events to be trained on come last.
+        """
+        users = self.user_ids
+        for start in range(0, len(users), SIZES[-1]):
+            yield self.recommend(users=users[start : start + SIZES[-1]], k=k, repeats=repeats)
+
+    def similar_items(
+        self,
+        item_id: str,
+        *,
+        k: int = 10,
+        exclude: Collection[str] = (),
+        only: Collection[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> pl.DataFrame:
+        """The `k` items whose vectors are nearest to an item's; filters as in `recommend`.
+
+        Returns:
+          Frame with rank (1-based), item_id, title and score (cosine, float32).
+
+        Raises:
+          ValueError: An unknown id, or a value that cannot be used.
+        """
+        stock = self._stock
+        row = self._rows(stock, checked_ids([item_id], "item_id"))[0]
+        allowed = self._allowed(stock, only, where)
+        allowed[np.append(self._known_rows(stock, exclude, "exclude"), row)] = False
+        scores, rows = _first(_unit(stock.vectors) @ _unit(stock.vectors[[row]])[0], allowed, k)
+        return self._frame(stock, scores[None], rows[None], None).drop("basis")
+
+    def profile(
+        self,
+        *,
+        text: str | None = None,
+        ratings: Mapping[str, float] | None = None,
+        k: int = 10,
+        exclude: Collection[str] = (),
+        only: Collection[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> pl.DataFrame:
+        """The best `k` items for somebody who is described: by words, by ratings of some items, or both.
+
+        The words are read as an item of that title which was chosen last; filters as in `recommend`.
+
+        Returns:
+          As `recommend`.
+
+        Raises:
+          ValueError: Neither words nor ratings, an unknown id, words that say nothing to the run's encoders, or ratings
+            for a run that was trained without.
+        """
+        stock, rated = self._stock, dict(ratings or {})
+        if not rated and not (text or "").strip():
+            raise ValueError("give a text, ratings of items, or both")
+        rows = self._rows(stock, list(rated), empty=True)
+        extras = {"ratings": [[*rated.values(), *([None] if text else [])]]} if rated else {}
+        spoken = self._spoken(text) if text else None
+        if spoken is not None:
+            rows = np.append(rows, stock.count)
+        pasts = given_pasts(self._run, [rows], extras)
+        allowed = self._allowed(stock, only, where)
+        out = self._known_rows(stock, exclude, "exclude")
+        return self._ranked(stock, pasts, None, k, allowed, out, False, spoken)
 
     def rank(
         self, histories: Sequence[Sequence[str]], item_ids: Sequence[str], *, left_out: Sequence[Sequence[str]]
@@ -139,18 +305,21 @@ class Recommender:
         Args:
           histories: Item ids, oldest first.
           item_ids: The item to rank after each.
-          left_out: Item ids that are not ranked beside each; no part of it may be empty.
+          left_out: Item ids that are not ranked beside each.
 
         Raises:
           ValueError: An empty history or an unknown item id.
         """
-        rows = self._left_out([np.unique(self._rows(ids)) for ids in left_out], False)
-        vectors, targets = self._encode_histories(histories), self._rows(item_ids)
+        stock = self._stock
+        removed = np.flatnonzero(~stock.available)
+        rows = [np.append(np.unique(self._rows(stock, ids, empty=True)), removed) for ids in left_out]
+        seen, targets = [self._rows(stock, history) for history in histories], self._rows(stock, item_ids)
+        vectors = self._encode(stock, given_pasts(self._run, seen, {}))
         if self._cooccurrence is None:
-            return rank_vectors(_unit(vectors), self.item_vectors, targets, rows)
-        pairs, ranks = self._pairs([self._rows(history) for history in histories]), []
-        for span in dense_batches(len(targets), len(self.item_ids), self._ranker.batch_size):
-            scores = vectors[span] @ self.item_vectors.T + pairs[span].toarray()
+            return rank_vectors(_unit(vectors), stock.vectors, targets, rows)
+        pairs, ranks = self._pairs(stock, seen), []
+        for span in dense_batches(len(targets), stock.count, self._ranker.batch_size):
+            scores = vectors[span] @ stock.vectors.T + pairs[span].toarray()
             ranks.append(ranks_from_scores(scores, targets[span], rows[span]))
         return np.concatenate([np.zeros(0), *ranks])
 
@@ -162,21 +331,22 @@ class Recommender:
         Raises:
           ValueError: An empty history or an unknown item id.
         """
-        seen = self._rows(history)
-        rows = np.concatenate([seen[-self._ranker.max_history :], self._rows([item_id])])
-        reviews = self._run.features.reviews
+        stock = self._stock
+        seen = self._rows(stock, history)
+        rows = np.append(seen[-self._ranker.max_history :], self._rows(stock, [item_id]))
+        reviews, removed = self._run.features.reviews, np.flatnonzero(~stock.available)
         explanation = explain(
-            self._contents(rows),
-            ranker=self._ranker,
+            self._contents(stock, rows),
+            ranker=dataclasses.replace(self._ranker, tables=stock.tables),
             variables=self._variables,
             item_qformer=self._items,
             cache=self._run.cache,
             text_features=self._run.text_features,
             field_features=self._run.field_features,
-            item_vectors=self.item_vectors,
-            pairs=self._pairs,
+            item_vectors=stock.vectors,
+            pairs=functools.partial(self._pairs, stock),
             older=seen[: -self._ranker.max_history],
-            left_out=self._left_out([seen], None)[0],
+            left_out=np.append([] if self._run.config.evaluation.repeats else seen, removed).astype(np.int64),
             review_width=0 if reviews is None else reviews.values.shape[1],
         )
         positions = np.arange(len(seen) - len(rows) + 2, len(seen) + 1)
@@ -184,28 +354,52 @@ class Recommender:
             explanation, history=explanation.history.insert_column(0, pl.Series("position", positions))
         )
 
-    def _contents(self, rows: np.ndarray) -> Items:
+    def _contents(self, stock: Stock, rows: np.ndarray) -> Items:
         """Canonical values and encoded fields of some items."""
-        cache, catalogue = self._run.cache, self._run.dataset.catalogue
-        ids = pl.DataFrame({"item_id": [self.item_ids[row] for row in rows]})
-        stored = (
-            pl.scan_parquet(catalogue.path, glob=False)
-            .filter(pl.col("item_id").is_in(ids["item_id"].implode()))
-            .collect()
-        )
-        changed = [self._changed[row][1][self._changed[row][0]] for row in dict.fromkeys(rows) if row in self._changed]
-        changed = pl.concat([stored.head(0), *changed])
-        stored = stored.filter(~pl.col("item_id").is_in(changed["item_id"].implode()))
-        frame = ids.join(pl.concat([stored, changed.select(stored.columns)]), on="item_id", maintain_order="left")
+        cache = self._run.cache
         values, present = {}, {}
         for name in cache.names:
             # Items beyond the catalogue are among the changed ones.
             values[name], present[name] = cache.gather(name, np.minimum(rows, cache.items - 1))
-            for place, row in enumerate(rows):
-                if row in self._changed:
-                    at, _, encoded = self._changed[row]
-                    values[name][place], present[name][place] = encoded[name][0][at], encoded[name][1][at]
-        return Items(rows=rows, frame=frame, values=values, present=present)
+            for place, row in enumerate(rows.tolist()):
+                if row in stock.changed:
+                    values[name][place], present[name][place] = stock.changed[row].encoded[name]
+        return Items(rows=rows, frame=self._values(stock, rows), values=values, present=present)
+
+    def _values(self, stock: Stock, rows: np.ndarray) -> pl.DataFrame:
+        """Canonical values of some items."""
+        ids = [stock.item_ids[row] for row in rows]
+        changed = [stock.changed[row].row for row in dict.fromkeys(rows.tolist()) if row in stock.changed]
+        stored = (
+            pl.scan_parquet(self._run.dataset.catalogue.path, glob=False).filter(pl.col("item_id").is_in(ids)).collect()
+        )
+        new = pl.DataFrame(changed, schema=stored.schema)
+        stored = pl.concat([stored.filter(~pl.col("item_id").is_in(new["item_id"].to_list())), new])
+        return pl.DataFrame({"item_id": ids}).join(stored, on="item_id", how="left", maintain_order="left")
+
+    def fields(self, modality: str) -> list[str]:
+        """Names of the schema's fields of a modality."""
+        return [field.name for field in self._run.dataset.catalogue.schema.fields if field.modality == modality]
+
+    def columns(self, modality: str) -> list[str]:
+        """Names of the columns that these fields are read from."""
+        fields = self._run.dataset.catalogue.schema.fields
+        return [column for field in fields if field.modality == modality for column in field.columns]
+
+    def marks(self, item_ids: Sequence[str]) -> list[dict[str, bool]]:
+        """Of some items, whether each was in no training event (`cold`) and was added after training (`new`)."""
+        stock, known = self._stock, len(self._run.dataset.catalogue.item_ids)
+        rows = self._rows(stock, item_ids, empty=True)
+        return [{"cold": not bool(stock.tables.trained[row]), "new": row >= known} for row in rows.tolist()]
+
+    def items(self, item_ids: Sequence[str]) -> pl.DataFrame:
+        """Canonical values of some items, in that order: item_id, title, the schema's fields.
+
+        Raises:
+          ValueError: An unknown id.
+        """
+        stock = self._stock
+        return self._values(stock, self._rows(stock, item_ids))
 
     def encode_users(self, histories: Sequence[Sequence[str]]) -> np.ndarray:
         """User vectors of histories of item ids, oldest first: float32 [users, dim], rows of unit norm.
@@ -213,158 +407,482 @@ class Recommender:
         Raises:
           ValueError: An empty history or an unknown item id.
         """
-        return _unit(self._encode_histories(histories))
+        stock = self._stock
+        rows = [self._rows(stock, history) for history in _lists(histories)]
+        return _unit(self._encode(stock, given_pasts(self._run, rows, {})))
 
     def encode_all_users(self) -> tuple[list[str], np.ndarray]:
-        """The run's users and the vectors of their whole histories: ids and float32 [users, dim], rows of unit norm."""
-        users, size = self._run.dataset.interactions.user_ids, self._ranker.batch_size
-        parts = [
-            self._encode_known(range(start, min(start + size, len(users))))[0] for start in range(0, len(users), size)
-        ]
-        return list(users), _unit(np.concatenate(parts))
+        """The users that were trained on and the vectors of their whole histories.
 
-    def add_items(self, items: pl.DataFrame | Sequence[Mapping[str, Any]]) -> None:
-        """Adds new items without retraining: encodes their fields, appends their tokens and vectors.
+        Returns:
+          Ids and float32 [users, dim], rows of unit norm.
+        """
+        interactions = self._run.dataset.interactions
+        pasts = pasts_of(self._run.features, interactions, range(len(interactions.user_ids)))
+        return list(interactions.user_ids), _unit(self._encode(self._stock, pasts))
 
-        The run folder is not changed; `python -m nqf.items` does that.
+    def evaluate(self, *, split: Literal["valid", "test"] = "test") -> pl.DataFrame:
+        """Evaluates the run's models beside all baselines, as `nqf evaluate` does, which also writes its results.
 
-        Args:
-          items: item_id and the schema's columns; missing columns are missing values.
+        Returns:
+          Frame with model, segment, users and a column per metric.
+        """
+        from nqf.stages.assess import assess
+
+        results = assess(self._run, split=split)
+        return pl.DataFrame(
+            [
+                {"model": model, "segment": segment, "users": results.segments[segment]}
+                | {metric: value[0] for metric, value in metrics.items()}
+                for model, segments in results.models.items()
+                for segment, metrics in segments.items()
+            ]
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes a run folder with what serving needs and nothing else, items changed in memory included.
+
+        Returns:
+          The folder.
 
         Raises:
-          DataError: A duplicate or known item id, or a value that does not parse.
+          ValueError: There is something under that name.
         """
-        frame = items if isinstance(items, pl.DataFrame) else pl.DataFrame(list(items))
-        frame = canonical_items(frame, self._run.dataset.catalogue.schema, taken=self._row_of.keys())
-        self._put(frame, encode_items(self._run.cache, frame))
+        source, target = self._run.folder, Path(folder)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"{target}: there already; name a new folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parts = files.partial(target)
+        try:
+            folders.mark_run_folder(parts)
+            stages = up_to(self._stage)
+            folders.claim(parts, *(name for stage in stages for name in (stage.name, *stage.also)))
+            for stage in stages:
+                artifact = read_artifact(source, stage.name)
+                best = str(artifact.result.get("best_step")) if artifact else ""
+
+                def unneeded(path: str, names: list[str], best: str = best) -> list[str]:
+                    if Path(path).name == "checkpoints":
+                        return [name for name in names if name.isdecimal() and name != best]
+                    return [name for name in names if name in ("profile", "source") or name.startswith("non-finite-")]
+
+                for name in (stage.name, *stage.also):
+                    shutil.copytree(source / name, parts / name, ignore=unneeded)
+            for name in ("config.yaml", "README.md"):
+                if (source / name).is_file():
+                    shutil.copy(source / name, parts / name)
+            stock = self._stock
+            changed = self._overlay_of(stock, stock.item_ids[: stock.count])
+            if len(changed.frame) or changed.removed:
+                overlay.write_overlay(parts / "items", changed, self._run.cache)
+            files.publish(parts, target)
+        finally:
+            shutil.rmtree(parts, ignore_errors=True)
+        return target
+
+    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
+        """Uploads what `save` writes to a repository of the Hugging Face Hub, for `Recommender.load(name)`.
+
+        The users' events go along, as recommendations for users need them, and the names of the folders that the
+        tables were read from; the repository is private unless told otherwise.
+
+        Args:
+          name: `owner/name` of the repository, which is made if missing.
+          private: Whether a new repository is.
+          token: Of the account; by default the one of `hf auth login`.
+
+        Returns:
+          Address of the commit.
+        """
+        import huggingface_hub
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save(Path(scratch) / "run")
+            card = folder / "README.md"
+            text = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
+            files.write_text(card, f"{_HUB_METADATA}{text}")
+            hub = huggingface_hub.HfApi(token=token)
+            hub.create_repo(name, private=private, exist_ok=True)
+            return hub.upload_folder(folder_path=folder, repo_id=name, commit_message=f"nqf {__version__}").commit_url
+
+    def add_items(self, items: Frame, *, save: bool = False) -> None:
+        """Adds new items without retraining: encodes their fields, appends their tokens and vectors.
+
+        Args:
+          items: item_id and columns of the schema; missing columns are missing values.
+          save: Add them to the run folder too, as `python -m nqf.items` does, and not to this recommender alone.
+
+        Raises:
+          DataError: A duplicate or known item id, a column that the schema does not name or none that it does, or a
+            value that does not parse.
+        """
+        self._change(overlay.add, items, save)
+
+    def update_items(self, items: Frame, *, save: bool = False) -> None:
+        """Replaces fields of known items; a field of which no column is given stays as it is. See `add_items`.
+
+        Raises:
+          DataError: A duplicate or unknown item id, and as `add_items`.
+        """
+        self._change(overlay.update, items, save)
+
+    def remove_items(self, item_ids: Collection[str], *, save: bool = False) -> None:
+        """Takes items out of all recommendations; they stay known, as histories hold them. See `add_items`.
+
+        Raises:
+          DataError: An unknown item id, or one that was removed.
+        """
+        ids = checked_ids(item_ids, "item_ids")
+        with self._changing:
+            with self._overlay(ids, save) as (base, write):
+                write(overlay.remove(base, self._run.dataset.catalogue, ids))
+            self._remove(ids)
+
+    def _change(self, change: Callable, items: Frame, save: bool) -> None:
+        run, frames = self._run, [items] if isinstance(items, pl.DataFrame) else _by_columns(items)
+        ids = [str(id_).strip() for frame in frames if "item_id" in frame.columns for id_ in frame["item_id"]]
+        with self._changing:
+            with self._overlay(ids, save) as (new, write):
+                for frame in frames:
+                    new = change(new, run.dataset.catalogue, run.cache, frame, Path.cwd())
+                write(new)
+            among = new.frame["item_id"].is_in(ids)
+            encoded = {name: (one[among.to_numpy()], two[among.to_numpy()]) for name, (one, two) in new.encoded.items()}
+            self._put(new.frame.filter(among), encoded)
+
+    @contextlib.contextmanager
+    def _overlay(self, ids: Sequence[str], save: bool) -> Iterator[tuple[overlay.Overlay, Callable]]:
+        """What has changed of some items so far, and a function that keeps what is to hold from now on."""
+        folder, catalogue, cache = self._run.folder / "items", self._run.dataset.catalogue, self._run.cache
+        if not save:
+            yield self._overlay_of(self._stock, ids), lambda new: None
+            return
+        with overlay.locked(folder):
+            yield (
+                overlay.read_overlay(folder, catalogue, cache),
+                lambda new: overlay.write_overlay(folder, new, cache),
+            )
+
+    def _overlay_of(self, stock: Stock, ids: Sequence[str]) -> overlay.Overlay:
+        """What has changed of some items."""
+        catalogue, cache = self._run.dataset.catalogue, self._run.cache
+        rows = [row for row in map(stock.row_of, ids) if row >= 0]
+        changes = [stock.changed[row] for row in rows if row in stock.changed]
+        empty = pl.scan_parquet(catalogue.path, glob=False).head(0).collect()
+        encoded = {}
+        for name, (values, _) in encode_items(cache, empty).items():
+            pairs = [change.encoded[name] for change in changes]
+            vectors = np.array([vector for vector, _ in pairs], np.float32).reshape(len(pairs), values.shape[1])
+            encoded[name] = vectors, np.array([there for _, there in pairs], bool)
+        return overlay.Overlay(
+            frame=pl.DataFrame([change.row for change in changes], schema=empty.schema),
+            encoded=encoded,
+            removed=frozenset(stock.item_ids[row] for row in rows if not stock.available[row]),
+        )
+
+    def _remove(self, ids: Collection[str]) -> None:
+        if ids:
+            self._stock = self._stock.without(np.array([self._stock.row_of(item_id) for item_id in ids]))
 
     def _put(self, frame: pl.DataFrame, encoded: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Appends new items and replaces the content of known ones; no other row changes."""
+        stock = self._stock
         if not len(frame):
             return
-        rows = np.array([self._row_of.get(item_id, -1) for item_id in frame["item_id"]], np.int32)
+        rows = np.array([stock.row_of(item_id) for item_id in frame["item_id"]], np.int32)
         known = rows >= 0
-        rows[~known] = len(self.item_ids) + np.arange((~known).sum(), dtype=np.int32)
-        titles = [title or "" for title in frame["title"]]
+        rows[~known] = stock.count + np.arange((~known).sum(), dtype=np.int32)
         # A known item keeps its learned vector: its row is the same. A new one has none.
-        trained = known & self._ranker.tables.trained[np.where(known, rows, 0)]
-        new = self._encode(encoded, titles, trained)
-        vectors = self._ranker.item_vectors(self._variables, new, rows)
-
-        def merged(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-            table = np.concatenate([old, new[~known]])
-            table[rows[known]] = new[known]
-            return table
-
-        self._ranker = dataclasses.replace(self._ranker, tables=jax.tree.map(merged, self._ranker.tables, new))
-        self.item_vectors = merged(self.item_vectors, vectors)
-        self.available = merged(self.available, np.ones(len(rows), bool))
-        self._changed |= {row: (at, frame, encoded) for at, row in enumerate(rows.tolist())}
-        for item_id, row, title in zip(frame["item_id"], rows.tolist(), titles, strict=True):
-            if row == len(self.item_ids):
-                self.item_ids.append(item_id)
-                self._titles.append(title)
-                self._row_of[item_id] = row
-            self._titles[row] = title
-
-    def _encode(
-        self, encoded: Mapping[str, tuple[np.ndarray, np.ndarray]], titles: Sequence[str], trained: np.ndarray
-    ) -> ItemTables:
-        """Item tables of some encoded items."""
-        names, (module, params), old = self._run.cache.names, self._items, self._ranker.tables
-        encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
-        tokens, vectors = [], []
-        for start in range(0, len(titles), ENCODE_CHUNK):
-            chunk = slice(start, start + ENCODE_CHUNK)
-            values, present = ({name: encoded[name][part][chunk] for name in names} for part in (0, 1))
-            output = encode(params, values, present)
-            tokens.append(np.asarray(output.tokens, old.tokens.dtype))
-            vectors.append(np.asarray(output.vector, old.vectors.dtype))
-        nothing = np.zeros((len(titles), self._run.text[0].shape[1]), np.float32), np.zeros(len(titles), bool)
-        text, has_text = encoded.get("_candidate", nothing)
-        return ItemTables(
-            tokens=np.concatenate(tokens),
-            vectors=np.concatenate(vectors),
-            fields=self._run.field_features(encoded),
-            text=self._run.text_features(text, has_text),
-            has_text=has_text,
-            trained=trained,
-            titles=title_tokens(titles, old.titles.shape[1], self._tokenizer),
-        )
-
-    def _left_out(self, seen: Sequence[np.ndarray], repeats: bool | None) -> list[np.ndarray]:
-        """Rows that are not recommended to each user: what was removed and, without `repeats`, what is seen."""
-        repeats = self._run.config.evaluation.repeats if repeats is None else repeats
-        removed = np.flatnonzero(~self.available)
-        return [removed if repeats else np.concatenate([rows, removed]) for rows in seen]
-
-    def _encode_known(self, users: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-        interactions, slots = self._run.dataset.interactions, self._ranker.max_history
-        spans = [(interactions.offsets[user], interactions.offsets[user + 1]) for user in users]
-        events = np.stack([newest(np.arange(start, stop), slots) for start, stop in spans])
-        vectors = self._ranker.encode(self._variables, gather_history(self._run.features, events))
-        return vectors, [interactions.items[start:stop] for start, stop in spans]
-
-    def _encode_histories(self, histories: Sequence[Sequence[str]]) -> np.ndarray:
-        slots = self._ranker.max_history
-        reviews = self._run.features.reviews
-        width = 0 if reviews is None else reviews.values.shape[1]
-        rows = np.stack([newest(self._rows(history), slots) for history in histories])
-        parts = [
-            self._ranker.encode(self._variables, history_of_items(rows[start : start + self._ranker.batch_size], width))
-            for start in range(0, len(rows), self._ranker.batch_size)
+        trained = known & stock.tables.trained[np.where(known, rows, 0)]
+        titles = [title or "" for title in frame["title"]]
+        tables, vectors = self._encode_items(encoded, titles, trained, rows)
+        changed = [
+            Changed(
+                row=row,
+                encoded={
+                    name: (values[at].astype(np.float16), bool(there[at])) for name, (values, there) in encoded.items()
+                },
+            )
+            for at, row in enumerate(frame.iter_rows(named=True))
         ]
-        return np.concatenate(parts)
+        self._stock = stock.put(frame, changed, tables, vectors)
+
+    def _encode_items(
+        self,
+        encoded: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        titles: Sequence[str],
+        trained: np.ndarray,
+        rows: np.ndarray,
+    ) -> tuple[ItemTables, np.ndarray]:
+        """Item tables and item vectors of some encoded items, in batches of few sizes."""
+        run, (_, params), old = self._run, self._items, self._stock.tables
+        nothing = np.zeros((len(titles), run.text[0].shape[1]), np.float32), np.zeros(len(titles), bool)
+        text, has_text = encoded.get("_candidate", nothing)
+        fields, text = run.field_features(encoded), run.text_features(text, has_text)
+        words = title_tokens(titles, old.titles.shape[1], self._tokenizer)  # type: ignore[arg-type]
+        parts, start = [], 0
+        for size in sizes_of(len(titles), ENCODE_CHUNK, (*SIZES, ENCODE_CHUNK)):
+            chunk = slice(start, start + size)
+            values, present = (
+                fill({name: encoded[name][part][chunk] for name in run.cache.names}, size) for part in (0, 1)
+            )
+            output = self._read_items(params, values, present)
+            tables = ItemTables(
+                tokens=np.asarray(output.tokens, old.tokens.dtype),
+                vectors=np.asarray(output.vector, old.vectors.dtype),
+                **{
+                    name: fill(table[chunk], size)
+                    for name, table in (("fields", fields), ("text", text), ("has_text", has_text),
+                                        ("trained", trained), ("titles", words))
+                },
+            )  # fmt: skip
+            vectors = self._ranker.item_vectors(self._variables, tables, fill(rows[chunk], size))
+            count = len(titles) - start
+            parts.append(jax.tree.map(lambda x, count=count: x[:count], (tables, vectors)))
+            start += size
+        return jax.tree.map(lambda *some: np.concatenate(some), *parts)
+
+    def _spoken(self, text: str) -> ItemTables:
+        """Item tables, one row, of an item that has these words for a title and nothing else."""
+        schema = self._run.dataset.catalogue.schema
+        field = next(
+            (field for field in schema.fields if field.modality == "text" and field.name == schema.title), None
+        )
+        field = field or next((field for field in schema.fields if field.modality == "text"), None)
+        if field is None:
+            raise ValueError("the items of this run have no text, so it cannot read one; give ratings or a history")
+        frame = canonical_items(pl.DataFrame({"item_id": ["-"], field.columns[0]: [text]}), schema)
+        encoded = encode_items(self._run.cache, frame)
+        if not any(there.any() for _, there in encoded.values()):
+            raise ValueError(f"no word of {text!r} says anything to this run's encoders; use words of the catalogue")
+        rows, untrained = np.array([self._stock.count], np.int32), np.zeros(1, bool)
+        return self._encode_items(encoded, [text], untrained, rows)[0]
+
+    def _past_of(self, user: str, fallback: Fallback | None) -> Past | None:
+        """What a user has met; None for an unknown one who gets the popular items."""
+        interactions = self._run.dataset.interactions
+        if (row := interactions.find(user)) is not None:
+            return pasts_of(self._run.features, interactions, [row])[0]
+        if self._short is not None and (row := self._short.find(user)) is not None:
+            return pasts_of(self._short_features, self._short, [row])[0]
+        if fallback == "popular":
+            return None
+        unknown = unknown_ids("user", [user], lambda: self.user_ids)
+        raise DataError(f"{unknown} (with fallback='popular' anybody gets the popular items)")
+
+    @functools.cached_property
+    def _short_features(self) -> Any:
+        assert self._short is not None
+        return features_of(self._run, self._short)
+
+    @functools.cached_property
+    def _popularity(self) -> np.ndarray:
+        """Share of the known events, float32 [items of the catalogue]; test targets do not count."""
+        dataset = self._run.dataset
+        known = known_events(dataset.interactions, dataset.split, dataset.split.test)
+        counts = np.bincount(dataset.interactions.items[known], minlength=len(dataset.split.cold))
+        return (counts / max(counts.sum(), 1)).astype(np.float32)
+
+    def _ranked(
+        self,
+        stock: Stock,
+        pasts: Sequence[Past | None],
+        head: pl.Series | None,
+        k: int,
+        allowed: np.ndarray,
+        exclude: np.ndarray,
+        repeats: bool | None,
+        spoken: ItemTables | None = None,
+    ) -> pl.DataFrame:
+        """Lists of the best items, one after the other; see `recommend`."""
+        seen = [np.zeros(0, np.int64) if past is None else past.items for past in pasts]
+        repeats = self._run.config.evaluation.repeats if repeats is None else repeats
+        left_out = [exclude if repeats else np.append(rows, exclude) for rows in seen]
+        ranked = np.array([len(rows) > 0 for rows in seen], bool)
+        k = min(k, stock.count)
+        scores, rows = np.full((len(pasts), k), -np.inf, np.float32), np.full((len(pasts), k), -1, np.int32)
+        for start in range(0, len(at := np.flatnonzero(ranked)), SIZES[-1]):
+            chunk = at[start : start + SIZES[-1]]
+            vectors = self._encode(stock, [pasts[index] for index in chunk], spoken)
+            scores[chunk], rows[chunk] = self._best(
+                stock, vectors, [seen[index] for index in chunk], k, allowed, [left_out[index] for index in chunk]
+            )
+        for index in np.flatnonzero(~ranked):
+            popularity = np.zeros(stock.count, np.float32)
+            popularity[: len(self._popularity)] = self._popularity
+            kept = allowed.copy()
+            kept[left_out[index]] = False
+            found = _first(popularity, kept, k)
+            scores[index, : len(found[0])], rows[index, : len(found[0])] = found
+        return self._frame(stock, scores, rows, head, ranked)
+
+    def _encode(self, stock: Stock, pasts: Sequence[Past], spoken: ItemTables | None = None) -> np.ndarray:
+        """User vectors as the model gives them, float32 [users, D], in batches of few sizes and lengths.
+
+        Args:
+          stock: The items.
+          pasts: What the users have met.
+          spoken: Tables of one more item, whose row is `stock.count`.
+        """
+        ranker = self._ranker
+        buckets = slot_buckets(ranker.max_history)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, past in enumerate(pasts):
+            bucket = int(bucket_of(np.array(len(past.events)), buckets))
+            groups.setdefault((id(past.features), bucket), []).append(index)
+        vectors = np.zeros((len(pasts), stock.vectors.shape[1]), np.float32)
+        for (_, bucket), members in groups.items():
+            slots, start = buckets[bucket], 0
+            for size in sizes_of(len(members), max(1, ranker.batch_size)):
+                chunk = members[start : start + size]
+                events = fill(np.stack([newest(pasts[index].events, slots) for index in chunk]), size)
+                history = gather_history(pasts[chunk[0]].features, events)
+                none = np.full((size, 0), -1, np.int32)
+                batch = number_by_rows(HistoryBatch(history=history, targets=none, supervised=none.ravel()), None)
+                found = np.asarray(batch.rows)
+                # As many rows as such a batch can have: one program, whatever its histories have in common.
+                most = powers(min(size * slots, len(stock.buffers[1]) + 1), 64)
+                rows = np.concatenate([found, np.full(most - len(found), -1, np.int32)])
+                tables = stock.tables.take(np.clip(rows, 0, stock.count - 1))
+                if spoken is not None:
+                    at = np.flatnonzero(rows == stock.count)
+                    tables = jax.tree.map(functools.partial(_replaced, at), tables, spoken)
+                vectors[chunk] = np.asarray(ranker.users(self._variables, tables, rows, batch.history))[: len(chunk)]
+                start += size
+        return vectors
 
     def _best(
-        self, vectors: np.ndarray, seen: Sequence[np.ndarray], k: int, repeats: bool | None
+        self,
+        stock: Stock,
+        vectors: np.ndarray,
+        seen: Sequence[np.ndarray],
+        k: int,
+        allowed: np.ndarray,
+        left_out: Sequence[np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the best items, given user vectors as encoded and the users' whole histories."""
-        left_out, unit = self._left_out(seen, repeats), _unit(vectors)
-        best = top_k(unit, self.item_vectors, k, left_out)
+        unit = _unit(vectors)
+        best = stock.best(unit, k, allowed, left_out)
         if self._cooccurrence is None:
             return best
-        scale = scipy.sparse.diags(1 / np.maximum(np.linalg.norm(vectors, axis=1), 1e-12))
-        raised = (scale @ self._pairs(seen)).tocsr().astype(np.float32)
-        return raise_some(best, unit, self.item_vectors, raised, left_out)
+        scale = 1 / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        raised = self._pairs(stock, seen).multiply(scale).tocsr().astype(np.float32)
+        raised.data[~allowed[raised.indices]] = 0
+        raised.eliminate_zeros()
+        return raise_some(best, unit, stock.vectors, raised, left_out)
 
-    def _pairs(self, histories: Sequence[np.ndarray]) -> scipy.sparse.csr_matrix:
+    def _pairs(self, stock: Stock, histories: Sequence[np.ndarray]) -> scipy.sparse.csr_matrix:
         """What co-occurrence adds to the scores of user vectors as encoded, float32 [users, items].
 
         Args:
+          stock: The items.
           histories: Item rows, oldest first.
         """
         if self._cooccurrence is None:
-            return scipy.sparse.csr_matrix((len(histories), len(self.item_ids)), dtype=np.float32)
+            return scipy.sparse.csr_matrix((len(histories), stock.count), dtype=np.float32)
         newest_BxH = np.stack([newest(history, WINDOW)[::-1] for history in histories])
         # Items beyond the catalogue were in no training event.
         newest_BxH = np.where(newest_BxH < len(self._run.dataset.catalogue.item_ids), newest_BxH, -1)
         pairs = self._cooccurrence_weight * self._cooccurrence.scores(newest_BxH)
-        pairs.resize(len(histories), len(self.item_ids))
+        pairs.resize(len(histories), stock.count)
         return pairs
 
-    def _user_row(self, user: str) -> int:
-        return self._run.dataset.interactions.user_row(user)
-
-    def _rows(self, history: Sequence[str]) -> np.ndarray:
-        if not len(history):
+    def _rows(self, stock: Stock, history: Sequence[str], *, empty: bool = False) -> np.ndarray:
+        """Rows of a history's items, int64, oldest first."""
+        ids = checked_ids(history, "history")
+        if not ids and not empty:
             raise ValueError("the history is empty; give at least one item id")
-        unknown = [item for item in history if item not in self._row_of]
-        if unknown:
-            raise ValueError(f"unknown item ids in the history: {', '.join(map(repr, unknown[:5]))}")
-        return np.array([self._row_of[item] for item in history], np.int64)
+        rows = np.array([stock.row_of(item_id) for item_id in ids], np.int64)
+        if (rows < 0).any():
+            unknown = [item_id for item_id, row in zip(ids, rows, strict=True) if row < 0]
+            raise unknown_ids("item ids in the history", unknown, lambda: self.item_ids)
+        return rows
 
-    def _frame(self, rows: np.ndarray, scores: np.ndarray) -> pl.DataFrame:
-        kept = rows >= 0
-        rows, scores = rows[kept], scores[kept]
-        return pl.DataFrame(
-            {
-                "rank": np.arange(1, len(rows) + 1),
-                "item_id": [self.item_ids[row] for row in rows],
-                "title": [self._titles[row] for row in rows],
-                "score": scores.astype(np.float32),
-            }
-        )
+    def _known_rows(self, stock: Stock, ids: Collection[str], what: str) -> np.ndarray:
+        """Rows of those of some ids that are known, int64."""
+        rows = np.array([stock.row_of(item_id) for item_id in checked_ids(ids, what)], np.int64)
+        return rows[rows >= 0]
+
+    def _allowed(self, stock: Stock, only: Collection[str] | None, where: Mapping[str, Any] | None) -> np.ndarray:
+        """bool [items], which may be recommended: those that are available and pass the filters."""
+        allowed = stock.available.copy()
+        if only is not None:
+            ids = checked_ids(only, "only")
+            if unknown := [item_id for item_id in ids if stock.row_of(item_id) < 0]:
+                raise unknown_ids("item ids in only", unknown, lambda: self.item_ids)
+            among = np.zeros(stock.count, bool)
+            among[self._known_rows(stock, ids, "only")] = True
+            allowed &= among
+        for name, wanted in (where or {}).items():
+            allowed &= self._filters.having(stock, name, wanted)
+        return allowed
+
+    def _frame(
+        self,
+        stock: Stock,
+        scores: np.ndarray,
+        rows: np.ndarray,
+        head: pl.Series | None,
+        ranked: np.ndarray | None = None,
+    ) -> pl.DataFrame:
+        """Lists of items, -1 for none, as a frame; `head` says whose each is."""
+        who, place = np.nonzero(rows >= 0)
+        flat = rows[who, place].tolist()
+        basis = np.full(len(rows), True) if ranked is None else ranked
+        columns = {
+            "rank": place + 1,
+            "item_id": pl.Series([stock.item_ids[row] for row in flat], dtype=pl.String),
+            "title": pl.Series([stock.titles[row] for row in flat], dtype=pl.String),
+            "score": scores[who, place].astype(np.float32),
+            "basis": pl.Series(np.where(basis[who], "history", "popular"), dtype=pl.String),
+        }
+        return pl.DataFrame(({} if head is None else {head.name: head.gather(who)}) | columns)
+
+
+def _by_columns(items: Sequence[Mapping[str, Any]]) -> list[pl.DataFrame]:
+    """Items as frames, those with the same keys together: a key that an item lacks is not an empty value of it."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for item in items:
+        groups.setdefault(tuple(sorted(item)), []).append(item)
+    # Whole columns decide about their types, and numbers among texts are told by what reads them.
+    return [pl.DataFrame(group, infer_schema_length=None, strict=False) for group in groups.values()]
+
+
+def _lists(histories: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    if isinstance(histories, (str, bytes)) or any(isinstance(history, (str, bytes)) for history in histories):
+        raise ValueError("histories: give a list of lists of item ids; for a single one there is history=[...]")
+    return list(histories)
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a repository of the Hub, which is downloaded if it is not in the cache.
+
+    Raises:
+      StageError: Neither a folder nor such a repository.
+    """
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name))
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.RepositoryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise StageError(f"{name}: neither a run folder nor a repository that can be downloaded ({reason})") from error
+
+
+def _replaced(at: np.ndarray, table: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """A copy of a table with another row in some places."""
+    table = np.array(table)
+    table[at] = row
+    return table
+
+
+def _first(scores: np.ndarray, allowed: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows of the best allowed items, ties in the order of the rows."""
+    scores = np.where(allowed, scores, -np.inf)
+    rows = np.argsort(-scores, kind="stable")[:k]
+    rows = rows[scores[rows] > -np.inf]
+    return scores[rows].astype(np.float32), rows
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -27,17 +27,18 @@ CODE_FORMAT = 4
 STARTED = "started.json"
 # Parts that records of before version 0.2 lack.
 _LATER = ("pictures", "test samples")
+_SOURCES = ("data files", *_LATER)
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def source_digest(config: Config) -> str:
-    """SHA-256 of the source files' contents; that of nothing for the synthetic catalogue."""
-    digest = hashlib.sha256()
-    for name in (config.data.items, config.data.interactions, config.data.schema):
-        # A missing file is reported by the reader, with advice.
-        for path in _source_files(name):
-            digest.update(bytes.fromhex(files.sha256(path)))
-    return digest.hexdigest()
+def source_digest(config: Config) -> str | None:
+    """SHA-256 of the source files' contents; that of nothing for the synthetic catalogue, None where all are gone."""
+    digest, names = hashlib.sha256(), (config.data.items, config.data.interactions, config.data.schema)
+    # A missing file is reported by the reader, with advice.
+    found = [path for name in names for path in _source_files(name)]
+    for path in found:
+        digest.update(bytes.fromhex(files.sha256(path)))
+    return digest.hexdigest() if found or not any(names) else None
 
 
 def _source_files(name: str | None) -> list[Path]:
@@ -103,9 +104,12 @@ def parts_of(config: Config, stage: Stage, run: Path) -> dict[str, Any]:
         artifact = read_artifact(run, name)
         parts[f"input {name}"] = artifact.fingerprint if artifact else None
     if not stage.after:
-        parts["data files"] = source_digest(config)
-        for key, found in (("pictures", pictures_digest(run)), ("test samples", _test_samples(config))):
-            parts |= {} if found is None else {key: found}
+        sources = {
+            "data files": source_digest(config),
+            "pictures": pictures_digest(run),
+            "test samples": _test_samples(config),
+        }
+        parts |= {key: found for key, found in sources.items() if found is not None}
     for key in stage.model_folders:
         digest = model_digest(_value(config, key))
         if digest is not None:
@@ -197,6 +201,9 @@ def comparable(stored: dict[str, Any], stage: Stage, wanted: dict[str, Any]) -> 
     """
     # The number of workers was once a part and changes nothing; of model folders, the first bytes of files were.
     stored = {key: value for key, value in stored.items() if key != "workers" and not key.startswith("files of ")}
+    # A run is served without the tables, pictures and models that it was made of, also on another machine.
+    gone = [key for key in stored.keys() - wanted.keys() if key in _SOURCES or key.startswith("weights of ")]
+    stored = {key: value for key, value in stored.items() if key not in gone}
     for key in wanted:
         if key not in stored and (key in _LATER or key.startswith("weights of ")):
             stored[key] = wanted[key]
@@ -218,6 +225,6 @@ def differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
         return lines
     if stored == wanted:
         return []
-    if path.startswith(("input ", "weights of ")) or path in ("data files", *_LATER):
+    if path.startswith(("input ", "weights of ")) or path in _SOURCES:
         return [f"{path} changed"]
     return [f"{path} was {stored!r} and is {wanted!r}"]

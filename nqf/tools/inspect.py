@@ -377,13 +377,14 @@ class Events:
     notes: list[str]
 
 
-def open_events(path: Path, scratch: Path, source: Source | None = None) -> Events:
+def open_events(path: Path, scratch: Path, source: Source | None = None, given: ColumnsConfig = _COLUMNS) -> Events:
     """Opens an interaction table.
 
     Args:
       path: As `nqf.data.readers` reads, RecBole's, Amazon's reviews, or samples of the reference system.
       scratch: Folder for temporary files.
       source: The item table.
+      given: Names that are known.
 
     Raises:
       DataError: Not readable, empty, or without users or items.
@@ -399,8 +400,8 @@ def open_events(path: Path, scratch: Path, source: Source | None = None) -> Even
     else:
         kind = "recbole" if kind_of(path) == ".inter" else "table"
         if kind == "recbole":
-            table = recbole.open_interactions(path, dialect, _COLUMNS)
-        columns, guessed = identify_interactions(path, table.names, _COLUMNS)
+            table = recbole.open_interactions(path, dialect, given)
+        columns, guessed = identify_interactions(path, table.names, given)
         scan = table.read(dict.fromkeys(columns.values()), scratch)
         notes = list(dict.fromkeys([*notes, *guessed, *table.notes]))
         frame = scan.select(pl.col(name).alias(CANONICAL[role]) for role, name in columns.items())

@@ -1,0 +1,211 @@
+"""`nqf.fit`: from two tables in memory, or on disk, to a trained recommender, by the stages of the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import polars as pl
+import yaml
+from rich.console import Console
+
+from nqf import files
+from nqf.cli import keep_compiled_programs, terminal
+from nqf.config import ColumnsConfig, Config, DataConfig, from_tree, load_config, to_tree
+from nqf.data.errors import DataError
+from nqf.data.schema import Schema, load_schema, schema_from_tree, schema_to_tree
+from nqf.tools import inspect
+
+if TYPE_CHECKING:
+    from nqf.serving.recommender import Recommender
+
+TABLES = "tables"
+"""Folder in the run with the tables, where they came from memory, and the schema."""
+_MANY_ITEMS = 50_000
+
+
+# Many parameters: two tables and what may be said of them; all but the tables can be guessed.
+def fit(
+    items: Any,
+    events: Any,
+    *,
+    user: str | None = None,
+    item: str | None = None,
+    time: str | None = None,
+    rating: str | None = None,
+    review: str | None = None,
+    item_id: str | None = None,
+    run: str | Path = "runs/fit",
+    schema: Schema | Mapping[str, Any] | str | Path | None = None,
+    config: Config | str | Path | None = None,
+    split: Literal["temporal", "leave-one-out"] | None = None,
+    quiet: bool = False,
+) -> Recommender:
+    """Trains a recommender on an item table and an event table, and says what it takes the columns for.
+
+    The result is a run folder like that of `nqf train`: called again with the same tables, it does what is missing
+    and nothing else, and a call that was cut off is resumed.
+
+    Args:
+      items: DataFrame of polars or pandas, Arrow table, or path of any table that `nqf data inspect` reads.
+      events: Likewise; a row for everything that a user did with an item.
+      user: Column of the users in `events`; by default one of a usual name, likewise the next four.
+      item: Column of the items.
+      time: Column of the times.
+      rating: Column of the ratings.
+      review: Column of the texts.
+      item_id: Column of the ids in `items`; by default that of `item`, or one of a usual name.
+      run: Run folder.
+      schema: Fields of the items, as a value, a tree as in schema.yaml, or a path; by default they are guessed.
+      config: Everything else, as a value or path; of its data section, tables, columns and split are replaced. By
+        default sizes and epochs follow from the size of the data.
+      split: How events are held out; by default by time where there are times and that leaves cases, else each user's
+        last ones.
+      quiet: Print nothing.
+
+    Raises:
+      DataError: Tables that cannot be used; names the column or row.
+      StageError: The folder is somebody else's, or a stage was cut off under other settings.
+    """
+    keep_compiled_programs()
+    # Imports that take seconds.
+    from nqf.evaluation.results import print_results
+    from nqf.serving.recommender import Recommender
+    from nqf.stages.assess import assess
+    from nqf.stages.folder import claim
+    from nqf.stages.graph import lock_run, open_for_training, run_stage, wanted
+    from nqf.tools.card import write_card
+
+    folder, console = Path(run), terminal(quiet=quiet)
+    columns = ColumnsConfig(user=user, item=item, time=time, rating=rating, review=review, id=item_id)
+    with lock_run(folder):
+        claim(folder, TABLES)
+        paths = [_on_disk(table, folder / TABLES / name) for table, name in ((items, "items"), (events, "events"))]
+        data, sizes = _data(paths, columns, schema, folder / TABLES / "schema.yaml", console)
+        if split is not None:
+            data["split"] = split
+        if config is None:
+            config = from_tree(Config, scaled(*sizes))
+        elif not isinstance(config, Config):
+            config = load_config(config)
+        tree = {key: value for key, value in to_tree(config.data).items() if key not in ("synthetic", "columns")}
+        config = dataclasses.replace(config, name=folder.name, data=from_tree(DataConfig, tree | data))
+        stages = wanted(config)
+        opened = open_for_training(config, folder, console, stages=stages)
+        for number, stage in enumerate(stages, start=1):
+            console.print(f"stage {number} of {len(stages)}", markup=False)
+            run_stage(opened, stage)
+        results = assess(opened)
+        write_card(opened, results)
+        print_results(results, console)
+    console.print(f"the run is in {folder}; nqf.Recommender.load({str(folder)!r}) opens it again", markup=False)
+    return Recommender.load(folder)
+
+
+def scaled(items: int, users: int, events: int) -> dict[str, Any]:
+    """Sizes and epochs for a data set, as a tree of the configuration.
+
+    The rules give the shipped recipes of the quick start (3,000 items, 4,000 users, 56,000 events) and of ml-100k
+    (1,682, 943 and 100,000), nearly, and for less data as many steps of smaller batches.
+    """
+    batch = min(128, max(16, 2 ** round(math.log2(max(users, 1) / 16))))
+    epochs = min(16, max(4, round(200 * batch / max(users, 1))))
+    loss = {"loss": {"negatives": "sampled"}} if items > _MANY_ITEMS else {}
+    optim = {"batch_size": batch, "learning_rate": 0.003, "validate_every": 2}
+    return {
+        "item": {"optim": {"epochs": min(20, max(2, round(192_000 / max(events, 1))))}},
+        # A vector of its own is learned of what an item's users did, which takes some.
+        "candidates": {"free_vectors": events >= 20 * items},
+        "user": {"optim": {**optim, "epochs": epochs}, **loss},
+        "joint": {"optim": {**optim, "epochs": epochs + epochs // 2}, **loss},
+    }
+
+
+def _data(
+    paths: list[Path],
+    columns: ColumnsConfig,
+    schema: Schema | Mapping[str, Any] | str | Path | None,
+    schema_path: Path,
+    console: Console,
+) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """The data section of two tables, which was tried, and the numbers of items, users and events."""
+
+    def say(notes: list[str]) -> None:
+        for note in notes:
+            console.print(note, markup=False)
+
+    with tempfile.TemporaryDirectory() as scratch_folder:
+        scratch = Path(scratch_folder)
+        source = inspect.examine(paths[0], columns)
+        if source.id is None:
+            raise DataError(source.notes[-1])
+        say(source.notes)
+        if schema is None:
+            found = inspect.inspect_items(source, scratch)
+            said = [
+                f"{column.name}: {', '.join(filter(None, (column.options.get('modality', 'left out'), column.note)))}"
+                for column in found
+                if column.name != source.id
+            ]
+            say(["fields of the items, where no schema is given:", *(f"  {line}" for line in said)])
+            text = inspect.suggest_schema(source, found)
+        else:
+            if not isinstance(schema, Schema):
+                schema = schema_from_tree(dict(schema)) if isinstance(schema, Mapping) else load_schema(schema)
+            text = yaml.safe_dump(schema_to_tree(schema), sort_keys=False)
+        events = inspect.open_events(paths[1], scratch, source, columns)
+        say(events.notes)
+        data, decided = inspect.suggest_config(source, events, text, scratch)
+        say(decided)
+        count = inspect.open_items(source, scratch).select(pl.len()).collect().item()
+        sizes = count, events.frame["user_id"].n_unique(), len(events.frame)
+    files.write_text(schema_path, text)
+    return data | {"schema": str(schema_path.absolute())}, sizes
+
+
+def _on_disk(table: Any, path: Path) -> Path:
+    """The path of a table, which is written if it is in memory."""
+    if isinstance(table, (str, Path)):
+        return Path(table)
+    frame = _frame(table)
+    path = path.with_suffix(".parquet")
+    with files.whole(path) as file:
+        frame.write_parquet(file)
+    return path
+
+
+def _frame(table: Any) -> pl.DataFrame:
+    """A table of polars, pandas or Arrow as one of polars.
+
+    Raises:
+      DataError: Something else, or a column whose values have no common type.
+    """
+    if isinstance(table, pl.LazyFrame):
+        return table.collect()
+    if isinstance(table, pl.DataFrame):
+        return table
+    try:
+        if type(table).__module__.split(".")[0] == "pandas":
+            # Without pyarrow, polars reads no texts of pandas; the index is no column.
+            if not table.columns.is_unique:
+                raise DataError("the table has two columns of one name")
+            return pl.DataFrame([_series(str(name), table[name]) for name in table.columns])
+        if hasattr(table, "__arrow_c_stream__"):
+            return pl.DataFrame(table)
+    except (pl.exceptions.PolarsError, TypeError) as error:
+        raise DataError(f"the table cannot be read: {error}") from error
+    raise DataError(
+        f"a {type(table).__name__} is no table; give a DataFrame of polars or pandas, an Arrow table or a path"
+    )
+
+
+def _series(name: str, values: Any) -> pl.Series:
+    kind = getattr(values.dtype, "kind", "O")
+    if kind in "iufbM" and type(values.dtype).__module__.startswith("numpy"):
+        return pl.Series(name, values.to_numpy(), nan_to_null=True)
+    plain = values.astype(object)
+    return pl.Series(name, plain.where(values.notna(), None).tolist(), strict=False)
