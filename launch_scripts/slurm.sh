@@ -11,7 +11,7 @@
 # Trains on a SLURM cluster, one process per GPU; all arguments go to nqf.train:
 #   sbatch --nodes=4 launch_scripts/slurm.sh --config configs/quickstart.yaml --run /shared/runs/quickstart
 # The run folder has to be on storage that all nodes share. Three minutes before its time is up the job is told to
-# stop; nqf.train saves, exits with 75, and the job is queued again and goes on from there.
+# stop; nqf.train saves, exits with 75, and the job is queued again and continues from there.
 # PYTHON chooses the interpreter; DRY_RUN=1 prints the command instead.
 set -euo pipefail
 

@@ -231,7 +231,7 @@ def keep_compiled_programs() -> None:
 def keep_freed_memory() -> None:
     """Makes this process keep the memory that it frees, for its next allocation.
 
-    XLA's CPU backend allocates the temporaries of each step anew. glibc gives blocks of that size back to the kernel
+    XLA's CPU backend allocates the temporaries of each step again. glibc gives blocks of that size back to the kernel
     at once, which hands out zeroed pages again, one fault for each: a third of the time of a training step. To be
     called before anything starts a thread; does nothing where the C library is another.
     """

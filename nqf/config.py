@@ -430,10 +430,10 @@ class ItemConfig:
       margin: Margin of the triplet loss, in units of Euclidean distance.
       temperature: Temperature of InfoNCE over cosines.
       held_out_share: Share of the items, 0 to 1, never trained on, for validation of the reconstruction.
-      optim: Optimiser and schedule.
+      optim: Optimizer and schedule.
     """
 
-    # Hidden fields regularise already: dropout of 0.1 beside them explained less of the quick start's held-out items.
+    # Hidden fields regularize already: dropout of 0.1 beside them explained less of the quick start's held-out items.
     qformer: QFormerConfig = QFormerConfig(dropout=0.0)
     fusion: Literal["add", "concat", "none"] = "add"
     field_dropout: Rate = 0.3
@@ -540,7 +540,7 @@ class UserConfig:
       regression_weight: Weight of predicting the next item's query tokens (mean squared error).
       ranking_weight: Weight of the ranking loss. With 0 nothing is ranked, and the newest parameters are kept.
       loss: Ranking loss.
-      optim: Optimiser and schedule.
+      optim: Optimizer and schedule.
     """
 
     qformer: QFormerConfig = QFormerConfig(queries=2, layers=1)
@@ -570,7 +570,7 @@ class BackboneConfig:
 
     Attributes:
       path: Local folder or hub name of pretrained weights: the base is frozen and LoRA is trained. Empty: a
-        small Qwen3 of the sizes below, initialised at random and trained whole.
+        small Qwen3 of the sizes below, initialized at random and trained whole.
       width: Hidden width of the small model.
       layers: Decoder layers of the small model.
       heads: Query heads of the small model.
@@ -663,12 +663,12 @@ class JointConfig:
       prompt: What it reads.
       candidates: What an item is scored by: the candidate `tower`, or the vector that the same `qwen3` makes of the
         item's title and tokens (negatives must not be `full`).
-      train_user_qformer: Whether the User Q-Former goes on learning.
-      train_item_qformer: Whether the Item Q-Former goes on learning (negatives must not be `full`).
+      train_user_qformer: Whether the User Q-Former continues to learn.
+      train_item_qformer: Whether the Item Q-Former continues to learn (negatives must not be `full`).
       micro_batch: Histories encoded at a time, so that a batch need not fit in memory; 0 for all at once.
       mining: Hard negatives.
       loss: Ranking loss.
-      optim: Optimiser and schedule.
+      optim: Optimizer and schedule.
     """
 
     backbone: BackboneConfig = BackboneConfig()
@@ -830,7 +830,7 @@ class Config:
 
     Attributes:
       name: Name of the run; its folder is `runs/<name>` unless `--run` says otherwise.
-      seed: Seed of initialisation, dropout and data order.
+      seed: Seed of initialization, dropout and data order.
     """
 
     name: str = "run"

@@ -18,7 +18,7 @@ class ItemsArguments:
     """Changes the items that a trained run recommends. Nothing is trained and no stage becomes stale.
 
     The run folder gets a folder `items/` that `nqf.Recommender` reads beside the catalogue; delete it to undo
-    everything. The evaluation goes on with the catalogue that was trained on.
+    everything. The evaluation continues with the catalogue that was trained on.
 
     Attributes:
       action: `add` items that the run does not know; `update` known ones (columns that FILE lacks stay as they are);

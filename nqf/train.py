@@ -22,7 +22,7 @@ class TrainArguments(Config):
       config: YAML file or name of a shipped configuration; without it, the configuration that the run folder holds.
       stage: What to run: one stage, or `all` that are missing or stale, followed by the evaluation.
       run: Run folder; `runs/<name>` by default.
-      restart: Begin anew the stages that were cut off, instead of going on from their checkpoints.
+      restart: Start again the stages that were cut off, instead of resuming from their checkpoints.
       plan: Train nothing; print parameters, memory and the largest batch of each training stage.
       memory_gib: Memory per device that the plan's largest batch may use; 0 for what the device offers.
       profile: Steps of each training stage to trace, for xprof.
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> None:
     if config.training.distributed:
         join_processes()
     console = terminal(quiet=not is_primary())
-    # The attention kernel and its reason, and images that could not be had, are told by loggers.
+    # The attention kernel and its reason, and images that were unavailable, are told by loggers.
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("nqf").setLevel(logging.INFO if is_primary() else logging.ERROR)
     folder, stages = (

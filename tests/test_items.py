@@ -167,10 +167,10 @@ def test_refusals_change_nothing(
 
 
 def test_what_cannot_be_read_is_said(run: Path, tmp_path: Path, capsys) -> None:
-    change("add", run, [{"item_id": "x", "title": "Desk", "image": "nowhere.png", "colour": "red"}], tmp_path)
+    change("add", run, [{"item_id": "x", "title": "Desk", "image": "nowhere.png", "color": "red"}], tmp_path)
     out = capsys.readouterr().out
     assert "warning  1 values of 'image' could not be read and count as missing" in out
-    assert "columns that the schema does not name are passed over: colour" in out
+    assert "columns that the schema does not name are passed over: color" in out
 
 
 KILLED = """

@@ -286,7 +286,7 @@ def _guess_separator(path: Path, dialect: DialectConfig, separators: str) -> str
             widths = [len(row) for row in csv.reader(sample, **options) if row]
         except csv.Error:
             continue
-        # The last row may go on behind the sample.
+        # The last row may continue behind the sample.
         widths = widths if whole or len(widths) < 2 else widths[:-1]
         if not widths or widths[0] < 2:
             continue

@@ -83,7 +83,7 @@ def build(
 
     A value is encoded once, whoever holds it. What an earlier build in `directory` encoded is kept where the
     field's options and encoder settings are the same; then its fitted encoder is kept too, also if the items
-    changed, so that old vectors stay comparable with new ones. Delete the folder to fit anew. Values that no item
+    changed, so that old vectors stay comparable with new ones. Delete the folder to fit again. Values that no item
     holds any longer are dropped; unreadable ones are tried again in every build.
 
     Args:

@@ -49,7 +49,7 @@ class FieldEncoder(Protocol):
 
 # Values to fit on: distinct, in chunks; may be iterated more than once.
 Values = Callable[[], Iterator[pl.Series]]
-# Makes the pretrained encoder of a field; called anew to load it.
+# Makes the pretrained encoder of a field; called again to load it.
 EncoderFactory = Callable[[Field, FieldsConfig], FieldEncoder]
 
 
@@ -79,7 +79,7 @@ class LightEncoder(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def settings(cls, field: Field, config: FieldsConfig) -> dict[str, Any]:
-        """What of the field's options and the configuration a fit depends on; the encoder is fitted anew when
+        """What of the field's options and the configuration a fit depends on; the encoder is fitted again when
         this changes, and at no other time."""
 
     @abc.abstractmethod

@@ -34,7 +34,7 @@ Matrix: TypeAlias = Any
 class TextEncoder(LightEncoder):
     """Latent semantic analysis with subwords and whitened components; rows have norm 1.
 
-    Terms are lower-case runs of letters, digits and underscores (NFKC), pairs of neighbours that are both in the
+    Terms are lower-case runs of letters, digits and underscores (NFKC), pairs of neighbors that are both in the
     vocabulary, and the trigrams of "<word>". Term counts are sublinear, 1 + log(count), times a smooth inverse
     document frequency. A misspelt or new word still has its trigrams; a text with no known trigram either is
     unreadable.
@@ -215,7 +215,7 @@ def _spellings(words: pl.Series) -> tuple[np.ndarray, pl.Series]:
 
 
 def _pair_codes(row: np.ndarray, word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbouring known words of one text: their text row and their uint64 code."""
+    """Neighboring known words of one text: their text row and their uint64 code."""
     both = np.flatnonzero((row[:-1] == row[1:]) & (word[:-1] >= 0) & (word[1:] >= 0))
     return row[both], word[both].astype(np.uint64) << np.uint64(32) | word[both + 1].astype(np.uint64)
 
@@ -252,7 +252,7 @@ def _count_trigrams(words: pl.DataFrame) -> pl.DataFrame:
 
 
 def _count_pairs(values: Values, state: dict[str, np.ndarray], max_words: int) -> pl.DataFrame:
-    """Number of sampled texts that hold each pair of neighbouring words, by the pair's code."""
+    """Number of sampled texts that hold each pair of neighboring words, by the pair's code."""
     words = _unpack(state["words"])
     total = pl.DataFrame(schema={"term": pl.UInt64, "count": pl.Int64})
     for chunk in values():

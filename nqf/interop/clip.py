@@ -23,7 +23,7 @@ _UNUSED = r"text_model\..*|text_projection\.weight|logit_scale|vision_model\.emb
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """`CLIPImageProcessor`: shorter edge to `resize` by bicubic interpolation, center crop, normalisation.
+    """`CLIPImageProcessor`: shorter edge to `resize` by bicubic interpolation, center crop, normalization.
 
     Attributes:
       resize: Shorter edge after resizing, in pixels.
@@ -138,6 +138,6 @@ def _preprocessing(path: Path, config: dict[str, Any]) -> Preprocessing:
     bicubic = config.get("resample", Image.Resampling.BICUBIC) == Image.Resampling.BICUBIC
     factor = config.get("rescale_factor", 1 / 255)
     if off or not bicubic or not resize or not crop or crop > resize or abs(factor - 1 / 255) > 1e-9:
-        raise ValueError(f"{path}: not CLIP's preprocessing (bicubic, shorter edge, square center crop, normalisation)")
+        raise ValueError(f"{path}: not CLIP's preprocessing (bicubic, shorter edge, square center crop, normalization)")
     mean, std = config.get("image_mean", default.mean), config.get("image_std", default.std)
     return Preprocessing(resize=resize, crop=crop, mean=tuple(mean), std=tuple(std))

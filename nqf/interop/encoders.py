@@ -338,7 +338,7 @@ class ClipImageEncoder:
 
     Attributes:
       width: Length of a vector.
-      failures: Value to the reason, of every image so far that could not be had; such images are missing.
+      failures: Value to the reason, of every image so far that was unavailable; such images are missing.
     """
 
     def __init__(self, name: str | Path, *, reader: ImageReader | None = None, dtype: Any = None):
@@ -367,7 +367,7 @@ class ClipImageEncoder:
         )
 
     def encode(self, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [n, width], and bool [n] that is False for images that could not be had (see `failures`)."""
+        """float32 [n, width], and bool [n] that is False for images that were unavailable (see `failures`)."""
         values = list(values)
         distinct = list(dict.fromkeys(values))
         found: dict[str, np.ndarray] = {}
@@ -387,7 +387,7 @@ class ClipImageEncoder:
                 found.update(zip(pixels, np.asarray(self._vectors(self._params, batch)), strict=False))
         if failed:
             named = "; ".join(f"{value} ({reason})" for value, reason in list(failed.items())[:_NAMED])
-            _LOG.warning("%d of %d images could not be had and are missing: %s", len(failed), len(distinct), named)
+            _LOG.warning("%d of %d images were unavailable and are missing: %s", len(failed), len(distinct), named)
             self.failures.update(failed)
         ok = np.array([value in found for value in values], bool)
         vectors = np.zeros((len(values), self.width), np.float32)

@@ -35,7 +35,7 @@ def resolve_folder(name: str | Path) -> Path:
     """A local folder as it is, or the local copy of a Hugging Face hub repository.
 
     Raises:
-      ValueError: Neither a folder nor a repository that can be had; says how to work offline.
+      ValueError: Neither a folder nor a repository that is available; says how to work offline.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -50,7 +50,7 @@ def resolve_folder(name: str | Path) -> Path:
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{name}: no such folder, and not to be had from the hub ({error}); without a network give a folder with "
+            f"{name}: no such folder, and unavailable on the hub ({error}); without a network give a folder with "
             "config.json and model.safetensors"
         ) from error
 

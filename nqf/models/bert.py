@@ -73,7 +73,7 @@ class Bert(nn.Module):
 
     Attributes:
       config: Size.
-      dtype: Compute dtype; normalisation and softmax are float32 inside, parameters keep their own type.
+      dtype: Compute dtype; normalization and softmax are float32 inside, parameters keep their own type.
       dot_general: The projections' product, for those that are not `jax.lax.dot_general`.
     """
 

@@ -29,7 +29,7 @@ class ClipVisionConfig:
       intermediate_size: Width of the feed-forward layer.
       projection_dim: Width of an image vector.
       hidden_act: `quick_gelu` (OpenAI's models) or `gelu`.
-      layer_norm_eps: Epsilon of the normalisations.
+      layer_norm_eps: Epsilon of the normalizations.
     """
 
     image_size: int
@@ -82,7 +82,7 @@ class ClipVision(nn.Module):
 
     Attributes:
       config: Size.
-      dtype: Compute dtype; normalisation and softmax are float32 inside, parameters keep their own type.
+      dtype: Compute dtype; normalization and softmax are float32 inside, parameters keep their own type.
       dot_general: The projections' product, where it is not `jax.lax.dot_general`.
     """
 
@@ -95,10 +95,10 @@ class ClipVision(nn.Module):
         """Encodes images.
 
         Args:
-          pixels: Normalised float [B, image_size, image_size, 3].
+          pixels: Normalized float [B, image_size, image_size, 3].
 
         Returns:
-          float [B, projection_dim], not normalised.
+          float [B, projection_dim], not normalized.
         """
         config, width = self.config, self.config.hidden_size
         patch = (config.patch_size, config.patch_size)

@@ -47,7 +47,7 @@ class Qwen3Config:
       lora_targets: Projections that carry adapters.
       residual_dropout: Dropout rate on both residual branches.
       dtype: Compute dtype; norms, softmax and rotation are float32 inside.
-      param_dtype: Type of the base's parameters at initialisation.
+      param_dtype: Type of the base's parameters at initialization.
       remat: Recompute each layer's activations in the backward pass.
       attention: Attention kernel.
       dot_general: The projections' product, where it is not `jax.lax.dot_general`.

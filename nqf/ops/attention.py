@@ -34,7 +34,7 @@ def dot_product_attention(
         differ in what they return for one that may not.
       bias: float [B or 1, 1 or H, T, S], added to the logits.
       is_causal: Whether a query may only read keys at its own place and before it.
-      implementation: `xla`, `cudnn`, or `auto`: cuDNN where it can be had.
+      implementation: `xla`, `cudnn`, or `auto`: cuDNN where it is available.
 
     Returns:
       float [B, T, H, K] of the queries' type.

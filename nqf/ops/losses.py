@@ -20,7 +20,7 @@ def info_nce(
     log_q_C: jax.Array | None = None,
     allowed_MxC: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax cross-entropy of the labelled candidate (van den Oord et al. 2018, arXiv 1807.03748, eq. 4).
+    """Softmax cross-entropy of the labeled candidate (van den Oord et al. 2018, arXiv 1807.03748, eq. 4).
 
     Args:
       scores_MxC: Scores, already divided by the temperature; any float dtype, summed in float32.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 def in_micro_batches(encode: Callable[[jax.Array, Any], Any], key: jax.Array, examples: Any, size: int) -> Any:
     """`encode(key, examples)`, at most `size` examples at a time (GradCache, Gao et al. 2021, arXiv 2101.06983).
 
-    Only the results are kept for the gradient, which encodes one part after the other anew. Up to rounding, results
+    Only the results are kept for the gradient, which encodes one part after the other again. Up to rounding, results
     and gradients are those of the whole batch, dropout aside: each part draws it from a key of its own, the same one
     both times.
 

@@ -40,7 +40,7 @@ class Service:
 
     Attributes:
       recommender: The one that answers now.
-      failed: Whether the run has changed into something that cannot be loaded; the one before goes on answering.
+      failed: Whether the run has changed into something that cannot be loaded; the one before continues answering.
       batches: Number of requests to how often so many were answered by one call.
     """
 
@@ -78,13 +78,13 @@ class Service:
                 self.failed = False
             except Exception:
                 if not self.failed:
-                    _log.exception("the run has changed and cannot be loaded; the one before goes on answering")
+                    _log.exception("the run has changed and cannot be loaded; the one before continues answering")
                 self.failed = True
 
     def _load_again(self) -> None:
         # In the thread of the changes to items, so that none comes between.
         found = self._version()
-        # A stage that is being made anew has no record: what is loaded is good until there is one.
+        # A stage that is being made again has no record: what is loaded is good until there is one.
         if found == self._seen or len(found) < len(up_to(self.stage)):
             return
         self.recommender = Recommender.load(self.folder, stage=self.stage)

@@ -1,6 +1,6 @@
 """The items that a recommender knows, at one moment, and how they are scored.
 
-A change makes a new value; who holds the old one goes on reading it undisturbed.
+A change makes a new value; who holds the old one continues reading it undisturbed.
 """
 
 from __future__ import annotations

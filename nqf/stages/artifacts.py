@@ -22,7 +22,7 @@ from nqf.stages.stage import Stage
 from nqf.training.checkpoint import restore_params
 
 CODE_FORMAT = 4
-"""Version of what the stages write; raise it when an old artefact must not be reused."""
+"""Version of what the stages write; raise it when an old artifact must not be reused."""
 
 STARTED = "started.json"
 # Parts that records of before version 0.2 lack.

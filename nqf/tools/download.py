@@ -1,4 +1,4 @@
-"""Downloads by pooch, which go on where they broke off, and archives unpacked with bounds."""
+"""Downloads by pooch, which continue where they broke off, and archives unpacked with bounds."""
 
 from __future__ import annotations
 

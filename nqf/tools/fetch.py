@@ -1,4 +1,4 @@
-"""Public data sets by name: where their publishers keep them, under which licence, and how they become tables."""
+"""Public data sets by name: where their publishers keep them, under which license, and how they become tables."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ AMAZON_CATEGORIES = tuple(
 )
 _AMAZON_LICENSE = """\
 Amazon Reviews 2023, McAuley Lab, UC San Diego (https://amazon-reviews-2023.github.io).
-The publishers state no licence for the data. Reviews and pictures belong to their authors and to the sellers; treat
+The publishers state no license for the data. Reviews and pictures belong to their authors and to the sellers; treat
 them as research material that may not be passed on. The publishers ask to cite: Hou, Li, He, Yan, Chen, McAuley,
 "Bridging Language and Items for Retrieval and Recommendation", arXiv 2403.03952, 2024."""
 _MOVIELENS_LICENSE = """\
 MovieLens, GroupLens Research, University of Minnesota (https://grouplens.org/datasets/movielens/).
 For research under the conditions of the README beside this file, in short: no statement that suggests an endorsement,
-no redistribution without permission, no commercial use without permission, and acknowledgement in publications:
+no redistribution without permission, no commercial use without permission, and acknowledgment in publications:
 Harper, Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4):19, 2015, doi 10.1145/2827872."""
 _GOODBOOKS_LICENSE = """\
 goodbooks-10k, Zygmunt Zajac (https://github.com/zygmuntz/goodbooks-10k).

@@ -117,7 +117,7 @@ class Checkpointer:
         whole = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
         left = f"the checkpoint of step {whole[-1]} is whole" if whole else "there is no earlier one"
         return CheckpointError(
-            f"{self._directory}: a checkpoint could not be written ({_first_line(error)}); {left}. Make room or mend "
+            f"{self._directory}: a checkpoint could not be written ({_first_line(error)}); {left}. Make room or fix "
             "the folder's permissions, then run the same command again"
         )
 

@@ -52,7 +52,7 @@ def make_mesh(
     if min(data, config.fsdp, config.tensor) < 1 or data * fixed != len(devices):
         raise ValueError(
             f"training.mesh: data {config.data or 'all that is left'} x fsdp {config.fsdp} x tensor {config.tensor} "
-            f"does not make the {len(devices)} devices of this run; mend the sizes, or leave data at 0"
+            f"does not make the {len(devices)} devices of this run; fix the sizes, or leave data at 0"
         )
     shape = (data, config.fsdp, config.tensor)
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
@@ -93,7 +93,7 @@ def layout(tree: Any, mesh: Mesh) -> Any:
 
 def place(tree: Any, shardings: Any) -> Any:
     """Puts host or local arrays, equal in all processes, where `shardings` says; committed, so that a restored state
-    compiles nothing anew."""
+    recompiles nothing."""
 
     def leaf(x: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:

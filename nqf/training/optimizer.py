@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping, labelled leaf by leaf."""
+"""AdamW with warm-up, cosine decay and clipping, labeled leaf by leaf."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_a_weight_is_added_to_the_inner_products() -> None:
 
 @pytest.fixture(scope="module")
 def counting_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run with co-occurrence in its score: nothing has to be trained anew."""
+    """The tiny run with co-occurrence in its score: nothing has to be trained again."""
     folder = tmp_path_factory.mktemp("counting") / "run"
     shutil.copytree(tiny_run, folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())

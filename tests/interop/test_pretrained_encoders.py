@@ -28,7 +28,7 @@ def randomized(model):
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Added, so that normalisations keep scales near one and different inputs give different vectors.
+            # Added, so that normalizations keep scales near one and different inputs give different vectors.
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return model.eval()
 

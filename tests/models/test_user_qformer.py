@@ -87,7 +87,7 @@ def test_every_feature_reaches_the_tokens(model, feature: str) -> None:
     apply, params, inputs = model
     history = random_history(4)
     value = getattr(history, feature)
-    # Neighbouring buckets for the integer features, another vector for reviews; padding stays padding.
+    # Neighboring buckets for the integer features, another vector for reviews; padding stays padding.
     changed = value + 1 if feature == "reviews" else np.where(value >= 0, value ^ 1, value)
     # A year's shift of everything but the newest slot changes gaps, not only their offset.
     if feature == "age":

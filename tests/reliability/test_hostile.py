@@ -431,7 +431,7 @@ def test_damaged_field_cache(built: tuple[Path, DataConfig], tmp_path: Path, rec
         "a file of the field cache that was damaged, spliced or exchanged",
         tried=tried,
         survived=tried,
-        seen="refused with the file and the reason; the fields stage makes the cache anew",
+        seen="refused with the file and the reason; the fields stage makes the cache again",
     )
 
 
@@ -540,7 +540,7 @@ def test_damaged_run_folder(smallest_run: Path, tmp_path: Path, record: Callable
         "a file of a run folder (configuration, records, data, tokens, tokenizer) that was damaged or is gone",
         tried=sum(outcomes.values()),
         survived=sum(outcomes.values()),
-        seen=f"{outcomes['refused']} refused with the file, the reason and the command that mends it; "
+        seen=f"{outcomes['refused']} refused with the file, the reason and the command that fixes it; "
         f"{outcomes['harmless']} changed nothing that is read",
     )
 
@@ -701,5 +701,5 @@ def test_hostile_metrics(tmp_path: Path, record: Callable[..., None]) -> None:
         "a metrics file with lines that no stage wrote, or a link in its place",
         tried=len(hostile) + 1,
         survived=len(hostile) + 1,
-        seen="nothing: such lines are dropped when a stage goes on, and a link is replaced, not followed",
+        seen="nothing: such lines are dropped when a stage continues, and a link is replaced, not followed",
     )

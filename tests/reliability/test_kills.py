@@ -65,5 +65,5 @@ def test_killed_stage_ends_as_if_nothing_had_happened(
         f"SIGKILL in stage `{stage}` at random moments, again and again on one run",
         tried=kills,
         survived=kills,
-        seen="nothing: the same command goes on, and ends with the same bytes as the uninterrupted run",
+        seen="nothing: the same command continues, and ends with the same bytes as the uninterrupted run",
     )

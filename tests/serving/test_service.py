@@ -188,7 +188,7 @@ def test_items_change_and_the_run_is_loaded_again(client: TestClient, service: S
     before = service.recommender
     time.sleep(0.6)
     assert service.recommender is before, "its own changes are no reason to load the run again"
-    # Another process changes the items; requests go on being answered meanwhile.
+    # Another process changes the items; requests continue being answered meanwhile.
     Recommender.load(run).add_items([{"item_id": "other", "title": "Oak desk"}], save=True)
     deadline = time.monotonic() + 120
     while service.recommender is before and time.monotonic() < deadline:

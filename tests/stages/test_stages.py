@@ -54,7 +54,7 @@ class Graph:
             step.mkdir(parents=True, exist_ok=True)
             if name == self.crash:
                 raise Crash
-            return {"best_step": 3, "went on": found}
+            return {"best_step": 3, "continued": found}
 
         return run
 
@@ -135,7 +135,7 @@ def test_key_that_is_newer_than_the_run_had_its_default(graph: Graph) -> None:
     with pytest.raises(StageError, match=r"user.qformer.dropout was 0.1 and is 0.3"):
         graph.train(changed(CONFIG, "user.qformer.dropout", 0.3), "user")
     assert graph.train(CONFIG) == ["user", "joint"]
-    assert read_artifact(graph.folder, "user").result["went on"]
+    assert read_artifact(graph.folder, "user").result["continued"]
 
 
 def test_stale_is_named_and_not_rebuilt_unasked(graph: Graph) -> None:
@@ -175,13 +175,13 @@ def test_crash_leaves_nothing_that_looks_finished(graph: Graph, stage: str, reco
     graph.crash = ""
     assert graph.train(CONFIG) == list(STAGES[STAGES.index(stage) :])
     # What trains resumes from its checkpoint; the others begin again.
-    went_on = read_artifact(graph.folder, stage).result["went on"]
+    went_on = read_artifact(graph.folder, stage).result["continued"]
     assert went_on == (stage not in ("tokens",))
     record(
         f"an error in the middle of stage `{stage}`",
         tried=1,
         survived=1,
-        seen="the error; the stage does not look finished, and the same command goes on with it",
+        seen="the error; the stage does not look finished, and the same command continues with it",
     )
 
 
@@ -215,13 +215,13 @@ def test_cut_off_under_other_settings_is_refused_with_the_difference(graph: Grap
     with pytest.raises(StageError, match="cut off under other settings"):
         run_stage(Run(folder=graph.folder, config=other, console=Console(quiet=True)), "user")
     assert graph.train(other, "user", restart=True) == ["user"]
-    assert not read_artifact(graph.folder, "user").result["went on"]
+    assert not read_artifact(graph.folder, "user").result["continued"]
     assert "user  discarding an earlier start: --restart" in graph.output.getvalue()
     record(
-        "going on with a stage under changed settings",
+        "resuming a stage under changed settings",
         tried=3,
         survived=3,
-        seen="refused with the key, what it was and what it is, before anything is touched; `--restart` begins anew",
+        seen="refused with the key, what it was and what it is, before anything is touched; `--restart` begins again",
     )
 
 
@@ -236,7 +236,7 @@ def test_another_order_of_the_data_is_refused(graph: Graph, record: Callable[...
     with pytest.raises(StageError, match=r"data order was 'grain 0.1.0' and is 'grain"):
         graph.train(CONFIG)
     record(
-        "going on with a stage under another version of the library that orders the data",
+        "resuming a stage under another version of the library that orders the data",
         tried=1,
         survived=1,
         seen="refused with both versions",
@@ -249,7 +249,7 @@ def test_start_whose_inputs_are_gone_is_discarded_and_named(graph: Graph) -> Non
         graph.train(CONFIG)
     graph.crash = ""
     assert graph.train(changed(CONFIG, "item.margin", 0.7)) == ["item", "tokens", "user", "joint"]
-    assert not read_artifact(graph.folder, "user").result["went on"]
+    assert not read_artifact(graph.folder, "user").result["continued"]
     assert "user  discarding an earlier start: input tokens changed" in graph.output.getvalue()
 
 
@@ -290,7 +290,7 @@ def test_damaged_record_is_refused(graph: Graph, damage: str, record: Callable[.
         "a stage's record that was damaged or altered",
         tried=1,
         survived=1,
-        seen="refused with the file and the command that mends it; only that stage is run again",
+        seen="refused with the file and the command that fixes it; only that stage is run again",
     )
 
 
@@ -307,4 +307,4 @@ def test_damaged_record_of_a_start_lets_the_stage_begin_again(graph: Graph, dama
             graph.train(CONFIG)
         return
     assert graph.train(CONFIG) == list(STAGES[1:])
-    assert not read_artifact(graph.folder, "item").result["went on"]
+    assert not read_artifact(graph.folder, "item").result["continued"]

@@ -121,7 +121,7 @@ def test_every_reader_refuses_what_was_altered(
 def test_a_picture_replaced_in_place_makes_the_fields_stale(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    # The copy's catalogue names the pictures of the original: they are copied and named anew.
+    # The copy's catalogue names the pictures of the original: they are copied and named again.
     items = pl.read_parquet(run / "data" / "items.parquet")
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -394,7 +394,7 @@ def amazon() -> dict[str, bytes]:
         ("ml-100k", {"/ml-100k.zip": movielens_100k()}, "Harper, Konstan"),
         ("ml-1m", {"/ml-1m.zip": movielens_1m()}, "no redistribution without permission"),
         ("goodbooks", goodbooks(), "Creative Commons Attribution-ShareAlike 4.0"),
-        ("amazon-2023:Gift_Cards", amazon(), "The publishers state no licence"),
+        ("amazon-2023:Gift_Cards", amazon(), "The publishers state no license"),
     ],
 )
 def test_every_set_is_ready_to_train(

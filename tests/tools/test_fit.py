@@ -25,7 +25,7 @@ def shop(items: int = 60, customers: int = 50, seed: int = 0) -> tuple[pl.DataFr
         {
             "SKU": [f"sku-{row}" for row in range(items)],
             "Product name": [f"{rng.choice(words[0])} {rng.choice(words[1])} {row}" for row in range(items)],
-            "colour": rng.choice(["red", "blue", "green"], items),
+            "color": rng.choice(["red", "blue", "green"], items),
             "List price": [None if rng.random() < 0.1 else round(rng.gamma(3, 20), 2) for _ in range(items)],
         }
     )
@@ -56,7 +56,7 @@ def test_a_shop_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     said = capsys.readouterr().out
     for line in (
         "Product name: text",
-        "colour: category",
+        "color: category",
         "List price: number",
         "data.split: temporal",
         "stage 1 of 5",
@@ -66,7 +66,7 @@ def test_a_shop_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     short = events.group_by("who bought").len().filter(pl.col("len") < 3)["who bought"].to_list()
     assert short and set(rec.user_ids) == set(events["who bought"])
     assert rec.recommend(user=short[0], k=3)["basis"].to_list() == ["history"] * 3
-    assert rec.recommend(history=["sku-1"], k=3, where={"colour": "red"}).height == 3
+    assert rec.recommend(history=["sku-1"], k=3, where={"color": "red"}).height == 3
     interactions = rec._run.dataset.interactions
     assert np.isfinite(interactions.ratings).all() and (interactions.times > 1.7e9).all()
     # Again, from pandas: the same tables, so that nothing is left to be done.

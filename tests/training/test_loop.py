@@ -236,7 +236,7 @@ def test_signal_saves_and_stops(
         f"{number.name} in the middle of a stage",
         tried=1,
         survived=1,
-        seen=f"“{str(raised.value).split('. ')[0]}” and exit status 75; the same command goes on to the same bytes",
+        seen=f"“{str(raised.value).split('. ')[0]}” and exit status 75; the same command continues to the same bytes",
     )
 
 
@@ -265,7 +265,7 @@ def test_full_disk_leaves_the_previous_checkpoint(
         tried=1,
         survived=1,
         seen="an error that names the folder and the step whose checkpoint is whole; with room again, the same command "
-        "goes on to the same bytes",
+        "continues to the same bytes",
     )
 
 
@@ -300,7 +300,7 @@ def test_non_finite_loss_stops_and_names_the_batch(
     whole: tuple[Path, FitResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
 ) -> None:
     for _ in range(2):
-        # Again: it goes on from before the batch and meets it again.
+        # Again: it continues from before the batch and meets it again.
         with pytest.raises(
             NonFiniteError, match=r"stage toy: the loss or its gradient is not finite at step 47.*non-finite-47"
         ):
@@ -313,7 +313,7 @@ def test_non_finite_loss_stops_and_names_the_batch(
     assert stored["item_ids"].tolist() == [f"i{row}" for row in np.sort(batch["rows"])]
     # The replay: the loss on the stored batch is what it was.
     assert not np.isfinite(poisoned(47)(PARAMS, {"target": 2.0}, stored, jax.random.key(0))[0])
-    # With the fault mended, the run ends as if it had never been.
+    # With the fault fixed, the run ends as if it had never been.
     assert_equal(run_fit(tmp_path).params, whole[1].params)
     record(
         "a loss that is not a number, twice",
