@@ -24,7 +24,7 @@ class ServeArguments:
     Attributes:
       run: Run folder.
       host: Address to listen on; by default this machine alone.
-      port: Port.
+      port: Port to listen on, which has to be free.
       stage: `joint`, or `user` for the User Q-Former without the language model.
       read_only: Refuse to add, update and remove items.
       public_name: Name by which the service is reached, where it is not that of this machine; to be given once for

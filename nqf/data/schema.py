@@ -134,7 +134,7 @@ def nearest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name[:200], [other for other in list(known)[:2_000] if len(other) <= 200], n=1)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; known: {some(known)}" if known else "; there is none"
+    return f"; known: {some(known, 20)}" if known else "; there is none"
 
 
 def some(names: Collection[str], most: int = 12, between: str = ", ") -> str:

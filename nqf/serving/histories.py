@@ -47,37 +47,84 @@ def pasts_of(features: EventFeatures, interactions: Interactions, users: Sequenc
     return [Past(features=features, events=span) for span in spans]
 
 
-def features_of(run: Run, interactions: Interactions) -> EventFeatures:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Known:
+    """What the run's training data has, so that what it lacks is refused.
+
+    Attributes:
+      times: Whether any event has a time.
+      ratings: float32, the smallest and the largest rating that was trained on; empty where there is none.
+      reviews: Embeddings of the run's reviews; None without.
+    """
+
+    times: bool
+    ratings: np.ndarray
+    reviews: FieldTable | None
+
+
+def known_of(run: Run) -> Known:
+    """What a run has."""
+    interactions = run.dataset.interactions
+    ratings = interactions.ratings[run.dataset.split.train]
+    ratings = ratings[np.isfinite(ratings)]
+    return Known(
+        times=bool((interactions.times != MISSING_TIME).any()),
+        ratings=np.array([ratings.min(), ratings.max()], np.float32) if len(ratings) else ratings,
+        reviews=run.features.reviews,
+    )
+
+
+def features_of(run: Run, known: Known, interactions: Interactions) -> EventFeatures:
     """Features of interactions that no stage has read, as those of the run's own."""
-    dataset, table = run.dataset, run.features.reviews
-    reviews = None
-    if table is not None:
-        texts = pl.Series(interactions.reviews or [None] * len(interactions.items), dtype=pl.String)
+    bare = _bare_features(interactions.items, known)
+    reviews = bare.reviews
+    if known.reviews is not None and interactions.reviews is not None:
+        texts = pl.Series(interactions.reviews, dtype=pl.String)
         there = texts.is_not_null().to_numpy()
-        values = np.zeros((1, table.values.shape[1]), np.float16)
+        found, readable = encode_column(run.cache.encoder(REVIEW), texts.drop_nulls())
+        values = np.concatenate([np.zeros((1, known.reviews.values.shape[1]), np.float16), found])
         rows = np.full(len(texts), -1, np.int32)
-        if there.any():
-            found, readable = encode_column(run.cache.encoder(REVIEW), texts.drop_nulls())
-            values = np.concatenate([values, found])
-            rows[there] = np.where(readable, np.arange(1, len(values)), -1)
-        # Memory maps are how the run's own tables are read, not what the models ask for.
-        reviews = FieldTable(values=values, rows=rows, modality=table.modality)  # type: ignore[arg-type]
-    return EventFeatures(
-        items=interactions.items,
+        rows[there] = np.where(readable, np.arange(1, len(values)), -1)
+        reviews = _table(values, rows)
+    return dataclasses.replace(
+        bare,
         times=interactions.times,
         calendar=calendar_parts(interactions.times),
-        ratings=rating_buckets(interactions.ratings, dataset.interactions.ratings[dataset.split.train]),
+        ratings=rating_buckets(interactions.ratings, known.ratings),
         reviews=reviews,
     )
 
 
-def given_pasts(run: Run, histories: Sequence[np.ndarray], extras: Mapping[str, Sequence[Sequence[Any]]]) -> list[Past]:
+def _bare_features(items: np.ndarray, known: Known) -> EventFeatures:
+    """Features of events of which only the items are known."""
+    count, reviews = len(items), None
+    if known.reviews is not None:
+        width = known.reviews.values.shape[1]
+        reviews = _table(np.zeros((1, width), np.float16), np.full(count, -1, np.int32))
+    return EventFeatures(
+        items=items.astype(np.int32),
+        times=np.full(count, MISSING_TIME),
+        calendar=np.full((count, 3), -1, np.int8),
+        ratings=np.full(count, -1, np.int8),
+        reviews=reviews,
+    )
+
+
+def _table(values: np.ndarray, rows: np.ndarray) -> FieldTable:
+    # Memory maps are how the run's own tables are read, not what the models ask for.
+    return FieldTable(values=values, rows=rows, modality="text")  # type: ignore[arg-type]
+
+
+def given_pasts(
+    run: Run, known: Known, histories: Sequence[np.ndarray], extras: Mapping[str, Sequence[Sequence[Any]]]
+) -> list[Past]:
     """Histories of item rows, oldest first, with what is known of their events.
 
     With times, the events of a history are put in their order, as those of the run's users are.
 
     Args:
       run: The run.
+      known: What it has.
       histories: int64 rows of each history.
       extras: Some of `EXTRAS`: for every history a value (None for unknown) for each of its items.
 
@@ -87,44 +134,32 @@ def given_pasts(run: Run, histories: Sequence[np.ndarray], extras: Mapping[str, 
     """
     lengths = [len(history) for history in histories]
     items = np.concatenate([np.zeros(0, np.int64), *histories])
-    count, users = len(items), np.repeat(np.arange(len(histories)), lengths)
-    interactions = Interactions(
-        user_ids=[],
-        offsets=np.zeros(1, np.int64),
-        items=items.astype(np.int32),
-        times=np.full(count, MISSING_TIME),
-        ratings=np.full(count, np.nan, np.float32),
-        reviews=None,
-    )
     if extras:
-        columns = {_COLUMNS[name][0]: _column(run, name, values, lengths) for name, values in extras.items()}
+        columns = {_COLUMNS[name][0]: _column(known, name, values, lengths) for name, values in extras.items()}
+        users = np.repeat(np.arange(len(histories)), lengths)
         frame = pl.DataFrame({"user_id": users.astype(str), "item": items} | columns)
         absent = [name for name, _ in _COLUMNS.values() if name not in frame.columns]
-        frame = frame.with_columns(pl.lit(None, dtype=pl.String if name == "review" else pl.Int64).alias(name)
-                                   for name in absent)  # fmt: skip
+        frame = frame.with_columns(
+            pl.lit(None, dtype=pl.String if name == "review" else pl.Int64).alias(name) for name in absent
+        )
         # Users stand in the order of their first event; one without events has no place among them.
-        interactions = from_frame(frame)
+        features = features_of(run, known, from_frame(frame))
+    else:
+        features = _bare_features(items, known)
     ends = np.cumsum(lengths)
-    features = features_of(run, interactions)
     return [
         Past(features=features, events=np.arange(end - length, end)) for end, length in zip(ends, lengths, strict=True)
     ]
 
 
-def _column(run: Run, name: str, values: Sequence[Sequence[Any]], lengths: Sequence[int]) -> pl.Series:
+def _column(known: Known, name: str, values: Sequence[Sequence[Any]], lengths: Sequence[int]) -> pl.Series:
     """Readable values of one kind, of all histories one after the other."""
     if isinstance(values, str) or any(isinstance(some, str) for some in values):
         raise ValueError(f"{name}: give a list with one value for each item of the history")
     found = [len(some) for some in values]
     if found != list(lengths):
         raise ValueError(f"{name}: {found} values for histories of {list(lengths)} items; give one for each, or None")
-    interactions = run.dataset.interactions
-    known = {
-        "times": bool((interactions.times != MISSING_TIME).any()),
-        "ratings": bool(np.isfinite(interactions.ratings[run.dataset.split.train]).any()),
-        "reviews": run.features.reviews is not None,
-    }
-    if not known[name]:
+    if not {"times": known.times, "ratings": len(known.ratings), "reviews": known.reviews is not None}[name]:
         raise ValueError(f"{name}: this run was trained without {name}, so it cannot read them; leave them out")
     column, modality = _COLUMNS[name]
     flat = pl.Series(column, [value for some in values for value in some], strict=False)
@@ -135,8 +170,7 @@ def _column(run: Run, name: str, values: Sequence[Sequence[Any]], lengths: Seque
     if len(bad := read[BAD + column].arg_true()):
         raise ValueError(f"{name}: {flat[bad[0]]!r} cannot be read; give a {modality}, or None where it is unknown")
     if name == "ratings" and len(read[column].drop_nulls()):
-        training = interactions.ratings[run.dataset.split.train]
-        low, high = float(np.nanmin(training)), float(np.nanmax(training))
+        low, high = known.ratings.tolist()
         least, most = read[column].min(), read[column].max()
         # One that was too rare to be trained on counts as its neighbor; one of another scale is a mistake.
         if least < 2 * low - high or most > 2 * high - low:  # type: ignore[operator]
@@ -161,9 +195,8 @@ def checked_ids(ids: Any, what: str) -> list[str]:
     return ids
 
 
-def unknown_ids(what: str, unknown: Sequence[str], known: Callable[[], Sequence[str]]) -> ValueError:
-    """The error of ids that are not known."""
+def some_ids(unknown: Sequence[str], known: Callable[[], Sequence[str]]) -> str:
+    """The first of some ids that are not known, and a known one like them."""
     near = nearest(unknown[0], known()[:10_000])
     # A list of all ids helps nobody.
-    near = near if near.startswith("; did you mean") else ""
-    return ValueError(f"unknown {what}: {', '.join(map(repr, unknown[:5]))}{near}")
+    return ", ".join(map(repr, unknown[:5])) + (near if near.startswith("; did you mean") else "")

@@ -32,7 +32,7 @@ from nqf.pipelines.histories import bucket_of, gather_history, newest, number_by
 from nqf.serving import overlay
 from nqf.serving.explain import Explanation, Items, explain
 from nqf.serving.filters import Filters
-from nqf.serving.histories import Past, checked_ids, features_of, given_pasts, pasts_of, unknown_ids
+from nqf.serving.histories import Past, checked_ids, features_of, given_pasts, known_of, pasts_of, some_ids
 from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of
 from nqf.stages import folder as folders
 from nqf.stages.graph import require, up_to
@@ -76,6 +76,7 @@ class Recommender:
         # Test targets do not count, so that trying the recommender on test users tells the truth.
         self._cooccurrence_weight = run.config.evaluation.cooccurrence_weight if stage == "joint" else 0.0
         self._cooccurrence = run.cooccurrence(run.dataset.split.test) if self._cooccurrence_weight else None
+        self._known = known_of(run)
         self._short = open_short_users(run.folder / "data")
         self._filters = Filters(run.dataset.catalogue)
         self._changing = threading.Lock()
@@ -225,7 +226,7 @@ class Recommender:
             many = _lists(histories) if histories is not None else [[] if history is None else history]
             extras = {name: [values] for name, values in extras.items()} if histories is None else extras
             rows = [self._rows(stock, some, empty=fallback != "refuse") for some in many]
-            pasts = given_pasts(self._run, rows, extras)
+            pasts = given_pasts(self._run, self._known, rows, extras)
             head = None if histories is None else pl.Series("history", np.arange(len(many)))
         allowed = self._allowed(stock, only, where)
         return self._ranked(stock, pasts, head, k, allowed, self._known_rows(stock, exclude, "exclude"), repeats)
@@ -292,7 +293,7 @@ class Recommender:
         spoken = self._spoken(text) if text else None
         if spoken is not None:
             rows = np.append(rows, stock.count)
-        pasts = given_pasts(self._run, [rows], extras)
+        pasts = given_pasts(self._run, self._known, [rows], extras)
         allowed = self._allowed(stock, only, where)
         out = self._known_rows(stock, exclude, "exclude")
         return self._ranked(stock, pasts, None, k, allowed, out, False, spoken)
@@ -314,7 +315,7 @@ class Recommender:
         removed = np.flatnonzero(~stock.available)
         rows = [np.append(np.unique(self._rows(stock, ids, empty=True)), removed) for ids in left_out]
         seen, targets = [self._rows(stock, history) for history in histories], self._rows(stock, item_ids)
-        vectors = self._encode(stock, given_pasts(self._run, seen, {}))
+        vectors = self._encode(stock, given_pasts(self._run, self._known, seen, {}))
         if self._cooccurrence is None:
             return rank_vectors(_unit(vectors), stock.vectors, targets, rows)
         pairs, ranks = self._pairs(stock, seen), []
@@ -409,7 +410,7 @@ class Recommender:
         """
         stock = self._stock
         rows = [self._rows(stock, history) for history in _lists(histories)]
-        return _unit(self._encode(stock, given_pasts(self._run, rows, {})))
+        return _unit(self._encode(stock, given_pasts(self._run, self._known, rows, {})))
 
     def encode_all_users(self) -> tuple[list[str], np.ndarray]:
         """The users that were trained on and the vectors of their whole histories.
@@ -667,13 +668,13 @@ class Recommender:
             return pasts_of(self._short_features, self._short, [row])[0]
         if fallback == "popular":
             return None
-        unknown = unknown_ids("user", [user], lambda: self.user_ids)
-        raise DataError(f"{unknown} (with fallback='popular' anybody gets the popular items)")
+        named = some_ids([user], lambda: self.user_ids)
+        raise DataError(f"unknown user: {named} (with fallback='popular' anybody gets the popular items)")
 
     @functools.cached_property
     def _short_features(self) -> Any:
         assert self._short is not None
-        return features_of(self._run, self._short)
+        return features_of(self._run, self._known, self._short)
 
     @functools.cached_property
     def _popularity(self) -> np.ndarray:
@@ -795,7 +796,7 @@ class Recommender:
         rows = np.array([stock.row_of(item_id) for item_id in ids], np.int64)
         if (rows < 0).any():
             unknown = [item_id for item_id, row in zip(ids, rows, strict=True) if row < 0]
-            raise unknown_ids("item ids in the history", unknown, lambda: self.item_ids)
+            raise ValueError(f"unknown item ids in the history: {some_ids(unknown, lambda: self.item_ids)}")
         return rows
 
     def _known_rows(self, stock: Stock, ids: Collection[str], what: str) -> np.ndarray:
@@ -809,7 +810,7 @@ class Recommender:
         if only is not None:
             ids = checked_ids(only, "only")
             if unknown := [item_id for item_id in ids if stock.row_of(item_id) < 0]:
-                raise unknown_ids("item ids in only", unknown, lambda: self.item_ids)
+                raise ValueError(f"unknown item ids in only: {some_ids(unknown, lambda: self.item_ids)}")
             among = np.zeros(stock.count, bool)
             among[self._known_rows(stock, ids, "only")] = True
             allowed &= among
@@ -828,15 +829,17 @@ class Recommender:
         """Lists of items, -1 for none, as a frame; `head` says whose each is."""
         who, place = np.nonzero(rows >= 0)
         flat = rows[who, place].tolist()
-        basis = np.full(len(rows), True) if ranked is None else ranked
-        columns = {
-            "rank": place + 1,
-            "item_id": pl.Series([stock.item_ids[row] for row in flat], dtype=pl.String),
-            "title": pl.Series([stock.titles[row] for row in flat], dtype=pl.String),
-            "score": scores[who, place].astype(np.float32),
-            "basis": pl.Series(np.where(basis[who], "history", "popular"), dtype=pl.String),
-        }
-        return pl.DataFrame(({} if head is None else {head.name: head.gather(who)}) | columns)
+        basis = ["history"] * len(flat) if ranked is None else np.where(ranked, "history", "popular")[who].tolist()
+        frame = pl.DataFrame(
+            [
+                pl.Series("rank", place + 1),
+                pl.Series("item_id", [stock.item_ids[row] for row in flat], dtype=pl.String),
+                pl.Series("title", [stock.titles[row] for row in flat], dtype=pl.String),
+                pl.Series("score", scores[who, place].astype(np.float32)),
+                pl.Series("basis", basis, dtype=pl.String),
+            ]
+        )
+        return frame if head is None else frame.insert_column(0, head.gather(who))
 
 
 def _by_columns(items: Sequence[Mapping[str, Any]]) -> list[pl.DataFrame]:
