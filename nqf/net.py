@@ -102,7 +102,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         _check_address(urllib.parse.urlsplit(newurl).hostname or "")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None:
-            request.is_redirect = True  # type: ignore[attr-defined]
+            request.is_redirect = True  # pyright: ignore[reportAttributeAccessIssue]
         return request
 
 

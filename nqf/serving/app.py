@@ -67,12 +67,12 @@ class Metrics:
     def __init__(self) -> None:
         self.answers: collections.Counter[tuple[str, int]] = collections.Counter()
         self.slower: collections.Counter[tuple[str, float]] = collections.Counter()
-        self.seconds: collections.Counter[str] = collections.Counter()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
 
     def note(self, route: str, status: int, seconds: float) -> None:
         """Counts one answer."""
         self.answers[route, status] += 1
-        self.seconds[route] += seconds  # type: ignore[assignment]
+        self.seconds[route] += seconds
         for bucket in _BUCKETS:
             self.slower[route, bucket] += seconds <= bucket
 

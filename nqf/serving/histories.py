@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -112,7 +112,7 @@ def _bare_features(items: np.ndarray, known: Known) -> EventFeatures:
 
 def _table(values: np.ndarray, rows: np.ndarray) -> FieldTable:
     # Memory maps are how the run's own tables are read, not what the models ask for.
-    return FieldTable(values=values, rows=rows, modality="text")  # type: ignore[arg-type]
+    return FieldTable(values=cast(np.memmap, values), rows=cast(np.memmap, rows), modality="text")
 
 
 def given_pasts(
@@ -165,15 +165,15 @@ def _column(known: Known, name: str, values: Sequence[Sequence[Any]], lengths: S
     flat = pl.Series(column, [value for some in values for value in some], strict=False)
     flat = flat.cast(pl.String) if flat.dtype in (pl.Null, pl.Object) else flat
     frame = pl.DataFrame({"item_id": pl.Series(["-"] * len(flat), dtype=pl.String), column: flat})
-    field = Field(name=column, modality=modality, columns=(column,))  # type: ignore[arg-type]
+    field = Field(name=column, modality=cast(Any, modality), columns=(column,))
     read = canonical(frame.lazy(), Schema(fields=(field,)), Path()).collect()
     if len(bad := read[BAD + column].arg_true()):
         raise ValueError(f"{name}: {flat[bad[0]]!r} cannot be read; give a {modality}, or None where it is unknown")
     if name == "ratings" and len(read[column].drop_nulls()):
         low, high = known.ratings.tolist()
-        least, most = read[column].min(), read[column].max()
+        least, most = cast(float, read[column].min()), cast(float, read[column].max())
         # One that was too rare to be trained on counts as its neighbor; one of another scale is a mistake.
-        if least < 2 * low - high or most > 2 * high - low:  # type: ignore[operator]
+        if least < 2 * low - high or most > 2 * high - low:
             raise ValueError(f"ratings: {least:g} to {most:g}, but this run was trained on {low:g} to {high:g}")
     return read[column]
 

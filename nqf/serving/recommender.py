@@ -620,7 +620,7 @@ class Recommender:
         nothing = np.zeros((len(titles), run.text[0].shape[1]), np.float32), np.zeros(len(titles), bool)
         text, has_text = encoded.get("_candidate", nothing)
         fields, text = run.field_features(encoded), run.text_features(text, has_text)
-        words = title_tokens(titles, old.titles.shape[1], self._tokenizer)  # type: ignore[arg-type]
+        words = title_tokens(titles, old.titles.shape[1], self._tokenizer)
         parts, start = [], 0
         for size in sizes_of(len(titles), ENCODE_CHUNK, (*SIZES, ENCODE_CHUNK)):
             chunk = slice(start, start + size)

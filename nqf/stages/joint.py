@@ -162,10 +162,11 @@ def prompt_ids(config: Config, tokenizer: Tokenizer) -> PromptIds:
     )
 
 
-def title_tokens(titles: Sequence[str], words: int, tokenizer: Tokenizer) -> np.ndarray:
+def title_tokens(titles: Sequence[str], words: int, tokenizer: Tokenizer | None) -> np.ndarray:
     """Token ids of some titles, int32 [titles, words], -1 in padding."""
     ids = np.full((len(titles), words), -1, np.int32)
     if words:
+        assert tokenizer is not None, "titles are read by a language model alone"
         for row, tokens in enumerate(tokenizer.encode(list(titles), max_length=words)):
             ids[row, : len(tokens)] = tokens
     return ids
