@@ -63,13 +63,14 @@ class ExportArguments:
         float32, for transformers and sentence-transformers. `index`: item vectors and ids, for a nearest-neighbor
         index by inner product, without what co-occurrence adds to the score. `parquet`: item vectors and the users'
         vectors as tables. `vllm`: all that recommends without nqf: the adapter or the backbone, item tables, Q-Formers,
-        projections and head, a builder of prompts in numpy, and golden files.
+        projections and head, a builder of prompts in numpy, and golden files. `stablehlo`: both towers as programs
+        that jax.export reads without nqf (`nqf.serving.stablehlo`).
       output: Folder to make.
       debug: Show the traceback of an error.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    format: Literal["peft", "huggingface", "index", "parquet", "vllm"]
+    format: Literal["peft", "huggingface", "index", "parquet", "vllm", "stablehlo"]
     output: Path
     debug: bool = False
 
@@ -93,12 +94,26 @@ def main(arguments: list[str]) -> None:
             export_backbone(options.run, options.format, unfinished)
         elif options.format == "vllm":
             export_vllm(options.run, unfinished)
+        elif options.format == "stablehlo":
+            export_towers(options.run, unfinished)
         else:
             export_vectors(options.run, options.format, unfinished)
         unfinished.replace(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"wrote {', '.join(sorted(path.name for path in output.iterdir()))} to {output}")
+
+
+def export_towers(run_folder: Path, folder: Path) -> None:
+    """Writes both towers as StableHLO: see `nqf.serving.stablehlo`."""
+    try:
+        import flatbuffers  # noqa: F401  # What jax.export writes with, which jax does not bring along.
+    except ModuleNotFoundError:
+        raise RuntimeError("flatbuffers is not installed; pip install 'nqf[stablehlo]'") from None
+    from nqf.serving.recommender import Recommender
+    from nqf.serving.stablehlo import write_towers
+
+    write_towers(Recommender.load(run_folder), folder)
 
 
 def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], folder: Path) -> None:

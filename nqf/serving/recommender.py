@@ -134,6 +134,12 @@ class Recommender:
         return dataclasses.replace(self._trained, ranker=dataclasses.replace(self._ranker, tables=self._stock.tables))
 
     @property
+    def review_width(self) -> int:
+        """Width of the review embeddings that the models read; 0 without."""
+        reviews = self._known.reviews
+        return 0 if reviews is None else reviews.values.shape[1]
+
+    @property
     def item_ids(self) -> list[str]:
         """Ids of all items, in the order of `item_vectors`."""
         return self._stock.item_ids[: self._stock.count]
@@ -335,7 +341,7 @@ class Recommender:
         stock = self._stock
         seen = self._rows(stock, history)
         rows = np.append(seen[-self._ranker.max_history :], self._rows(stock, [item_id]))
-        reviews, removed = self._run.features.reviews, np.flatnonzero(~stock.available)
+        removed = np.flatnonzero(~stock.available)
         explanation = explain(
             self._contents(stock, rows),
             ranker=dataclasses.replace(self._ranker, tables=stock.tables),
@@ -348,7 +354,7 @@ class Recommender:
             pairs=functools.partial(self._pairs, stock),
             older=seen[: -self._ranker.max_history],
             left_out=np.append([] if self._run.config.evaluation.repeats else seen, removed).astype(np.int64),
-            review_width=0 if reviews is None else reviews.values.shape[1],
+            review_width=self.review_width,
         )
         positions = np.arange(len(seen) - len(rows) + 2, len(seen) + 1)
         return dataclasses.replace(

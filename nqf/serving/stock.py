@@ -61,7 +61,8 @@ class Stock:
     @functools.cached_property
     def tables(self) -> ItemTables:
         """Tables of this state."""
-        return jax.tree.map(lambda buffer: buffer[: self.count], self.buffers[0])
+        # As plain arrays: what is taken of a memory map is of its class, which jax takes a slower road with.
+        return jax.tree.map(lambda buffer: np.asarray(buffer)[: self.count], self.buffers[0])
 
     @property
     def vectors(self) -> np.ndarray:

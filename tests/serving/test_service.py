@@ -4,10 +4,14 @@ import html
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -225,6 +229,32 @@ def test_pictures(client: TestClient, service: Service, tmp_path: Path) -> None:
         assert answer.status_code in ((200, 404) if item["picture"] else (404,))
         if answer.status_code == 200:
             assert answer.content[:2] == b"\xff\xd8" and answer.headers["content-type"] == "image/jpeg"
+
+
+def test_the_command(tiny_run: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "nqf.serve", str(tiny_run), "--port", str(port), "--read-only"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while server.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+                    assert json.load(answer)["items"] == 240
+                break
+            except OSError:
+                time.sleep(0.1)
+        body, kind = json.dumps({"item_ids": ["item-00001"]}).encode(), {"Content-Type": "application/json"}
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(f"{address}/v1/items", body, kind, method="DELETE"))
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode in (0, 130) and "Traceback" not in err, err
+    assert address in out
 
 
 SCRIPTS: dict[str, str] = {}
