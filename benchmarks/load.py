@@ -29,7 +29,8 @@ def main() -> None:
         parser.add_argument("--run", type=Path, required=True, help="finished run folder")
         parser.add_argument("--seconds", type=float, default=10.0, help="time at each number of users")
 
-    bench = begin(__file__, __doc__, arguments)
+    # As a process that serves, which does not keep freed memory.
+    bench = begin(__file__, __doc__, arguments, keep_memory=False)
     import numpy as np
 
     from nqf import Recommender

@@ -24,7 +24,8 @@ def main() -> None:
         parser.add_argument("--run", type=Path, required=True, help="finished run folder")
         parser.add_argument("--lives", type=int, default=10_000, help="adds and requests of the long life")
 
-    bench = begin(__file__, __doc__, arguments)
+    # As a process that serves, which does not keep freed memory.
+    bench = begin(__file__, __doc__, arguments, keep_memory=False)
     import jax
     import numpy as np
 

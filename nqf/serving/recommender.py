@@ -36,7 +36,6 @@ from nqf.serving.histories import Past, checked_ids, features_of, given_pasts, k
 from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of
 from nqf.stages import folder as folders
 from nqf.stages.graph import require, up_to
-from nqf.stages.item import ENCODE_CHUNK
 from nqf.stages.joint import load_joint, title_tokens
 from nqf.stages.rank import Trained
 from nqf.stages.records import StageError, read_artifact
@@ -49,6 +48,8 @@ tags: [recommendation, sequential-recommendation, jax, flax]
 ---
 
 """
+# New items that are encoded at a time.
+_ITEMS = 64
 Fallback = Literal["popular", "refuse"]
 Frame = pl.DataFrame | Sequence[Mapping[str, Any]]
 
@@ -546,7 +547,10 @@ class Recommender:
             self._remove(ids)
 
     def _change(self, change: Callable, items: Frame, save: bool) -> None:
-        run, frames = self._run, [items] if isinstance(items, pl.DataFrame) else _by_columns(items)
+        run, frames = (
+            self._run,
+            [items] if isinstance(items, pl.DataFrame) else _frames(items, change is overlay.update),
+        )
         ids = [str(id_).strip() for frame in frames if "item_id" in frame.columns for id_ in frame["item_id"]]
         with self._changing:
             with self._overlay(ids, save) as (new, write):
@@ -621,14 +625,17 @@ class Recommender:
         trained: np.ndarray,
         rows: np.ndarray,
     ) -> tuple[ItemTables, np.ndarray]:
-        """Item tables and item vectors of some encoded items, in batches of few sizes."""
+        """Item tables and item vectors of some encoded items.
+
+        All in batches of one size: an item is the same to the bit whether it comes alone or with others.
+        """
         run, (_, params), old = self._run, self._items, self._stock.tables
         nothing = np.zeros((len(titles), run.text[0].shape[1]), np.float32), np.zeros(len(titles), bool)
         text, has_text = encoded.get("_candidate", nothing)
         fields, text = run.field_features(encoded), run.text_features(text, has_text)
         words = title_tokens(titles, old.titles.shape[1], self._tokenizer)
-        parts, start = [], 0
-        for size in sizes_of(len(titles), ENCODE_CHUNK, (*SIZES, ENCODE_CHUNK)):
+        parts, size = [], min(_ITEMS, self._ranker.item_chunk)
+        for start in range(0, len(titles), size):
             chunk = slice(start, start + size)
             values, present = (
                 fill({name: encoded[name][part][chunk] for name in run.cache.names}, size) for part in (0, 1)
@@ -646,7 +653,6 @@ class Recommender:
             vectors = self._ranker.item_vectors(self._variables, tables, fill(rows[chunk], size))
             count = len(titles) - start
             parts.append(jax.tree.map(lambda x, count=count: x[:count], (tables, vectors)))
-            start += size
         return jax.tree.map(lambda *some: np.concatenate(some), *parts)
 
     def _spoken(self, text: str) -> ItemTables:
@@ -848,11 +854,11 @@ class Recommender:
         return frame if head is None else frame.insert_column(0, head.gather(who))
 
 
-def _by_columns(items: Sequence[Mapping[str, Any]]) -> list[pl.DataFrame]:
-    """Items as frames, those with the same keys together: a key that an item lacks is not an empty value of it."""
+def _frames(items: Sequence[Mapping[str, Any]], apart: bool) -> list[pl.DataFrame]:
+    """Items as a frame, or those with the same keys each as one: a key that is not there is not an empty value."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for item in items:
-        groups.setdefault(tuple(sorted(item)), []).append(item)
+        groups.setdefault(tuple(sorted(item)) if apart else (), []).append(item)
     # Whole columns decide about their types, and numbers among texts are told by what reads them.
     return [pl.DataFrame(group, infer_schema_length=None, strict=False) for group in groups.values()]
 

@@ -164,9 +164,9 @@ def powers(count: int, least: int) -> int:
     return max(least, 1 << max(0, count - 1).bit_length())
 
 
-def sizes_of(count: int, most: int, sizes: Sequence[int] = SIZES) -> list[int]:
+def sizes_of(count: int, most: int) -> list[int]:
     """Sizes of batches for some rows: the last may be filled up, but by less than a step of the sizes would save."""
-    allowed = [size for size in sizes if size <= most] or [1]
+    allowed = [size for size in SIZES if size <= most] or [1]
     plan = []
     while count > 0:
         fitting = [size for size in allowed if size >= count]
