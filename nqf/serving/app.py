@@ -188,12 +188,14 @@ def make_app(service: Service, *, token: str = "", hosts: tuple[str, ...] = ("*"
 
     @contextlib.asynccontextmanager
     async def living(app: Starlette) -> AsyncIterator[None]:
+        service.ended.clear()
         tasks = [asyncio.create_task(service.work()), asyncio.create_task(service.watch(watch))]
         # Until the first of them has begun, nothing can wait.
         await asyncio.sleep(0)
         yield
         for task in tasks:
             task.cancel()
+        service.ended.set()
 
     routes = [
         site.route(path, method, site.posted(name, body, changes)) for path, method, name, body, changes in _ENDPOINTS

@@ -135,6 +135,11 @@ class Recommender:
         return dataclasses.replace(self._trained, ranker=dataclasses.replace(self._ranker, tables=self._stock.tables))
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths up to which histories share a program."""
+        return slot_buckets(self._ranker.max_history)
+
+    @property
     def review_width(self) -> int:
         """Width of the review embeddings that the models read; 0 without."""
         reviews = self._known.reviews

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,7 @@ class Service:
     Attributes:
       recommender: The one that answers now.
       failed: Whether the run has changed into something that cannot be loaded; the one before continues answering.
+      ended: Set when the service ends.
       batches: Number of requests to how often so many were answered by one call.
     """
 
@@ -48,6 +50,8 @@ class Service:
         self.folder, self.stage, self.writable = folder, stage, writable
         self.recommender = Recommender.load(folder, stage=stage)
         self.failed = False
+        # A program that is being compiled when the process ends would take it down with a fault.
+        self.ended = threading.Event()
         self.batches: collections.Counter[int] = collections.Counter()
         self._seen = self._version()
         self._waiting: collections.deque[tuple[Recommend, asyncio.Future]] = collections.deque()
@@ -56,11 +60,9 @@ class Service:
         self._fast, self._slow = ThreadPoolExecutor(1, "fast"), ThreadPoolExecutor(1, "slow")
 
     def warm(self) -> None:
-        """Compiles what the first requests need."""
-        ids = self.recommender.item_ids
-        for length in (1, 2_000):
-            self.recommender.recommend(history=(ids * length)[:length])
-        self.recommender.recommend(histories=[[ids[0]]] * 8)
+        """Compiles what single requests need, and in a thread of its own what many at a time do."""
+        _warm(self.recommender, 1)
+        threading.Thread(target=_warm, args=(self.recommender, 8, LARGEST_BATCH), kwargs={"ended": self.ended}).start()
 
     def _version(self) -> list[tuple[str, int]]:
         paths = [self.folder / stage.name / "stage.json" for stage in up_to(self.stage)]
@@ -87,8 +89,10 @@ class Service:
         # A stage that is being made again has no record: what is loaded is good until there is one.
         if found == self._seen or len(found) < len(up_to(self.stage)):
             return
-        self.recommender = Recommender.load(self.folder, stage=self.stage)
-        self._seen = found
+        recommender = Recommender.load(self.folder, stage=self.stage)
+        # The one before answers until this one need not compile anything.
+        _warm(recommender, 1, 8, LARGEST_BATCH, ended=self.ended)
+        self.recommender, self._seen = recommender, found
         _log.info("the run has changed and was loaded again")
 
     async def work(self) -> None:
@@ -263,6 +267,16 @@ class Service:
 
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+
+def _warm(recommender: Recommender, *sizes: int, ended: threading.Event | None = None) -> None:
+    """Compiles the programs of batches of some sizes and of all lengths, until `ended` is set."""
+    ids = recommender.item_ids
+    for size in sizes:
+        for length in recommender.lengths:
+            if ended is not None and ended.is_set():
+                return
+            recommender.recommend(histories=[(ids * length)[:length]] * size)
 
 
 def _settle(future: asyncio.Future, answer: Any, error: Exception | None) -> None:
