@@ -377,8 +377,7 @@ class RankModel(nn.Module):
         valid_BxL = jnp.concatenate(
             [valid_slot.reshape(batch, -1), jnp.ones((batch, positions * (count + 1)), bool)], axis=1
         )
-        instruction_1xIxD = self.qwen3.embed(prompt.instruction[None])
-        instruction_1xIxD = self.dropout(instruction_1xIxD, deterministic=deterministic)
+        instruction_1xIxD = self.dropout(self.qwen3.embed(prompt.instruction[None]), deterministic=deterministic)
         pools_last = self.reader.prompt.pooling == "last"
         if positions == 1:
             return self._read_one(instruction_1xIxD, embeds, valid_BxL, pools_last, deterministic)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -44,6 +44,9 @@ from nqf.stages.tokens import write_tokens
 from nqf.stages.user import load_users
 from nqf.training.mesh import barrier, is_primary
 from nqf.training.program import LossFn, Metrics, Program
+
+TOKENS = "joint/tokens"
+"""Where the tokens of an Item Q-Former that learns in this stage lie in the run folder."""
 
 
 def small_qwen3(backbone: BackboneConfig, vocabulary: int, dtype: jnp.dtype) -> Qwen3Config:
@@ -126,7 +129,7 @@ def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False) -> R
     if abstract:
         tables = run.abstract_tables(stage.prompt.title_tokens)
     else:
-        tokens = "joint/tokens" if trained and stage.train_item_qformer else "tokens"
+        tokens = TOKENS if trained and stage.train_item_qformer else "tokens"
         tables = run.tables(run.folder / tokens, titles=title_ids(run, tokenizer))
     reader = reader_of(stage, qwen3)
     prompts = run.config.evaluation.batch_size * stage.prompt.history_items
@@ -261,36 +264,16 @@ def joint_program(run: Run, abstract: bool = False) -> Program:
     parts = joint_parts(run, abstract=abstract)
     on_device = frozen_tables(run, parts.tables, stage.loss)
     items = item_module(run) if stage.train_item_qformer else None
-    tokens_folder = run.folder / "joint" / "tokens"
 
     def frozen() -> Any:
         params = _frozen_shapes(run, parts) if abstract else parts.frozen
         tree = {"tables": on_device, "params": params, "prompt": parts.prompt, "log_popularity": log_popularity(run)}
         return tree | ({"fields": device_fields(run.cache)} if items is not None else {})
 
-    def validation() -> Any:
-        ranker = ranker_of(run, parts)
-        check = make_validation(run, ranker)
-        if check is None:
-            return None
-
-        def validate(params: Any) -> Metrics:
-            variables = parts.variables(params)
-            if items is None:
-                return check(variables)
-            # The selection must see the tokens that the model in training makes, not those it started from.
-            write_tokens(run, items, params["item_qformer"], tokens_folder)
-            fresh = run.tables(tokens_folder, titles=parts.tables.titles)
-            check_fresh = make_validation(run, dataclasses.replace(ranker, tables=fresh))
-            assert check_fresh is not None, "the validation cases are the same"
-            return check_fresh(variables)
-
-        return validate
-
     def report(params: Any, metrics: Metrics) -> dict[str, Any]:
         # Where it validates, `fit` does so with the best parameters last, and the tokens on disk are theirs.
         if items is not None and config.data.refit:
-            write_tokens(run, items, params["item_qformer"], tokens_folder)
+            write_tokens(run, items, params["item_qformer"], run.folder / TOKENS)
         return {"trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), **metrics}
 
     return Program(
@@ -313,10 +296,27 @@ def joint_program(run: Run, abstract: bool = False) -> Program:
         ),
         optim=stage.optim,
         seed=config.seed + 2,
-        validate=validation,
+        validate=lambda: _validation(run, parts, items),
         score="ndcg@10",
         report=report,
     )
+
+
+def _validation(run: Run, parts: RankParts, items: ItemQFormer | None) -> Callable[[Any], Metrics] | None:
+    ranker = ranker_of(run, parts)
+    check = make_validation(run, ranker)
+    if check is None or items is None:
+        return None if check is None else lambda params: check(parts.variables(params))
+
+    def validate(params: Any) -> Metrics:
+        # The selection must see the tokens that the model in training makes, not those it started from.
+        write_tokens(run, items, params["item_qformer"], run.folder / TOKENS)
+        fresh = run.tables(run.folder / TOKENS, titles=parts.tables.titles)
+        check_fresh = make_validation(run, dataclasses.replace(ranker, tables=fresh))
+        assert check_fresh is not None, "the validation cases are the same"
+        return check_fresh(parts.variables(params))
+
+    return validate
 
 
 def _frozen_shapes(run: Run, parts: RankParts) -> dict[str, Any]:
