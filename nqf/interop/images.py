@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import time
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from nqf import files
 from nqf.fields.image import open_picture
 from nqf.files import whole
 from nqf.net import open_url, read_chunks
@@ -25,8 +25,7 @@ _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 def cache_folder() -> Path:
     """Where downloads are kept: `$NQF_CACHE/images`, or `images` in the user's cache folder for nqf."""
-    base = os.environ.get("NQF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nqf"
-    return Path(base) / "images"
+    return files.cache_folder() / "images"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
