@@ -140,7 +140,9 @@ def adapter(trained: tuple[Path, dict, str], tmp_path_factory: pytest.TempPathFa
     return exported(trained[0], "peft", tmp_path_factory.mktemp("export") / "adapter")
 
 
-def test_peft_makes_the_user_vectors(adapter: Path, trained: tuple[Path, dict, str], base: Path) -> None:
+def test_peft_makes_the_user_vectors(
+    adapter: Path, trained: tuple[Path, dict, str], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = trained[0]
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base) and config["r"] == 4
@@ -165,9 +167,12 @@ def test_peft_makes_the_user_vectors(adapter: Path, trained: tuple[Path, dict, s
             return jnp.zeros_like(kwargs["inputs_embeds"]).at[: len(states)].set(states[:, None])
         return call(*args, **kwargs)
 
+    # One length of history for all, so that the first rows of the first batch are the users of the golden prompts.
+    monkeypatch.setattr("nqf.serving.recommender.slot_buckets", lambda most: (most,))
     recommender = Recommender.load(run)
     with nn.intercept_methods(states_of_peft):
         found = recommender.encode_all_users()[1]
+    monkeypatch.undo()
     ids, expected = Recommender.load(run).encode_all_users()
     assert ids == open_run(run).dataset.interactions.user_ids
     np.testing.assert_allclose(found[: len(states)], expected[: len(states)], atol=1e-4)

@@ -27,7 +27,7 @@ def spread(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("eight_devices.py")), str(tiny_run), str(folder)],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
         cwd=ROOT,
         capture_output=True,
         text=True,
