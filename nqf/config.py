@@ -710,8 +710,10 @@ class EvaluationConfig:
       new_item_weight: Factor of the frozen similarity in the score of items that training never saw, whose learned
         part says less; in recommendations too. A validation with `data.cold_share` tells what it should be: known
         items give way to new ones as it grows.
-      cooccurrence_weight: What the co-occurrence of known events (that of the baseline) counts beside the vectors of
-        the joint stage, in recommendations too; 0 for none. Tables then show the vectors alone as well.
+      cooccurrence_weight: What the co-occurrence of known events counts beside the vectors of the joint stage, in
+        recommendations too; 0 for none. Default: chosen on the validation cases (stage `score`). Tables show the
+        vectors alone as well.
+      text_weight: The same of the frozen texts' cosine, beyond what the joint stage learned.
       recent_days: Window of the recent-popularity baseline, in days before the last training event; without
         timestamps the last tenth of the training events is used.
     """
@@ -723,8 +725,8 @@ class EvaluationConfig:
     # Chosen on the validation cases of amazon-beauty with `data.cold_share`: by the vectors alone, new items were then
     # found as often as known ones.
     new_item_weight: Weight = 1.75
-    # How large the counts are depends on the data; on the built-in catalogue every weight above 1 cost something.
-    cooccurrence_weight: Weight = 0.0
+    cooccurrence_weight: Weight | None = None
+    text_weight: Weight | None = None
     recent_days: Annotated[float, Interval(gt=0, le=1e6)] = 30.0
 
 
@@ -770,13 +772,13 @@ class BaselinesConfig:
     Attributes:
       sasrec: Whether the evaluation also trains a SASRec.
       sasrec_options: Its size and schedule.
-      sasrec_cooccurrence_weight: What co-occurrence counts beside it in a row of its own, as
-        `evaluation.cooccurrence_weight` has it beside the joint stage's vectors; 0 for no such row.
+      sasrec_cooccurrence_weight: What co-occurrence counts beside it in a row of its own; 0 for no such row. Default:
+        chosen on the validation cases, as `evaluation.cooccurrence_weight`.
     """
 
     sasrec: bool = False
     sasrec_options: SASRecConfig = SASRecConfig()
-    sasrec_cooccurrence_weight: Weight = 0.0
+    sasrec_cooccurrence_weight: Weight | None = None
 
 
 @section

@@ -25,6 +25,7 @@ class EvaluateArguments:
       keep_seen: Leave the user's past in the ranking, as some published numbers do (`evaluation.repeats`).
       new_item_weight: In place of the configuration's `evaluation.new_item_weight`, to choose it on `--split valid`.
       cooccurrence_weight: The same of `evaluation.cooccurrence_weight`.
+      text_weight: The same of `evaluation.text_weight`.
       into: Folder inside the run for the results; by default `eval` for the test split, and a folder in it for another
         split or protocol, seen items kept, or a trial of weights.
       sasrec: Also train and evaluate a SASRec, whatever the configuration says.
@@ -38,6 +39,7 @@ class EvaluateArguments:
     keep_seen: bool = False
     new_item_weight: Weight | None = None
     cooccurrence_weight: Weight | None = None
+    text_weight: Weight | None = None
     into: str = ""
     sasrec: bool = False
     debug: bool = False
@@ -54,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
     console = terminal()
     run = open_run(options.run, console)
-    weights = ("new_item_weight", "cooccurrence_weight")
+    weights = ("new_item_weight", "cooccurrence_weight", "text_weight")
     given = {name: getattr(options, name) for name in weights}
     given |= {"repeats": True if options.keep_seen else None}
     given = {name: value for name, value in given.items() if value is not None}

@@ -17,6 +17,7 @@ from nqf.cli import guard, parse, program
 from nqf.config import section
 
 if TYPE_CHECKING:
+    from nqf.serving.recommender import Recommender
     from nqf.stages.rank import RankParts
     from nqf.stages.run import Run
 
@@ -39,6 +40,26 @@ with torch.no_grad():
     hidden = model.eval()(inputs_embeds=golden["inputs_embeds"], attention_mask=mask).last_hidden_state
 vectors = torch.nn.functional.normalize({pool}, dim=-1)
 print((vectors - golden["vectors"]).abs().max().item())
+```
+"""
+_INDEX = """\
+Vectors of a trained run and what its score counts beside them. Written by `python -m nqf.export --format index`.
+
+Run in this folder, this prints what `nqf recommend` does for the first user. `vectors.npy` may stand in any index of
+inner products (faiss, usearch): take its best k + n items, n being the number of columns that `newest[user] @ pairs`
+holds, add the sparse row to these scores and to those columns', and sort.
+
+```python
+import json
+import numpy as np
+import scipy.sparse
+
+items, users = (json.load(open(name)) for name in ("ids.json", "user_ids.json"))
+newest, pairs, seen = (scipy.sparse.load_npz(f"{name}.npz") for name in ("newest", "pairs", "seen"))
+user = 0
+scores = np.load("users.npy")[user] @ np.load("vectors.npy").T + (newest[[user]] @ pairs).toarray()[0]
+scores[seen[[user]].indices] = -np.inf
+print(users[user], [items[row] for row in np.argsort(-scores, kind="stable")[:10]])
 ```
 """
 _PEFT = """from peft import AutoPeftModelForFeatureExtraction
@@ -240,7 +261,11 @@ def injected_prompts(run: Run, joint: RankParts, variables: Any) -> dict[str, np
 def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder: Path) -> None:
     """Writes the vectors that rank, of all items that may be recommended, into an existing folder.
 
-    `index`: `vectors.npy` (float32 [items, width]), `ids.json` (the rows' item ids) and `index.json` (what they are).
+    `index`: the whole score, for a vector index and a sparse matrix: `vectors.npy` (float32 [items, width]), `ids.json`
+    (the rows' item ids), `users.npy` (float32 [users, width], of each user's whole history, not of unit length),
+    `user_ids.json`, `newest.npz` (scipy's sparse format, float32 [users, items], what a user's newest items weigh),
+    `pairs.npz` (float32 [items of histories, items], what each of them adds), `seen.npz` (bool [users, items], what is
+    left out), `index.json` (what they are) and `README.md` with a reader.
     `parquet`: `items.parquet` (item_id, vector) and `users.parquet` (user_id, vector: of each user's whole history).
     """
     import polars as pl
@@ -254,6 +279,7 @@ def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder
     if format == "index":
         np.save(folder / "vectors.npy", vectors)
         (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+        _export_scores(recommender, folder)
         about = {
             "format": "nqf-index",
             "version": 1,
@@ -261,8 +287,7 @@ def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder
             "items": len(ids),
             "width": width,
             "dtype": "float32",
-            "similarity": "inner product with a row of nqf.Recommender.encode_users; what co-occurrence adds to the "
-            "score (evaluation.cooccurrence_weight) is not in the vectors",
+            "similarity": "inner product with a row of users.npy, and newest.npz times pairs.npz",
         }
         (folder / "index.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         return
@@ -273,6 +298,35 @@ def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder
             schema={f"{name}_id": pl.String, "vector": pl.Array(pl.Float32, width)},
         )
         frame.write_parquet(folder / f"{name}s.parquet")
+
+
+def _export_scores(recommender: Recommender, folder: Path) -> None:
+    """Users, and what counts beside the vectors, as sparse matrices."""
+    import scipy.sparse
+
+    users, vectors, histories = recommender.user_side()
+    np.save(folder / "users.npy", vectors)
+    (folder / "user_ids.json").write_text(json.dumps(users), encoding="utf-8")
+    kept, score = np.flatnonzero(recommender.available), recommender.score
+    items = len(recommender.available)
+    pairs = scipy.sparse.csr_matrix((items, items), dtype=np.float32)
+    if recommender.memory is not None:
+        pairs = recommender.memory.pairs * np.float32(score.cooccurrence)
+        pairs.resize(items, items)
+    newest = [history[::-1][: score.counting.newest] for history in histories]
+    rows = np.repeat(np.arange(len(users)), [len(history) for history in newest])
+    weights = np.concatenate([np.zeros(0, np.float32), *(score.counting.weights[: len(history)] for history in newest)])
+    columns = np.concatenate([np.zeros(0, np.int64), *newest])
+    shape = len(users), items
+    newest = scipy.sparse.csr_matrix((weights, (rows, columns)), shape=shape)
+    rows = np.repeat(np.arange(len(users)), [len(history) for history in histories])
+    past = np.concatenate([np.zeros(0, np.int64), *histories])
+    seen = scipy.sparse.csr_matrix((np.ones(len(past), bool), (rows, past)), shape=shape)
+    if recommender.repeats:
+        seen = scipy.sparse.csr_matrix(shape, dtype=bool)
+    for name, matrix in (("newest", newest), ("pairs", pairs[:, kept]), ("seen", seen[:, kept])):
+        scipy.sparse.save_npz(folder / f"{name}.npz", matrix)
+    (folder / "README.md").write_text(_INDEX, encoding="utf-8")
 
 
 if __name__ == "__main__":

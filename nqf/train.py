@@ -30,7 +30,7 @@ class TrainArguments(Config):
     """
 
     config: Path | None = None
-    stage: Literal["fields", "item", "tokens", "user", "joint", "sasrec", "all"] = "all"
+    stage: Literal["fields", "counts", "item", "tokens", "user", "joint", "score", "sasrec", "all"] = "all"
     run: Path | None = None
     restart: bool = False
     plan: bool = False

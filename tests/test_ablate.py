@@ -102,7 +102,7 @@ def runs(tiny_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-STAGES = ("fields", "item", "tokens", "user", "joint")
+STAGES = ("fields", "counts", "item", "tokens", "user", "joint", "score")
 
 
 def stages_of(folder: Path) -> dict[str, str]:

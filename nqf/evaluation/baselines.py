@@ -1,4 +1,5 @@
-"""Training-free baselines: popularity, recent popularity, last-item cosine, co-occurrence.
+"""Training-free baselines: popularity, recent popularity, last-item cosine, co-occurrence alone and
+beside texts.
 
 What a baseline may count are the training events and, when the test split is evaluated, the validation targets too
 (`known_events`): they lie in the past of every test case, and the trained models read them in the histories.
@@ -10,7 +11,7 @@ import numpy as np
 
 from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.splits import Cases, Split
-from nqf.evaluation.cooccurrence import count_pairs, newest_of_cases
+from nqf.evaluation.cooccurrence import Counting, count_pairs, newest_of_cases, recent_text
 from nqf.evaluation.ranking import Scorer
 
 _DAY = 86_400
@@ -84,10 +85,32 @@ def last_item_cosine(
     )
 
 
-def cooccurrence(interactions: Interactions, split: Split, cases: Cases) -> Scorer:
-    """Items that follow, and less so precede, the newest history items in other known sequences."""
-    memory = count_pairs(interactions, known_events(interactions, split, cases), len(split.cold))
-    return lambda rows: memory.scores(newest_of_cases(interactions, cases, rows)).toarray()
+def cooccurrence(
+    interactions: Interactions,
+    split: Split,
+    cases: Cases,
+    how: Counting,
+    *,
+    text: tuple[np.ndarray, float] | None = None,
+) -> Scorer:
+    """Items that follow, and less so precede, the newest history items in other known sequences.
+
+    Args:
+      interactions: All interactions.
+      split: What is training.
+      cases: The cases to score.
+      how: How pairs count.
+      text: Frozen text vectors of all items, unit rows, and what their cosine to the newest items' weighs beside it.
+    """
+    memory = count_pairs(interactions, known_events(interactions, split, cases), len(split.cold), how)
+
+    def score(rows: np.ndarray) -> np.ndarray:
+        scores_BxI = memory.scores(newest_of_cases(interactions, cases, rows, how.newest)).toarray()
+        if text is not None:
+            scores_BxI += text[1] * recent_text(interactions, cases, rows, text[0]) @ text[0].T
+        return scores_BxI
+
+    return score
 
 
 def _same_for_all(scores_I: np.ndarray, cases: Cases) -> Scorer:

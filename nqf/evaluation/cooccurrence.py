@@ -1,27 +1,59 @@
 """Which items occur near each other in sequences: a baseline, and a memory beside the vectors of trained models.
 
 A factorized model recalls a pair of items that one user chose in a row about as often as its width allows; a table of
-pairs recalls all of them. Letters: B histories, H newest items, I items.
+pairs recalls all of them. How pairs count best differs from data to data by half of the NDCG, so it is chosen on the
+validation cases (`nqf.evaluation.choice`). Letters: B histories, H newest items, I items.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import scipy.sparse
 
-from nqf.data.interactions import Interactions
+from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.splits import Cases
+from nqf.fields.encoder import unit_rows
 
-WINDOW = 10
-"""Newest items of a history that count, and places over which a pair counts."""
-# The share and the powers were chosen on the validation cases of amazon-beauty, ml-1m, ml-100k and goodbooks together.
-_BACKWARD = 0.25
-_DAMP_HISTORY = 0.5
-_DAMP_CANDIDATE = 0.25
+# Of the texts of a history: what each newer item takes off an older one's weight, and how many count.
+_TEXT_RECENCY = 0.6
+_TEXT_NEWEST = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counting:
+    """How pairs of items count.
+
+    Attributes:
+      window: Places over which a pair counts.
+      decay: Factor of a pair's weight for each place between its items; 0 for 1 / distance.
+      backward: Share of a pair's weight that counts for the earlier item after the later one.
+      ties: Whether items of one moment are a `sequence`, in the order of the source, or a `set`, which is at distance 1
+        in both directions and whose members are equally far from all others.
+      damp_history: Power of the history item's popularity that divides the counts.
+      damp_candidate: The same of the candidate's.
+      scale: Counts enter as log(1 + count / scale); 0 for the counts themselves.
+      newest: Newest items of a history that count.
+      recency: Factor of a history item's weight for each newer one; 0 for 1 / place.
+    """
+
+    window: int = 10
+    decay: float = 0.0
+    backward: float = 0.25
+    ties: Literal["sequence", "set"] = "sequence"
+    damp_history: float = 0.5
+    damp_candidate: float = 0.25
+    scale: float = 0.0
+    newest: int = 10
+    recency: float = 0.0
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Weight of each of the newest items, the newest first, float32 [newest]."""
+        return _falling(np.arange(1, self.newest + 1), self.recency)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,55 +62,119 @@ class Cooccurrence:
 
     Attributes:
       pairs: float32 [I, I], sparse; row: an item of the history, column: a candidate.
+      how: How they were counted.
     """
 
     pairs: scipy.sparse.csr_matrix
+    how: Counting
 
     def scores(self, newest_BxH: np.ndarray) -> scipy.sparse.csr_matrix:
-        """Sums over the newest history items, each weighed by 1 / its distance to the next: float32 [B, I], sparse.
+        """Sums over the newest history items, older ones weighing less: float32 [B, I], sparse.
 
         Args:
-          newest_BxH: int, the newest item first, -1 for none; H is at most `WINDOW`.
+          newest_BxH: int, the newest item first, -1 for none; H is at most `how.newest`.
         """
         row, column = np.nonzero(newest_BxH >= 0)
-        weights = (1 / (1 + column)).astype(np.float32)
         # What is inferred of scipy, which has no annotations, may be None.
         items, _ = cast(tuple[int, int], self.pairs.shape)
         shape = len(newest_BxH), items
+        weights = self.how.weights[column]
         return scipy.sparse.csr_matrix((weights, (row, newest_BxH[row, column])), shape=shape) @ self.pairs
 
 
-def count_pairs(interactions: Interactions, counted: np.ndarray, items: int) -> Cooccurrence:
-    """Counts pairs in every user's sequence.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class NearPairs:
+    """Weighted pairs of items, before damping.
 
-    An item counts 1 / distance for each of the `WINDOW` before it, and a share of that backward. The counts are divided
-    by powers of both items' popularity.
+    Attributes:
+      followed: An item and a later one, float32 [I, I], sparse.
+      together: Items of one moment, symmetric, float32 [I, I], sparse.
+      popularity: Number of events of every item, at least 1, float32 [I].
+    """
+
+    followed: scipy.sparse.csr_matrix
+    together: scipy.sparse.csr_matrix
+    popularity: np.ndarray
+
+
+def count_pairs(interactions: Interactions, counted: np.ndarray, items: int, how: Counting) -> Cooccurrence:
+    """Counts pairs in every user's sequence and divides them by powers of both items' popularity.
 
     Args:
       interactions: All interactions.
       counted: bool [events], which of them count; the others are as if they had never been.
       items: I.
+      how: How they count.
+    """
+    return damp(near_pairs(interactions, counted, items, how), how)
+
+
+def damp(near: NearPairs, how: Counting) -> Cooccurrence:
+    """Damped counts of pairs."""
+    counts = near.followed + how.backward * near.followed.T + near.together
+    counts.setdiag(0)
+    history, candidate = near.popularity**-how.damp_history, near.popularity**-how.damp_candidate
+    damped = (scipy.sparse.diags(history) @ counts @ scipy.sparse.diags(candidate)).tocsr().astype(np.float32)
+    if how.scale:
+        damped.data = np.log1p(damped.data / how.scale)
+    damped.eliminate_zeros()
+    return Cooccurrence(pairs=damped, how=how)
+
+
+def near_pairs(interactions: Interactions, counted: np.ndarray, items: int, how: Counting) -> NearPairs:
+    """Pairs of items that are near each other in a user's sequence; of `how`, window, decay and ties count.
+
+    The distance of items of two moments is one more than the number of events between these moments, so that the order
+    inside of a moment does not matter. Without sets every event is a moment of its own.
     """
     events = np.flatnonzero(counted)
-    user_of, item_of = interactions.users[events], interactions.items[events]
-    followed = scipy.sparse.csr_matrix((items, items), dtype=np.float32)
-    for distance in range(1, WINDOW + 1):
-        same = user_of[distance:] == user_of[:-distance]
-        pairs = item_of[:-distance][same], item_of[distance:][same]
-        weights = np.full(len(pairs[0]), 1 / distance, np.float32)
-        followed += scipy.sparse.csr_matrix((weights, pairs), shape=(items, items))
-    counts = followed + _BACKWARD * followed.T
-    counts.setdiag(0)
-    popularity = np.maximum(np.bincount(item_of, minlength=items), 1).astype(np.float32)
-    damped = scipy.sparse.diags(popularity**-_DAMP_HISTORY) @ counts @ scipy.sparse.diags(popularity**-_DAMP_CANDIDATE)
-    return Cooccurrence(pairs=damped.tocsr().astype(np.float32))
+    user_of, item_of, times = interactions.users[events], interactions.items[events], interactions.times[events]
+    begins = np.ones(len(events), bool)
+    if how.ties == "set":
+        begins[1:] = (user_of[1:] != user_of[:-1]) | (times[1:] != times[:-1]) | (times[1:] == MISSING_TIME)
+    moment = np.cumsum(begins) - 1
+    first = np.flatnonzero(begins)
+    last = np.append(first[1:], len(events)) - 1
+    found: tuple[list, list] = [], []
+    # Of moments of more events than the window, the farthest events are left out.
+    for shift in range(1, how.window * (2 if how.ties == "set" else 1) + 1):
+        earlier = np.flatnonzero(user_of[shift:] == user_of[:-shift])
+        later = earlier + shift
+        same = moment[earlier] == moment[later]
+        distance = np.where(same, 1, first[moment[later]] - last[moment[earlier]])
+        for pairs, kept in zip(found, (~same & (distance <= how.window), same), strict=True):
+            pairs.append((item_of[earlier[kept]], item_of[later[kept]], _falling(distance[kept], how.decay)))
+
+    def summed(pairs: list) -> scipy.sparse.csr_matrix:
+        rows, columns, weights = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        return scipy.sparse.csr_matrix((weights, (rows, columns)), shape=(items, items))
+
+    together = summed(found[1])
+    return NearPairs(
+        followed=summed(found[0]),
+        together=together + together.T,
+        popularity=np.maximum(np.bincount(item_of, minlength=items), 1).astype(np.float32),
+    )
 
 
-def newest_of_cases(interactions: Interactions, cases: Cases, rows: np.ndarray) -> np.ndarray:
-    """The newest items before each target, int [B, WINDOW], the newest first, -1 for none."""
-    at_BxH = cases.cuts[rows, None] - np.arange(1, WINDOW + 1)
+def _falling(distance: np.ndarray, decay: float) -> np.ndarray:
+    return (decay ** (distance - 1) if decay else 1 / distance).astype(np.float32)
+
+
+def newest_of_cases(interactions: Interactions, cases: Cases, rows: np.ndarray, count: int) -> np.ndarray:
+    """The `count` newest items before each target, int [B, count], the newest first, -1 for none."""
+    at_BxH = cases.cuts[rows, None] - np.arange(1, count + 1)
     inside_BxH = at_BxH >= interactions.offsets[cases.users[rows], None]
     return np.where(inside_BxH, interactions.items[np.maximum(at_BxH, 0)], -1)
+
+
+def recent_text(interactions: Interactions, cases: Cases, rows: np.ndarray, text_IxT: np.ndarray) -> np.ndarray:
+    """Direction of the newest items' texts, older ones weighing exponentially less: float32 [B, T]."""
+    newest_BxH = newest_of_cases(interactions, cases, rows, _TEXT_NEWEST)
+    total = np.zeros((len(rows), text_IxT.shape[1]), np.float32)
+    for place, items in enumerate(newest_BxH.T):
+        total += _TEXT_RECENCY**place * np.where(items[:, None] >= 0, text_IxT[np.maximum(items, 0)], 0)
+    return unit_rows(total)
 
 
 def add_cooccurrence(
@@ -92,7 +188,7 @@ def add_cooccurrence(
     """Inner products plus `weight` times the co-occurrence: a function from case rows int [B] to scores [B, I]."""
 
     def score(rows: np.ndarray) -> np.ndarray:
-        pairs_BxI = memory.scores(newest_of_cases(interactions, cases, rows)).toarray()
+        pairs_BxI = memory.scores(newest_of_cases(interactions, cases, rows, memory.how.newest)).toarray()
         return users_NxD[rows] @ items_IxD.T + weight * pairs_BxI
 
     return score

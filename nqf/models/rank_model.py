@@ -77,9 +77,11 @@ class ScoreHead(nn.Module):
 
     Attributes:
       config: Width, temperature and which parts the score has.
+      text_weight: What the frozen similarity counts beyond what was learned.
     """
 
     config: CandidatesConfig
+    text_weight: float = 0.0
 
     @nn.compact
     def __call__(
@@ -131,7 +133,8 @@ class ScoreHead(nn.Module):
                 pooled_BxPxD
             )
         )
-        return jnp.concatenate([user, gate_BxPx1 * recent("decay", text_BxNxT, has_text_BxN)], axis=-1)
+        weight_BxPx1 = gate_BxPx1 + self.text_weight
+        return jnp.concatenate([user, weight_BxPx1 * recent("decay", text_BxNxT, has_text_BxN)], axis=-1)
 
 
 def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: Array) -> jax.Array:
@@ -202,6 +205,7 @@ class RankModel(nn.Module):
       items: Number of catalogue items.
       item_tokens: (Q, E), shape of an item's tokens.
       new_item_weight: Factor of the frozen similarity of items that training never saw.
+      text_weight: What the frozen similarity counts beyond what was learned.
       reader: The language model; None for the user tokens alone.
       dtype: Compute dtype.
     """
@@ -211,6 +215,7 @@ class RankModel(nn.Module):
     items: int
     item_tokens: tuple[int, int]
     new_item_weight: float
+    text_weight: float = 0.0
     reader: Reader | None = None
     dtype: jnp.dtype = jnp.float32
 
@@ -220,7 +225,7 @@ class RankModel(nn.Module):
         self.user_qformer = UserQFormer(
             config=user.qformer, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
         )
-        self.head = ScoreHead(config=self.tower_config)
+        self.head = ScoreHead(config=self.tower_config, text_weight=self.text_weight)
         if reader is None:
             self.regression = nn.Dense(math.prod(self.item_tokens), dtype=self.dtype)
             return
@@ -232,6 +237,11 @@ class RankModel(nn.Module):
         self.item_projection = nn.Dense(width, dtype=self.dtype)
         self.user_projection = nn.Dense(width, dtype=self.dtype)
         self.item_norm = nn.RMSNorm(dtype=self.dtype, scale_init=scale)
+        if not self.tower_config.transitions:
+            # Without this path a branch is made of constants, and the residual stream that is pooled knows of the last
+            # item what attention brings alone. Orthogonal: all of the item arrives. Small beside pretrained words.
+            scale = nn.initializers.orthogonal(0.1 if reader.pretrained else 1.0)
+            self.last_item = nn.Dense(width, use_bias=False, kernel_init=scale, dtype=self.dtype)
         self.user_norm = nn.RMSNorm(dtype=self.dtype, scale_init=scale)
         self.dropout = nn.Dropout(reader.dropout)
         if reader.reads_items:
@@ -369,6 +379,9 @@ class RankModel(nn.Module):
         embeds = embeds.at[:, layout.item_at].set(items_BxSxQxD.reshape(batch, -1, embeds.shape[-1]))
         if users_BxPxUxD is not None:
             embeds = embeds.at[:, layout.user_at].set(users_BxPxUxD.reshape(batch, -1, embeds.shape[-1]))
+        if not self.tower_config.transitions:
+            last_BxPxD = self.last_item(items_BxSxQxD[:, slots - positions :].mean(axis=2))
+            embeds = embeds.at[:, layout.end_at].add(last_BxPxD.astype(embeds.dtype))
         embeds = self.dropout(embeds, deterministic=deterministic)
 
         valid_slot = jnp.concatenate(

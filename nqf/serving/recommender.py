@@ -24,7 +24,8 @@ from nqf.data.catalogue import canonical_items
 from nqf.data.errors import DataError
 from nqf.data.load import open_short_users
 from nqf.evaluation.baselines import known_events
-from nqf.evaluation.cooccurrence import WINDOW
+from nqf.evaluation.choice import Score
+from nqf.evaluation.cooccurrence import Cooccurrence
 from nqf.evaluation.ranking import dense_batches, raise_some, rank_vectors, ranks_from_scores
 from nqf.fields.cache import encode_items
 from nqf.pipelines.batches import HistoryBatch, ItemTables
@@ -36,10 +37,11 @@ from nqf.serving.histories import Past, checked_ids, features_of, given_pasts, k
 from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of
 from nqf.stages import folder as folders
 from nqf.stages.graph import require, up_to
-from nqf.stages.joint import load_joint, title_tokens
+from nqf.stages.joint import title_tokens
 from nqf.stages.rank import Trained
 from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import Run, open_run
+from nqf.stages.score import load_scored
 from nqf.stages.user import load_users
 
 _HUB_METADATA = """---
@@ -64,19 +66,21 @@ class Recommender:
     Attributes:
       item_ids: Ids of all items, in the order of `item_vectors`.
       item_vectors: float32 [items, dim]; the inner product with a row of `encode_users` ranks, to which the joint stage
-        adds what `evaluation.cooccurrence_weight` says.
+        adds counted pairs where there are any.
+      score: What counts and texts weigh beside what the vectors learned.
+      memory: The counted pairs; None for none.
       available: bool [items], False for items that were removed: known in histories, never recommended.
     """
 
-    def __init__(self, run: Run, trained: Trained, stage: str) -> None:
+    def __init__(
+        self, run: Run, trained: Trained, stage: str, score: Score = Score(), memory: Cooccurrence | None = None
+    ) -> None:
         self._run, self._ranker, self._variables, self._stage = run, trained.ranker, trained.variables, stage
         self._trained, self._tokenizer = trained, trained.parts.tokenizer
         self._items = trained.load_item_qformer()
         module = self._items[0]
         self._read_items = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
-        # Test targets do not count, so that trying the recommender on test users tells the truth.
-        self._cooccurrence_weight = run.config.evaluation.cooccurrence_weight if stage == "joint" else 0.0
-        self._cooccurrence = run.cooccurrence(run.dataset.split.test) if self._cooccurrence_weight else None
+        self.score, self.memory = score, memory
         self._known = known_of(run)
         self._short = open_short_users(run.folder / "data")
         self._filters = Filters(run.dataset.catalogue)
@@ -111,7 +115,11 @@ class Recommender:
         if stage not in ("joint", "user"):
             raise ConfigError(f"stage {stage!r} ranks nothing; use 'joint' or 'user'")
         require(opened, stage)
-        recommender = cls(opened, load_joint(opened) if stage == "joint" else load_users(opened), stage)
+        if stage == "joint":
+            trained, score, memory = load_scored(opened)
+            recommender = cls(opened, trained, stage, score, memory)
+        else:
+            recommender = cls(opened, load_users(opened), stage)
         changed = overlay.read_overlay(opened.folder / "items", opened.dataset.catalogue, opened.cache)
         recommender._put(changed.frame, changed.encoded)
         recommender._remove(changed.removed)
@@ -328,7 +336,7 @@ class Recommender:
         rows = [np.append(np.unique(self._rows(stock, ids, empty=True)), removed) for ids in left_out]
         seen, targets = [self._rows(stock, history) for history in histories], self._rows(stock, item_ids)
         vectors = self._encode(stock, given_pasts(self._run, self._known, seen, {}))
-        if self._cooccurrence is None:
+        if self.memory is None:
             return rank_vectors(_unit(vectors), stock.vectors, targets, rows)
         pairs, ranks = self._pairs(stock, seen), []
         for span in dense_batches(len(targets), stock.count, self._ranker.batch_size):
@@ -430,9 +438,24 @@ class Recommender:
         Returns:
           Ids and float32 [users, dim], rows of unit norm.
         """
+        users, vectors, _ = self.user_side()
+        return users, _unit(vectors)
+
+    def user_side(self) -> tuple[list[str], np.ndarray, list[np.ndarray]]:
+        """What the score reads of the users that were trained on.
+
+        Returns:
+          Ids, vectors of their whole histories as the model gives them, float32 [users, dim], not of unit length, to
+          whose inner products what `memory` counts is added, and the histories' item rows, oldest first.
+        """
         interactions = self._run.dataset.interactions
         pasts = pasts_of(self._run.features, interactions, range(len(interactions.user_ids)))
-        return list(interactions.user_ids), _unit(self._encode(self._stock, pasts))
+        return list(interactions.user_ids), self._encode(self._stock, pasts), [past.items for past in pasts]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether items of the past may be recommended (`evaluation.repeats`)."""
+        return self._run.config.evaluation.repeats
 
     def evaluate(self, *, split: Literal["valid", "test"] = "test") -> pl.DataFrame:
         """Evaluates the run's models beside all baselines, as `nqf evaluate` does, which also writes its results.
@@ -781,7 +804,7 @@ class Recommender:
         """Scores and rows of the best items, given user vectors as encoded and the users' whole histories."""
         unit = _unit(vectors)
         best = stock.best(unit, k, allowed, left_out)
-        if self._cooccurrence is None:
+        if self.memory is None:
             return best
         scale = 1 / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         raised = self._pairs(stock, seen).multiply(scale).tocsr().astype(np.float32)
@@ -796,12 +819,12 @@ class Recommender:
           stock: The items.
           histories: Item rows, oldest first.
         """
-        if self._cooccurrence is None:
+        if self.memory is None:
             return scipy.sparse.csr_matrix((len(histories), stock.count), dtype=np.float32)
-        newest_BxH = np.stack([newest(history, WINDOW)[::-1] for history in histories])
+        newest_BxH = np.stack([newest(history, self.memory.how.newest)[::-1] for history in histories])
         # Items beyond the catalogue were in no training event.
         newest_BxH = np.where(newest_BxH < len(self._run.dataset.catalogue.item_ids), newest_BxH, -1)
-        pairs = self._cooccurrence_weight * self._cooccurrence.scores(newest_BxH)
+        pairs = self.score.cooccurrence * self.memory.scores(newest_BxH)
         pairs.resize(len(histories), stock.count)
         return pairs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from rich.markup import escape
 from nqf.config import load_config
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
+from nqf.evaluation.choice import SCALES, Score, ascend, text_rows
 from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
@@ -22,6 +22,7 @@ from nqf.stages.folder import claim
 from nqf.stages.graph import JOINT, SASREC, USER, run_stage
 from nqf.stages.records import StageError
 from nqf.stages.run import Run
+from nqf.stages.score import counts_of, memory_of, score_of, trial_of, with_text
 from nqf.stages.stage import Stage
 
 
@@ -53,24 +54,21 @@ def assess(
         raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
     cases = dataset.split.test if split == "test" else dataset.split.valid
     evaluation, interactions = config.evaluation, dataset.interactions
-    # Counted once, when it is first asked for.
-    memory = functools.cache(lambda: run.cooccurrence(cases))
-
-    def with_pairs(vectors: tuple[np.ndarray, np.ndarray], weight: float) -> Scorer:
-        return add_cooccurrence(*vectors, weight, memory(), interactions, cases)
-
     trained = trained_vectors(run, cases)
     models: dict[str, Scorer] = dict(trained)
-    if evaluation.cooccurrence_weight and "joint" in trained:
-        vectors = trained.pop("joint")
-        models = {"joint": with_pairs(vectors, evaluation.cooccurrence_weight), "joint_vectors": vectors, **trained}
+    score = score_of(run)
+    if (score.cooccurrence or score.text) and "joint" in trained:
+        users, items = trained.pop("joint")
+        whole = with_text(users, config.candidates.width, score.text), items
+        models = {"joint": with_pairs(run, cases, whole, score), "joint_vectors": (users, items), **trained}
     models |= baseline_scorers(run, cases)
     if config.baselines.sasrec:
         # Trained here where `--stage all` did not.
         run_stage(run, SASREC.name)
         models["sasrec"] = sasrec = vectors_of(run, SASREC, cases)
-        if weight := config.baselines.sasrec_cooccurrence_weight:
-            models["sasrec_cooccurrence"] = with_pairs(sasrec, weight)
+        score = sasrec_score(run)
+        if score.cooccurrence:
+            models["sasrec_cooccurrence"] = with_pairs(run, cases, sasrec, score)
     results = evaluate(
         models,
         dataset.interactions,
@@ -119,12 +117,43 @@ def baseline_scorers(run: Run, cases: Cases) -> dict[str, Scorer]:
     """The training-free baselines."""
     interactions, split = run.dataset.interactions, run.dataset.split
     text, has_text = run.text
-    return {
+    counts = counts_of(run)
+    made = {
         "popular": baselines.popular(interactions, split, cases),
         "recent_popular": baselines.recent_popular(interactions, split, cases, days=run.config.evaluation.recent_days),
         "last_item_cosine": baselines.last_item_cosine(interactions, cases, text, has_text),
-        "cooccurrence": baselines.cooccurrence(interactions, split, cases),
+        "cooccurrence": baselines.cooccurrence(interactions, split, cases, counts["plain"].counting),
     }
+    if "text" in counts:
+        beside = text_rows(text, has_text), counts["text"].text
+        made["cooccurrence_text"] = baselines.cooccurrence(
+            interactions, split, cases, counts["text"].counting, text=beside
+        )
+    else:
+        run.console.print("[bold]counts[/bold]  has not been run, so cooccurrence_text is left out", highlight=False)
+    return made
+
+
+def with_pairs(run: Run, cases: Cases, vectors: tuple[np.ndarray, np.ndarray], score: Score) -> Scorer:
+    """Vectors beside counted pairs."""
+    if not score.cooccurrence:
+        return vectors
+    memory = memory_of(run, cases, score.counting)
+    return add_cooccurrence(*vectors, score.cooccurrence, memory, run.dataset.interactions, cases)
+
+
+def sasrec_score(run: Run) -> Score:
+    """What counts weigh beside the SASRec's vectors: what the configuration says, or what the validation chooses."""
+    given, counting = run.config.baselines.sasrec_cooccurrence_weight, counts_of(run)["plain"].counting
+    if given is not None or run.config.data.refit or not len(run.dataset.split.valid.users):
+        return Score(counting=counting, cooccurrence=given or 0.0)
+    trial = trial_of(run, text=False)
+    users, items = vectors_of(run, SASREC, run.dataset.split.valid[trial.which])
+
+    def value(score: Score) -> float:
+        return trial.value(score, lambda span: users[span] @ items.T)
+
+    return ascend(value, Score(counting=counting), {"scale": SCALES}, ["cooccurrence"])
 
 
 def command_line() -> str:

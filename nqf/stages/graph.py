@@ -33,12 +33,13 @@ from nqf.stages.joint import JOINT
 from nqf.stages.records import StageError, check_files, read_artifact, read_record
 from nqf.stages.run import Run
 from nqf.stages.sasrec import SASREC
+from nqf.stages.score import COUNTS, SCORE
 from nqf.stages.stage import Stage
 from nqf.stages.tokens import TOKENS
 from nqf.stages.user import USER
 from nqf.training.mesh import barrier, is_primary
 
-STAGES = (FIELDS, ITEM, TOKENS, USER, JOINT, SASREC)
+STAGES = (FIELDS, COUNTS, ITEM, TOKENS, USER, JOINT, SCORE, SASREC)
 NAMES = tuple(stage.name for stage in STAGES)
 
 

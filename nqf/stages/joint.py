@@ -334,10 +334,16 @@ def keep_tokenizer(run: Run) -> None:
     barrier("tokenizer")
 
 
-def load_joint(run: Run) -> Trained:
-    """The trained joint model."""
+def load_joint(run: Run, *, text_weight: float = 0.0) -> Trained:
+    """The trained joint model.
+
+    Args:
+      run: The run.
+      text_weight: What the frozen similarity counts beyond what was learned (`nqf.stages.score`).
+    """
     check_files(run.folder, "joint")
     parts = joint_parts(run, trained=True)
+    parts = dataclasses.replace(parts, module=parts.module.clone(text_weight=text_weight))
     params = restore_best(run.folder, "joint", lambda: init_joint(run, parts))
     learned = params.get("item_qformer")
     return Trained(
@@ -349,7 +355,7 @@ def load_joint(run: Run) -> Trained:
 
 
 def joint_vectors(run: Run, cases: Cases) -> tuple[np.ndarray, np.ndarray]:
-    """User and item vectors of the trained joint model, without what co-occurrence adds."""
+    """User and item vectors of the trained joint model, without what counts and texts add (`nqf.stages.score`)."""
     trained = load_joint(run)
     return case_vectors(run, trained.ranker, trained.variables, cases)
 

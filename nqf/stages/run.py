@@ -16,9 +16,6 @@ from rich.console import Console
 from nqf.config import Config, load_config
 from nqf.data.errors import NPY_ERRORS
 from nqf.data.load import Dataset, open_dataset
-from nqf.data.splits import Cases
-from nqf.evaluation.baselines import known_events
-from nqf.evaluation.cooccurrence import Cooccurrence, count_pairs
 from nqf.fields.cache import CANDIDATE, FieldCache, open_cache
 from nqf.fields.whitening import Whitening, field_features, load_whitenings
 from nqf.interop.encoders import encoder_factories
@@ -84,11 +81,6 @@ class Run:
     def features(self) -> EventFeatures:
         """Features of every interaction."""
         return event_features(self.dataset.interactions, self.dataset.split, self.cache.reviews)
-
-    def cooccurrence(self, cases: Cases) -> Cooccurrence:
-        """Pairs of items in the events that are known before some cases, those that the baseline counts."""
-        interactions, split = self.dataset.interactions, self.dataset.split
-        return count_pairs(interactions, known_events(interactions, split, cases), len(split.cold))
 
     @functools.cached_property
     def text(self) -> tuple[np.ndarray, np.ndarray]:

@@ -138,7 +138,10 @@ class Recommender:
             parts += [tables["words"][words[words >= 0]], tokens_QxD]
         if config["user_tokens"]:
             parts.append(self._injected("user", self.user_tokens(history)))
-        return np.concatenate([*parts, tables["words"][[config["end"]]]]).astype(np.float32)
+        end_1xD = np.array(tables["words"][[config["end"]]], np.float32)
+        if "last_item/kernel" in self._weights:
+            end_1xD += tokens_SxQxD[-1].mean(axis=0) @ self._weights["last_item/kernel"]
+        return np.concatenate([*parts, end_1xD]).astype(np.float32)
 
     def user_tokens(self, history: History) -> np.ndarray:
         """The User Q-Former's tokens of a history, float32 [U, D]."""
@@ -204,7 +207,7 @@ class Recommender:
         scale = np.exp(min(weights["log_scale"], math.log(100.0))) if "log_scale" in weights else self.config["scale"]
         user = _unit(user) * scale
         if "gate/kernel" in weights:
-            gate = np.logaddexp(0, _dense(weights, "gate", state))
+            gate = np.logaddexp(0, _dense(weights, "gate", state)) + self.config["text_weight"]
             user = np.concatenate([user, gate * recent("decay", self._tables["text"][history.items])])
         return user.astype(np.float32)
 
@@ -215,11 +218,11 @@ class Recommender:
         if self._pairs is not None:
             items = np.concatenate([history.older, history.items])[::-1]
             starts, columns, counts = (self._pairs[name] for name in ("indptr", "indices", "data"))
-            for distance, row in enumerate(items[: self.config["cooccurrence_window"]]):
+            for row, weight in zip(items, self.config["cooccurrence_weights"], strict=False):
                 # Items that came later were in no training event.
                 if row + 1 < len(starts):
                     at = slice(starts[row], starts[row + 1])
-                    scores_I[columns[at]] += self.config["cooccurrence_weight"] * counts[at] / (1 + distance)
+                    scores_I[columns[at]] += weight * counts[at]
         return scores_I / max(float(np.linalg.norm(vector)), 1e-12)
 
     def recommend(

@@ -14,7 +14,6 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from nqf.data.interactions import MISSING_TIME
-from nqf.evaluation.cooccurrence import WINDOW
 from nqf.files import write_json, write_text
 from nqf.interop.huggingface import GOLDEN
 from nqf.models.qwen3 import Qwen3
@@ -27,7 +26,7 @@ from nqf.stages.run import Run
 from nqf.tools import prompt_builder
 
 # Parts of the rank model that the builder runs.
-_PARTS = ("user_qformer", "item_projection", "user_projection", "item_norm", "user_norm", "head")
+_PARTS = ("user_qformer", "last_item", "item_projection", "user_projection", "item_norm", "user_norm", "head")
 _TOP = 10
 # What vLLM makes room for (`MaxLoRARanks` of 0.32).
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -101,15 +100,16 @@ def write_recommender(run: Run, recommender: Recommender, folder: Path, *, langu
     for name, table in stored.items():
         np.save(folder / f"{name}.npy", table)
     write_json(folder / "item_ids.json", recommender.item_ids)
-    weight = run.config.evaluation.cooccurrence_weight
-    if weight:
-        pairs = run.cooccurrence(run.dataset.split.test).pairs
+    if recommender.memory is not None:
+        pairs = recommender.memory.pairs
         kept = {name: np.asarray(getattr(pairs, name)) for name in ("indptr", "indices", "data")}
         save_file(kept, folder / "cooccurrence.safetensors")
     about = _about(run, ranker, module, items)
     about |= {
         "instruction": np.searchsorted(words, prompt.instruction).tolist(),
         "end": int(np.searchsorted(words, prompt.end)),
+        # Of the newest items, the newest first.
+        "cooccurrence_weights": (recommender.score.cooccurrence * recommender.score.counting.weights).tolist(),
     }
     write_json(folder / "recommender.json", about)
     write_text(folder / "prompts.py", Path(prompt_builder.__file__).read_text(encoding="utf-8"))
@@ -165,8 +165,7 @@ def _about(run: Run, ranker: Ranker, module: Any, items: Any) -> dict[str, Any]:
         "ratings": [float(ratings.min()), float(ratings.max())] if len(ratings) else None,
         "rating_buckets": RATING_BUCKETS,
         "scale": 1 / module.tower_config.temperature,
-        "cooccurrence_weight": run.config.evaluation.cooccurrence_weight,
-        "cooccurrence_window": WINDOW,
+        "text_weight": module.text_weight,
         "user_qformer": dataclasses.asdict(user.qformer),
         "item_qformer": {
             "fields": [[name, kind] for name, kind, _ in items.fields],
@@ -195,9 +194,9 @@ def _write_golden(
     vectors = ranker.encode(variables, history)
     items, lines = ranker.item_vectors(variables), []
     scores = vectors @ items.T
-    if run.config.evaluation.cooccurrence_weight:
-        latest = np.stack([newest(interactions.items[span], WINDOW)[::-1] for span in spans])
-        pairs = run.config.evaluation.cooccurrence_weight * run.cooccurrence(run.dataset.split.test).scores(latest)
+    if (memory := recommender.memory) is not None:
+        latest = np.stack([newest(interactions.items[span], memory.how.newest)[::-1] for span in spans])
+        pairs = recommender.score.cooccurrence * memory.scores(latest)
         scores[:, : pairs.shape[1]] += pairs.toarray()
     scores /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for user, span in zip(users, spans, strict=True):

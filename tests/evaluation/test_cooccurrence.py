@@ -1,5 +1,9 @@
 """Co-occurrence: what counts, what it adds to a ranking, and that no event outside of what is counted matters."""
 
+import contextlib
+import dataclasses
+import io
+import re
 import shutil
 from pathlib import Path
 
@@ -8,16 +12,21 @@ import polars as pl
 import pytest
 import scipy.sparse
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from nqf import export
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
-from nqf.evaluation.cooccurrence import WINDOW, add_cooccurrence, count_pairs, newest_of_cases
+from nqf.evaluation.choice import Score, Trial, ascend, choose_counting
+from nqf.evaluation.cooccurrence import Counting, add_cooccurrence, count_pairs, newest_of_cases
 from nqf.evaluation.ranking import raise_some, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.results import model_ranks
 from nqf.pipelines.histories import newest as newest_events
 from nqf.serving.recommender import Recommender
 from nqf.stages.assess import assess, trained_vectors
 from nqf.stages.run import open_run
+from nqf.stages.score import score_of
 from nqf.tools.report.users import sample_users
 
 
@@ -35,7 +44,7 @@ def interactions(*sequences: list[int]) -> Interactions:
 
 
 def test_pairs_count_by_distance_direction_and_popularity() -> None:
-    pairs = count_pairs(interactions([0, 1, 2], [3, 1]), np.ones(5, bool), 5).pairs.toarray()
+    pairs = count_pairs(interactions([0, 1, 2], [3, 1]), np.ones(5, bool), 5, Counting()).pairs.toarray()
     popularity = {0: 1, 1: 2, 2: 1, 3: 1}
 
     def damped(count: float, history: int, candidate: int) -> float:
@@ -51,22 +60,89 @@ def test_pairs_count_by_distance_direction_and_popularity() -> None:
 def test_only_counted_events_matter() -> None:
     known, other = interactions([0, 1, 2], [3, 1, 4]), interactions([0, 1, 4], [3, 1, 0])
     counted = np.array([1, 1, 0, 1, 1, 0], bool)
-    found = (count_pairs(each, counted, 5).pairs.toarray() for each in (known, other))
+    found = (count_pairs(each, counted, 5, Counting()).pairs.toarray() for each in (known, other))
     np.testing.assert_array_equal(*found)
 
 
 def test_newer_items_of_the_history_weigh_more() -> None:
     found = interactions([0, 1, 2, 3], list(range(4, 4 + 14)))
     cases = Cases(users=np.array([0, 1]), cuts=np.array([2, 4 + 13]))
-    newest = newest_of_cases(found, cases, np.arange(2))
+    newest = newest_of_cases(found, cases, np.arange(2), 10)
     np.testing.assert_array_equal(newest[0], [1, 0] + [-1] * 8)
     np.testing.assert_array_equal(newest[1], np.arange(16, 6, -1))
     histories = [found.items[:2], found.items[4:17], found.items[:0]]
-    of_histories = [newest_events(history, WINDOW)[::-1] for history in histories]
+    of_histories = [newest_events(history, 10)[::-1] for history in histories]
     np.testing.assert_array_equal(of_histories, [*newest, [-1] * 10])
-    memory = count_pairs(found, np.ones(18, bool), 18)
+    memory = count_pairs(found, np.ones(18, bool), 18, Counting())
     rows = memory.pairs.toarray()
     np.testing.assert_allclose(memory.scores(newest[:1]).toarray()[0], rows[1] + rows[0] / 2, rtol=1e-6)
+
+
+def with_times(found: Interactions, *times: int) -> Interactions:
+    return dataclasses.replace(found, times=np.array(times))
+
+
+def test_items_of_one_moment_are_a_set() -> None:
+    how = Counting(ties="set", backward=0.0, damp_history=0.0, damp_candidate=0.0)
+    one, other = interactions([0, 1, 2, 3, 4]), interactions([1, 0, 4, 2, 3])
+    counts = [
+        count_pairs(with_times(found, 5, 5, 7, 7, 7), np.ones(5, bool), 6, how).pairs.toarray()
+        for found in (one, other)
+    ]
+    np.testing.assert_array_equal(*counts)
+    expected = np.zeros((6, 6))
+    for basket in ((0, 1), (2, 3, 4)):
+        for item in basket:
+            expected[item, [each for each in basket if each != item]] = 1
+    # Nothing lies between the two baskets.
+    expected[np.ix_((0, 1), (2, 3, 4))] = 1
+    np.testing.assert_array_equal(counts[0], expected)
+
+
+@given(data=st.data())
+def test_without_ties_a_set_is_a_sequence(data: st.DataObject) -> None:
+    sequences = data.draw(st.lists(st.lists(st.integers(0, 8), max_size=12), min_size=1, max_size=5))
+    found = interactions(*sequences)
+    how = Counting(window=data.draw(st.integers(1, 12)), decay=data.draw(st.sampled_from([0.0, 0.9])))
+    counted = np.ones(len(found.items), bool)
+    pairs = [count_pairs(found, counted, 9, dataclasses.replace(how, ties=ties)).pairs for ties in ("sequence", "set")]
+    np.testing.assert_allclose(pairs[0].toarray(), pairs[1].toarray(), rtol=1e-5)
+
+
+def test_scale_enters_by_the_logarithm() -> None:
+    found, counted = interactions([0, 1, 2], [3, 1]), np.ones(5, bool)
+    plain, log = (count_pairs(found, counted, 4, Counting(scale=scale)).pairs.toarray() for scale in (0.0, 0.02))
+    np.testing.assert_allclose(log, np.log1p(plain / 0.02), rtol=1e-5)
+
+
+def test_what_fits_is_chosen() -> None:
+    """Baskets in random order, whose next item is one that shares them, against chains that run one way."""
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(60).reshape(12, 5)
+    baskets = [np.concatenate([rng.permutation(groups[g]) for g in rng.permutation(12)[:3]]) for _ in range(200)]
+    chains = [(start + np.arange(15)) % 60 for start in rng.integers(0, 60, 200)]
+    chosen, usual = {}, {}
+    for name, sequences in (("baskets", baskets), ("chains", chains)):
+        found = interactions(*(list(sequence) for sequence in sequences))
+        times = np.concatenate([np.arange(15) // 5 + 100 * user for user in range(200)])
+        found = with_times(found, *times)
+        cases = Cases(users=np.arange(200), cuts=found.offsets[1:] - 1)
+        known = np.ones(len(found.items), bool)
+        known[cases.cuts] = False
+        trial = Trial(found, known, cases, 60, repeats=True)
+        chosen[name] = choose_counting(trial, ties=True, text=False)
+        usual[name] = trial.value(Score(cooccurrence=1.0))
+    assert chosen["chains"].ndcg == usual["chains"] == 1.0 and chosen["chains"].counting.ties == "sequence"
+    assert chosen["baskets"].ndcg > usual["baskets"] + 0.05 and chosen["baskets"].counting != Counting()
+
+
+def test_ascent_finds_the_top_of_a_hill() -> None:
+    def value(score: Score) -> float:
+        return -abs(np.log2(score.cooccurrence + 1e-9) - 3) - abs(score.text) - abs(score.counting.backward - 0.5)
+
+    grid = {"backward": [{"backward": share} for share in (0.0, 0.5, 1.0)]}
+    found = ascend(value, Score(text=1.0), grid, ("cooccurrence", "text"))
+    assert (found.cooccurrence, found.text, found.counting.backward) == (8.0, 0.0, 0.5)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -88,12 +164,12 @@ def test_raised_lists_are_those_of_the_sums(seed: int) -> None:
 
 def test_a_weight_is_added_to_the_inner_products() -> None:
     found = interactions([0, 1, 2], [1, 2, 3])
-    memory = count_pairs(found, np.ones(6, bool), 4)
+    memory = count_pairs(found, np.ones(6, bool), 4, Counting())
     cases = Cases(users=np.array([0, 1]), cuts=np.array([2, 5]))
     rng = np.random.default_rng(0)
     users, items = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
     score = add_cooccurrence(users, items, 2.5, memory, found, cases)
-    pairs = memory.scores(newest_of_cases(found, cases, np.array([1]))).toarray()
+    pairs = memory.scores(newest_of_cases(found, cases, np.array([1]), 10)).toarray()
     np.testing.assert_allclose(score(np.array([1])), users[1:] @ items.T + 2.5 * pairs, rtol=1e-6)
 
 
@@ -104,6 +180,7 @@ def counting_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copytree(tiny_run, folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["evaluation"]["cooccurrence_weight"] = config["baselines"]["sasrec_cooccurrence_weight"] = 5.0
+    config["evaluation"]["text_weight"] = 2.0
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -137,9 +214,13 @@ def test_evaluation_has_both_scores_and_the_report_the_first(counting_run: Path)
     counted = np.ones(len(interactions.items), bool)
     counted[split.test.cuts] = False
     counted[split.valid.cuts[split.cold[interactions.items[split.valid.cuts]]]] = False
-    pairs = count_pairs(interactions, counted, len(split.cold))
-    newest = newest_of_cases(interactions, split.test, np.arange(len(users)))
-    scores = users @ items.T + 5 * pairs.scores(newest).toarray()
+    score = score_of(run)
+    assert score.cooccurrence == 5 and score.text == 2
+    pairs = count_pairs(interactions, counted, len(split.cold), score.counting)
+    newest = newest_of_cases(interactions, split.test, np.arange(len(users)), score.counting.newest)
+    width = run.config.candidates.width
+    text = 2 * users[:, width:] / np.linalg.norm(users[:, width:], axis=1, keepdims=True)
+    scores = users @ items.T + text @ items[:, width:].T + 5 * pairs.scores(newest).toarray()
     cuts = zip(split.test.users, split.test.cuts, strict=True)
     seen = [interactions.items[interactions.offsets[user] : cut] for user, cut in cuts]
     expected = ranks_from_scores(scores, interactions.items[split.test.cuts], seen)
@@ -151,3 +232,29 @@ def test_evaluation_has_both_scores_and_the_report_the_first(counting_run: Path)
         first = [place for place, card in enumerate(user.recommended, 1) if card.marked]
         rank = float(user.target.note.removeprefix("rank ").replace(",", ""))
         assert first == ([rank] if rank <= len(user.recommended) else [])
+
+
+def test_exported_index_has_the_whole_score(counting_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    export.main([str(counting_run), "--format", "index", "--output", str(folder)])
+    program = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert program is not None
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(program[1], read := {})
+    recommender = Recommender.load(counting_run)
+    vectors, queries = np.load(folder / "vectors.npy"), np.load(folder / "users.npy")
+    changed = 0
+    for row, user in enumerate(read["users"]):
+        alone = queries[row] @ vectors.T
+        scores = alone + (read["newest"][[row]] @ read["pairs"]).toarray()[0]
+        for found in (alone, scores):
+            found[read["seen"][[row]].indices] = -np.inf
+        expected = recommender.recommend(user=user, k=5)
+        best = np.argsort(-scores, kind="stable")[:5]
+        assert [read["items"][item] for item in best] == expected["item_id"].to_list()
+        np.testing.assert_allclose(scores[best] / np.linalg.norm(queries[row]), expected["score"], atol=1e-5)
+        changed += list(best) != list(np.argsort(-alone, kind="stable")[:5])
+    assert changed, "counts change no list, so this shows nothing"
+    first = recommender.recommend(user=read["users"][0], k=10)["item_id"].to_list()
+    assert printed.getvalue() == f"{read['users'][0]} {first}\n"

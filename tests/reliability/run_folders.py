@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("smallest.yaml")
-STAGES = ("fields", "item", "tokens", "user", "joint")
+STAGES = ("fields", "counts", "item", "tokens", "user", "joint", "score")
 WALL_TIME = {"time", "items_per_second", "seconds", "wall_seconds", "finished"}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nqf.data.splits import Cases, pasts, rankable
+from nqf.evaluation.choice import Score
 from nqf.evaluation.cooccurrence import newest_of_cases
 from nqf.evaluation.ranking import raise_some, top_k
 from nqf.evaluation.results import Results, model_ranks
@@ -15,6 +16,7 @@ from nqf.stages.artifacts import status
 from nqf.stages.graph import stage_of
 from nqf.stages.joint import load_joint
 from nqf.stages.run import Run
+from nqf.stages.score import memory_of, score_of
 from nqf.stages.user import load_users
 from nqf.tools.report.cards import item_cards
 from nqf.tools.report.page import User
@@ -36,7 +38,8 @@ def sample_users(run: Run, results: Results, count: int) -> tuple[list[User], di
         run.console.print("[yellow]warning[/yellow]  ", end="")
         run.console.print(f"no sample users: stage '{model}' has changed since: {reason}", markup=False)
         return [], {}
-    trained = load_joint(run) if model == "joint" else load_users(run)
+    score = score_of(run) if model == "joint" else Score()
+    trained = load_joint(run, text_weight=score.text) if model == "joint" else load_users(run)
     ranker, variables = trained.ranker, trained.variables
     item_vectors = ranker.item_vectors(variables)
 
@@ -49,9 +52,9 @@ def sample_users(run: Run, results: Results, count: int) -> tuple[list[User], di
     before = pasts(interactions, cases[which])
     left_out = [[]] * len(before) if results.repeats else before
     best = top_k(vectors, item_vectors, _SHOWN, left_out)
-    weight = run.config.evaluation.cooccurrence_weight
-    if model == "joint" and weight:
-        pairs = weight * run.cooccurrence(cases).scores(newest_of_cases(interactions, cases, which))
+    if score.cooccurrence:
+        memory = memory_of(run, cases, score.counting)
+        pairs = score.cooccurrence * memory.scores(newest_of_cases(interactions, cases, which, memory.how.newest))
         best = raise_some(best, vectors, item_vectors, pairs, left_out)
     users = [
         _user(run, results, model, cases, case, past, recommended)

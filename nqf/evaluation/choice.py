@@ -1,0 +1,198 @@
+"""What a score counts besides vectors, chosen on validation cases: how pairs count, and what counts and texts weigh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nqf.data.interactions import Interactions
+from nqf.data.splits import Cases, pasts, rankable
+from nqf.evaluation.cooccurrence import (
+    Cooccurrence,
+    Counting,
+    NearPairs,
+    damp,
+    near_pairs,
+    newest_of_cases,
+    recent_text,
+)
+from nqf.evaluation.metrics import ndcg
+from nqf.evaluation.ranking import ranks_from_scores
+from nqf.fields.encoder import unit_rows
+
+CASES = 4_000
+# Scores of all tried cases, at most: 2^25 take a second.
+_SCORES = 1 << 25
+_BATCH = 256
+SCALES = tuple({"scale": scale} for scale in (0.0, 0.005, 0.02))
+"""Ways that counts may enter beside other scores."""
+_LARGEST = 1_024.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """What is added to a score by vectors.
+
+    Attributes:
+      counting: How pairs of items count.
+      cooccurrence: What the counts weigh.
+      text: What the cosine of frozen texts weighs.
+      ndcg: NDCG@10 on the validation cases that this was chosen by; NaN where nothing was chosen.
+    """
+
+    counting: Counting = Counting()
+    cooccurrence: float = 0.0
+    text: float = 0.0
+    ndcg: float = float("nan")
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> Score:
+        """Of the mapping that `dataclasses.asdict` makes."""
+        return cls(**{**tree, "counting": Counting(**tree["counting"])})
+
+
+class Trial:
+    """Validation cases on which scores are compared, what they may count, and what is remembered between trials.
+
+    Args:
+      interactions: All interactions.
+      known: bool [events], what may be counted.
+      cases: Validation cases; a fixed sample of them is ranked.
+      items: I.
+      repeats: Whether the past stays in the ranking.
+      text_IxT: Frozen text vectors of all items, unit rows, zero where there is none; None leaves texts out.
+    """
+
+    def __init__(
+        self,
+        interactions: Interactions,
+        known: np.ndarray,
+        cases: Cases,
+        items: int,
+        *,
+        repeats: bool,
+        text_IxT: np.ndarray | None = None,
+    ) -> None:
+        kept = rankable(interactions, cases, repeats=repeats)
+        count = min(CASES, max(100, _SCORES // items))
+        self.which = kept[np.sort(np.random.default_rng(0).permutation(len(kept))[:count])]
+        self._interactions, self._known, self._cases, self._items = interactions, known, cases, items
+        self._seen = None if repeats else pasts(interactions, cases[self.which])
+        self._targets = interactions.items[cases.cuts[self.which]]
+        self._near: dict[tuple, NearPairs] = {}
+        self._counted: dict[Counting, Cooccurrence] = {}
+        self._text_NxI = None
+        if text_IxT is not None:
+            self._text_NxI = recent_text(interactions, cases, self.which, text_IxT) @ text_IxT.T
+
+    def counted(self, how: Counting) -> Cooccurrence:
+        """Counted pairs; the last ones are remembered."""
+        if how not in self._counted:
+            pairs = how.window, how.decay, how.ties
+            if pairs not in self._near:
+                # Two of them, so that trying another one does not cost the best one.
+                kept = list(self._near.items())[-1:]
+                self._near = dict(kept) | {pairs: near_pairs(self._interactions, self._known, self._items, how)}
+            self._counted = {how: damp(self._near[pairs], how)}
+        return self._counted[how]
+
+    def value(self, score: Score, others: Callable[[slice], np.ndarray] | None = None) -> float:
+        """NDCG@10 of a score.
+
+        Args:
+          score: What counts and texts weigh.
+          others: Scores that they are added to, of a slice of the cases, float [B, I].
+        """
+        memory = self.counted(score.counting) if score.cooccurrence else None
+        total = 0.0
+        for start in range(0, len(self.which), _BATCH):
+            span = slice(start, min(start + _BATCH, len(self.which)))
+            scores = np.zeros((span.stop - start, self._items), np.float32) if others is None else others(span)
+            if memory is not None:
+                newest = newest_of_cases(self._interactions, self._cases, self.which[span], memory.how.newest)
+                scores = scores + score.cooccurrence * memory.scores(newest).toarray()
+            if score.text and self._text_NxI is not None:
+                scores += score.text * self._text_NxI[span]
+            seen = None if self._seen is None else self._seen[span]
+            total += float(ndcg(ranks_from_scores(scores, self._targets[span], seen), 10).sum())
+        return total / max(1, len(self.which))
+
+
+def choose_counting(trial: Trial, *, ties: bool, text: bool) -> Score:
+    """The score of counts, and of texts beside them, that ranks the cases best: coordinate by coordinate.
+
+    The grid has what was best on some data; it starts at what is good on most, and at what is good for baskets.
+    """
+    grid: dict[str, Sequence[Mapping[str, Any]]] = {
+        "backward": [{"backward": share} for share in (0.0, 0.25, 0.5, 1.0)],
+        "scale": SCALES,
+        "pairs": [{"window": w, "decay": d} for w, d in ((5, 0.0), (10, 0.0), (10, 0.9), (30, 0.8), (30, 0.9))],
+        "history": [{"newest": n, "recency": r} for n, r in ((10, 0.0), (10, 0.8), (30, 0.8), (30, 0.9))],
+        "damp_history": [{"damp_history": power} for power in (0.25, 0.5, 0.75, 1.0)],
+        "damp_candidate": [{"damp_candidate": power} for power in (0.0, 0.25, 0.5)],
+    }
+    if ties:
+        grid["ties"] = [{"ties": name} for name in ("sequence", "set")]
+    basket = Counting(window=30, decay=0.9, backward=1.0, newest=30, recency=0.9, ties="set" if ties else "sequence")
+    start = max(
+        (Score(counting=how, cooccurrence=1.0, text=0.5 if text else 0.0) for how in (Counting(), basket)),
+        key=trial.value,
+    )
+    return ascend(trial.value, start, grid, ("text",) if text else ())
+
+
+def ascend(
+    value: Callable[[Score], float],
+    start: Score,
+    grid: Mapping[str, Sequence[Mapping[str, Any]]],
+    weights: Sequence[str],
+) -> Score:
+    """Coordinate ascent: each axis in turn takes its best value, until a whole round changes nothing.
+
+    Args:
+      value: What is to be large.
+      start: Where to begin.
+      grid: Alternatives of each axis, as changes of the counting.
+      weights: Attributes that are doubled and halved as long as that helps, or become zero.
+    """
+    value = functools.cache(value)
+    best = start
+
+    def climb(steps: Iterable[Score]) -> None:
+        nonlocal best
+        for step in steps:
+            if value(step) <= value(best):
+                return
+            best = step
+
+    while True:
+        before = best
+        for changes in grid.values():
+            for change in changes:
+                climb([dataclasses.replace(best, counting=dataclasses.replace(best.counting, **change))])
+        for name in weights:
+            for factor in (2.0, 0.5):
+                climb(_along(best, name, factor))
+            climb([dataclasses.replace(best, **{name: 0.0})])
+        if best == before:
+            return dataclasses.replace(best, ndcg=value(best))
+
+
+def _along(start: Score, name: str, factor: float) -> Iterator[Score]:
+    """A weight multiplied again and again."""
+    weight = (getattr(start, name) or 0.125) * factor
+    while 1 / _LARGEST <= weight <= _LARGEST:
+        yield dataclasses.replace(start, **{name: weight})
+        weight *= factor
+
+
+def text_rows(text_IxT: np.ndarray, has_text_I: np.ndarray) -> np.ndarray:
+    """Frozen text vectors without what all have in common, unit rows, zero without text: float32 [I, T]."""
+    if not has_text_I.any():
+        return np.zeros_like(text_IxT, np.float32)
+    rows = unit_rows(text_IxT)
+    return np.where(has_text_I[:, None], unit_rows(rows - rows[has_text_I].mean(axis=0)), 0).astype(np.float32)

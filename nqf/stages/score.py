@@ -1,0 +1,166 @@
+"""Stages that choose on the validation cases what a score counts besides vectors. Nothing is trained.
+
+`counts`: how pairs of items count, alone and beside texts; the baselines `cooccurrence` and `cooccurrence_text`.
+`score`: what counts and texts weigh beside the joint stage's vectors, in evaluations and recommendations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from nqf.config import load_config
+from nqf.data.interactions import MISSING_TIME
+from nqf.data.splits import Cases
+from nqf.evaluation.baselines import known_events
+from nqf.evaluation.choice import SCALES, Score, Trial, ascend, choose_counting, text_rows
+from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs
+from nqf.stages.artifacts import status
+from nqf.stages.joint import joint_vectors, load_joint
+from nqf.stages.rank import Trained
+from nqf.stages.records import read_artifact
+from nqf.stages.run import Run
+from nqf.stages.stage import Stage
+
+
+def trial_of(run: Run, *, text: bool) -> Trial:
+    """The run's validation cases, for choosing."""
+    dataset, cases = run.dataset, run.dataset.split.valid
+    return Trial(
+        dataset.interactions,
+        known_events(dataset.interactions, dataset.split, cases),
+        cases,
+        len(dataset.catalogue.item_ids),
+        repeats=run.config.evaluation.repeats,
+        text_IxT=text_rows(*run.text) if text else None,
+    )
+
+
+def make_counts(run: Run) -> dict[str, Any]:
+    """Runs the stage `counts`; its record holds both scores and their NDCG@10 on the validation cases."""
+    if not len(run.dataset.split.valid.users):
+        return {
+            "plain": dataclasses.asdict(Score(cooccurrence=1.0)),
+            "text": dataclasses.asdict(Score(cooccurrence=1.0)),
+        }
+    times = run.dataset.interactions.times
+    ties = bool(((times[1:] == times[:-1]) & (times[1:] != MISSING_TIME)).any())
+    chosen = {}
+    for name, text in (("plain", False), ("text", True)):
+        chosen[name] = choose_counting(trial_of(run, text=text), ties=ties, text=text)
+        _say(run, "counts", chosen[name])
+    return {name: dataclasses.asdict(score) for name, score in chosen.items()}
+
+
+COUNTS = Stage(name="counts", after=("fields",), reads=("evaluation.repeats",), writes=(), checked=(), make=make_counts)
+
+
+def counts_of(run: Run) -> dict[str, Score]:
+    """The training-free scores by name, `plain` and `text`, as chosen; without the stage, `plain` with the constants
+    of versions before 0.2 alone."""
+    if status(run.config, COUNTS, run.folder):
+        return {"plain": Score(cooccurrence=1.0)}
+    return {name: Score.of(_record(run, COUNTS)[name]) for name in ("plain", "text")}
+
+
+def make_score(run: Run) -> dict[str, Any]:
+    """Runs the stage `score`; its record is the score, and NDCG@10 of it and of the vectors alone."""
+    evaluation, counting = run.config.evaluation, counts_of(run)["text"].counting
+    given = {"cooccurrence": evaluation.cooccurrence_weight, "text": evaluation.text_weight}
+    start = Score(counting=counting, **{name: weight or 0.0 for name, weight in given.items()})
+    free = [name for name, weight in given.items() if weight is None]
+    if run.config.data.refit or not len(run.dataset.split.valid.users):
+        if free:
+            keys = " and ".join(f"evaluation.{name}_weight" for name in free)
+            run.console.print(
+                f"[yellow]warning[/yellow]  there are no validation cases to choose {keys} on, so they are 0; give "
+                "what a run without data.refit chose",
+                highlight=False,
+            )
+        return dataclasses.asdict(start)
+    trial = trial_of(run, text=False)
+    cases = run.dataset.split.valid[trial.which]
+    users, items = joint_vectors(run, cases)
+    learned = run.config.candidates.width
+
+    def value(score: Score) -> float:
+        scored = with_text(users, learned, score.text)
+        return trial.value(score, lambda span: scored[span] @ items.T)
+
+    alone = value(Score())
+    grid = {"scale": SCALES} if "cooccurrence" in free else {}
+    chosen = ascend(value, start, grid, free)
+    _say(run, "score", chosen)
+    return {**dataclasses.asdict(chosen), "alone": alone}
+
+
+SCORE = Stage(
+    name="score",
+    after=("joint", "counts"),
+    reads=("evaluation.cooccurrence_weight", "evaluation.text_weight", "evaluation.new_item_weight"),
+    writes=(),
+    checked=(),
+    make=make_score,
+)
+
+
+def score_of(run: Run) -> Score:
+    """What the run's score adds to the joint stage's vectors.
+
+    Where the stage has not been run, as in a run of a version before 0.2, weights that the configuration gives count.
+    """
+    evaluation = run.config.evaluation
+    given = {"cooccurrence": evaluation.cooccurrence_weight, "text": evaluation.text_weight}
+    given = {name: weight for name, weight in given.items() if weight is not None}
+    # By the saved configuration: weights that are tried in place of it are given.
+    if not status(load_config(run.folder / "config.yaml"), SCORE, run.folder):
+        record = {name: value for name, value in _record(run, SCORE).items() if name in Score.__dataclass_fields__}
+        return dataclasses.replace(Score.of(record), **given)
+    counts = counts_of(run)
+    return Score(counting=counts.get("text", counts["plain"]).counting, **given)
+
+
+def load_scored(run: Run) -> tuple[Trained, Score, Cooccurrence | None]:
+    """The joint model with what its texts weigh, its score, and the pairs that the score counts, None for none.
+
+    Test targets are not counted, so that trying a recommender on test users tells the truth.
+    """
+    score = score_of(run)
+    memory = memory_of(run, run.dataset.split.test, score.counting) if score.cooccurrence else None
+    return load_joint(run, text_weight=score.text), score, memory
+
+
+def memory_of(run: Run, cases: Cases, how: Counting) -> Cooccurrence:
+    """Pairs of items in the events that are known before some cases."""
+    interactions, split = run.dataset.interactions, run.dataset.split
+    return count_pairs(interactions, known_events(interactions, split, cases), len(split.cold), how)
+
+
+def with_text(users_NxD: np.ndarray, learned: int, weight: float) -> np.ndarray:
+    """User vectors whose frozen similarity counts `weight` more, as `RankModel.text_weight` has it.
+
+    Args:
+      users_NxD: User vectors without it, float32.
+      learned: Width of their learned part; the rest is the direction of the texts times what it weighs.
+      weight: How much.
+    """
+    text = users_NxD[:, learned:]
+    length = np.linalg.norm(text, axis=1, keepdims=True)
+    return np.concatenate([users_NxD[:, :learned], text * (1 + weight / np.maximum(length, 1e-6))], axis=1)
+
+
+def _record(run: Run, stage: Stage) -> dict[str, Any]:
+    artifact = read_artifact(run.folder, stage.name)
+    assert artifact is not None, "its status was asked for"
+    return artifact.result
+
+
+def _say(run: Run, stage: str, score: Score) -> None:
+    settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(score.counting).items())
+    run.console.print(
+        f"[bold]{stage}[/bold]  ndcg@10 {score.ndcg:.4f}: co-occurrence {score.cooccurrence:g}, text {score.text:g}; "
+        f"{settings}",
+        highlight=False,
+    )
