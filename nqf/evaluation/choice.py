@@ -28,6 +28,7 @@ CASES = 4_000
 # Scores of all tried cases, at most: 2^25 take a second.
 _SCORES = 1 << 25
 _BATCH = 256
+USUAL = Counting()
 SCALES = tuple({"scale": scale} for scale in (0.0, 0.005, 0.02))
 """Ways that counts may enter beside other scores."""
 _LARGEST = 1_024.0
@@ -44,7 +45,7 @@ class Score:
       ndcg: NDCG@10 on the validation cases that this was chosen by; NaN where nothing was chosen.
     """
 
-    counting: Counting = Counting()
+    counting: Counting = USUAL
     cooccurrence: float = 0.0
     text: float = 0.0
     ndcg: float = float("nan")
@@ -139,7 +140,7 @@ def choose_counting(trial: Trial, *, ties: bool, text: bool) -> Score:
         grid["ties"] = [{"ties": name} for name in ("sequence", "set")]
     basket = Counting(window=30, decay=0.9, backward=1.0, newest=30, recency=0.9, ties="set" if ties else "sequence")
     start = max(
-        (Score(counting=how, cooccurrence=1.0, text=0.5 if text else 0.0) for how in (Counting(), basket)),
+        (Score(counting=how, cooccurrence=1.0, text=0.5 if text else 0.0) for how in (USUAL, basket)),
         key=trial.value,
     )
     return ascend(trial.value, start, grid, ("text",) if text else ())

@@ -73,14 +73,14 @@ class Recommender:
     """
 
     def __init__(
-        self, run: Run, trained: Trained, stage: str, score: Score = Score(), memory: Cooccurrence | None = None
+        self, run: Run, trained: Trained, stage: str, score: Score | None = None, memory: Cooccurrence | None = None
     ) -> None:
         self._run, self._ranker, self._variables, self._stage = run, trained.ranker, trained.variables, stage
         self._trained, self._tokenizer = trained, trained.parts.tokenizer
         self._items = trained.load_item_qformer()
         module = self._items[0]
         self._read_items = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
-        self.score, self.memory = score, memory
+        self.score, self.memory = score or Score(), memory
         self._known = known_of(run)
         self._short = open_short_users(run.folder / "data")
         self._filters = Filters(run.dataset.catalogue)

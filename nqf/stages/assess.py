@@ -53,7 +53,7 @@ def assess(
     if split == "valid" and config.data.refit:
         raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
     cases = dataset.split.test if split == "test" else dataset.split.valid
-    evaluation, interactions = config.evaluation, dataset.interactions
+    evaluation = config.evaluation
     trained = trained_vectors(run, cases)
     models: dict[str, Scorer] = dict(trained)
     score = score_of(run)

@@ -57,6 +57,12 @@ def make_counts(run: Run) -> dict[str, Any]:
 COUNTS = Stage(name="counts", after=("fields",), reads=("evaluation.repeats",), writes=(), checked=(), make=make_counts)
 
 
+def _counting(run: Run) -> Counting:
+    """How pairs count beside others, as chosen."""
+    counts = counts_of(run)
+    return counts.get("text", counts["plain"]).counting
+
+
 def counts_of(run: Run) -> dict[str, Score]:
     """The training-free scores by name, `plain` and `text`, as chosen; without the stage, `plain` with the constants
     of versions before 0.2 alone."""
@@ -67,9 +73,9 @@ def counts_of(run: Run) -> dict[str, Score]:
 
 def make_score(run: Run) -> dict[str, Any]:
     """Runs the stage `score`; its record is the score, and NDCG@10 of it and of the vectors alone."""
-    evaluation, counting = run.config.evaluation, counts_of(run)["text"].counting
+    evaluation = run.config.evaluation
     given = {"cooccurrence": evaluation.cooccurrence_weight, "text": evaluation.text_weight}
-    start = Score(counting=counting, **{name: weight or 0.0 for name, weight in given.items()})
+    start = Score(counting=_counting(run), **{name: weight or 0.0 for name, weight in given.items()})
     free = [name for name, weight in given.items() if weight is None]
     if run.config.data.refit or not len(run.dataset.split.valid.users):
         if free:
@@ -118,8 +124,7 @@ def score_of(run: Run) -> Score:
     if not status(load_config(run.folder / "config.yaml"), SCORE, run.folder):
         record = {name: value for name, value in _record(run, SCORE).items() if name in Score.__dataclass_fields__}
         return dataclasses.replace(Score.of(record), **given)
-    counts = counts_of(run)
-    return Score(counting=counts.get("text", counts["plain"]).counting, **given)
+    return Score(counting=_counting(run), **given)
 
 
 def load_scored(run: Run) -> tuple[Trained, Score, Cooccurrence | None]:

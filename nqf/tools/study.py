@@ -12,7 +12,15 @@ from nqf.evaluation.results import format_interval
 from nqf.files import write_text
 from nqf.tools.templates import code_span, text_span
 
-_BASELINES = ("popular", "recent_popular", "last_item_cosine", "cooccurrence", "sasrec", "sasrec_cooccurrence")
+_BASELINES = (
+    "popular",
+    "recent_popular",
+    "last_item_cosine",
+    "cooccurrence",
+    "cooccurrence_text",
+    "sasrec",
+    "sasrec_cooccurrence",
+)
 
 
 def write_studies(folder: Path, page: Path) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from nqf.compare import CompareArguments, compare
 from nqf.config import EvaluationConfig
 from nqf.evaluation.baselines import cooccurrence, popular
+from nqf.evaluation.cooccurrence import Counting
 from nqf.evaluation.legacy import NEGATIVES, draw_candidates
 from nqf.evaluation.ranking import ranks_from_scores
 from nqf.evaluation.results import (
@@ -31,7 +32,7 @@ CONFIG = EvaluationConfig(ks=(5, 10), bootstrap=50, batch_size=16)
 def run(protocol: str = "full", seed: int = 0, **changes: object) -> Results:
     interactions, split = random_interactions(1)
     models = {
-        "cooccurrence": cooccurrence(interactions, split, split.test),
+        "cooccurrence": cooccurrence(interactions, split, split.test, Counting()),
         "popular": popular(interactions, split, split.test),
     }
     return evaluate(

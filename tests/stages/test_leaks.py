@@ -17,6 +17,7 @@ from nqf.stages.artifacts import restore_best
 from nqf.stages.assess import baseline_scorers
 from nqf.stages.graph import STAGES
 from nqf.stages.run import Run, open_run
+from nqf.stages.score import make_counts, make_score
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = {"test": 1, "valid": 2}
@@ -132,3 +133,11 @@ def test_the_planting_would_be_seen(worlds: dict[str, Run]) -> None:
     everything = [np.bincount(world.dataset.interactions.items, minlength=240) for world in (run, other)]
     assert (everything[0] != everything[1]).any()
     assert baselines.popular(run.dataset.interactions, run.dataset.split, cases) is not None
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_what_is_chosen_does_not_see_the_test_split(worlds: dict[str, Run]) -> None:
+    for make in (make_counts, make_score):
+        one, other = (make(worlds[name]) for name in ("as it is", "test"))
+        assert one == other

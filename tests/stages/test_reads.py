@@ -88,7 +88,7 @@ def test_nothing_is_read_that_no_fingerprint_holds(tiny_run: Path, tmp_path: Pat
     with watched(run.config) as read:
         exercise(run, name)
     known = [key for stage in up_to(name) for key in stage.reads]
-    assert len(read) > 3
+    assert read
     forgotten = {
         key for key in read if not any(key == part or key.startswith(f"{part}.") for part in (*known, *HOW, *SELECTS))
     }

@@ -17,6 +17,7 @@ from hand_made import random_interactions
 
 from nqf.config import EvaluationConfig
 from nqf.evaluation.baselines import cooccurrence, popular
+from nqf.evaluation.cooccurrence import Counting
 from nqf.evaluation.results import evaluate
 from nqf.tools.report import page as page_module
 from nqf.tools.report.cards import Card
@@ -34,7 +35,7 @@ def make_report(**changes: object) -> Report:
     models = {
         "joint": (rng.normal(size=(60, 4)).astype(np.float32), rng.normal(size=(130, 4)).astype(np.float32)),
         "popular": popular(interactions, split, split.test),
-        "cooccurrence": cooccurrence(interactions, split, split.test),
+        "cooccurrence": cooccurrence(interactions, split, split.test, Counting()),
     }
     results = evaluate(
         models,
