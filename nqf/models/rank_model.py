@@ -20,7 +20,7 @@ from flax import struct
 
 from nqf.config import CandidatesConfig, PromptConfig, UserConfig
 from nqf.models.qwen3 import Qwen3, Qwen3Config
-from nqf.models.user_qformer import UserQFormer
+from nqf.models.user_qformer import Interactions, UserQFormer
 from nqf.ops.losses import unit
 from nqf.pipelines.batches import Array, History, ItemTables
 
@@ -116,13 +116,7 @@ class ScoreHead(nn.Module):
             # Which item follows which, as in a factorized Markov chain (FPMC, Rendle et al. 2010). Elements are of
             # about one, as those of the pooled state.
             user += nn.Dense(width, use_bias=False, name="transition")(last * width**0.5)
-        user = unit(user)
-        if self.config.learn_temperature:
-            log_scale = self.param("log_scale", nn.initializers.constant(-math.log(self.config.temperature)), ())
-            # CLIP's cap on the scale (arXiv 2103.00020, section 2.5): larger ones make training unstable.
-            user = user * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
-        else:
-            user = user / self.config.temperature
+        user = scaled(self, self.config, unit(user))
         if not self.config.frozen_similarity:
             return user
         # softplus(4) is about 4: the frozen cosine starts as a hint beside the learned one's 1 / 0.07.
@@ -132,6 +126,40 @@ class ScoreHead(nn.Module):
             )
         )
         return jnp.concatenate([user, gate_BxPx1 * recent("decay", text_BxNxT, has_text_BxN)], axis=-1)
+
+
+class FrozenHead(nn.Module):
+    """User vectors that are the pooled state itself, on the side of frozen text embeddings.
+
+    Attributes:
+      config: Temperature.
+    """
+
+    config: CandidatesConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        pooled_BxPxD: jax.Array,
+        learned_BxNx0: jax.Array,
+        valid_BxN: jax.Array,
+        text_BxNxT: jax.Array,
+        has_text_BxN: jax.Array,
+    ) -> jax.Array:
+        """Returns float32 [B, P, T]; the arguments are those of `ScoreHead`."""
+        user, width = pooled_BxPxD.astype(jnp.float32), text_BxNxT.shape[-1]
+        if user.shape[-1] != width:
+            user = nn.Dense(width, use_bias=False, name="project")(user)
+        return scaled(self, self.config, unit(user))
+
+
+def scaled(module: nn.Module, config: CandidatesConfig, user: jax.Array) -> jax.Array:
+    """User vectors over the temperature, which is a parameter of the module where it is learned."""
+    if not config.learn_temperature:
+        return user / config.temperature
+    log_scale = module.param("log_scale", nn.initializers.constant(-math.log(config.temperature)), ())
+    # CLIP's cap on the scale (arXiv 2103.00020, section 2.5): larger ones make training unstable.
+    return user * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
 
 
 def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: Array) -> jax.Array:
@@ -216,11 +244,13 @@ class RankModel(nn.Module):
 
     def setup(self) -> None:
         user, reader = self.user, self.reader
-        self.tower = CandidateTower(config=self.tower_config, items=self.items, dtype=self.dtype)
+        frozen = self.tower_config.frozen
+        if not frozen:
+            self.tower = CandidateTower(config=self.tower_config, items=self.items, dtype=self.dtype)
         self.user_qformer = UserQFormer(
             config=user.qformer, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
         )
-        self.head = ScoreHead(config=self.tower_config)
+        self.head = (FrozenHead if frozen else ScoreHead)(config=self.tower_config)
         if reader is None:
             self.regression = nn.Dense(math.prod(self.item_tokens), dtype=self.dtype)
             return
@@ -236,6 +266,10 @@ class RankModel(nn.Module):
         self.dropout = nn.Dropout(reader.dropout)
         if reader.reads_items:
             self.candidate = nn.Dense(self.tower_config.width)
+        if reader.prompt.interactions:
+            self.interactions = Interactions(
+                width=width, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
+            )
 
     def item_vectors(self, tables: ItemTables, rows: Array, prompt: PromptIds | None) -> jax.Array:
         """Item side of the score, float32 [R, V (+ T)]."""
@@ -273,13 +307,17 @@ class RankModel(nn.Module):
         return users, self.candidates(tables, learned, prompt, deterministic=deterministic), predicted
 
     def learned(self, tables: ItemTables, rows: Array, *, deterministic: bool = True) -> jax.Array:
-        """The candidate tower's vectors, float [R, V], which also stand beside the items' tokens."""
+        """The candidate tower's vectors, float [R, V], which also stand beside the items' tokens; V is 0 without one."""
+        if self.tower_config.frozen:
+            return jnp.zeros((len(rows), 0), self.dtype)
         return self.tower(tables, rows, deterministic=deterministic)
 
     def candidates(
         self, tables: ItemTables, learned_RxV: jax.Array, prompt: PromptIds | None, *, deterministic: bool = True
     ) -> jax.Array:
         """Item vectors, float32 [R, V (+ T)]: of the tower, or of what the Qwen3 makes of `title, item tokens, end`."""
+        if self.tower_config.frozen:
+            return unit(tables.text)
         if prompt is not None and self.reader is not None and self.reader.reads_items:
             inputs = _item_inputs(tables, learned_RxV, jnp.arange(len(learned_RxV))[:, None])
             tokens = self.item_norm(self.item_projection(inputs))
@@ -321,14 +359,18 @@ class RankModel(nn.Module):
         reader = self.reader
         if reader is None or prompt is None:
             tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
-            return tokens.reshape(*tokens.shape[:2], -1)
+            # Of the width of frozen embeddings, as the reference's mean is.
+            return tokens.mean(axis=2) if self.tower_config.frozen else tokens.reshape(*tokens.shape[:2], -1)
         slots = min(reader.prompt.history_items, history.items.shape[1])
         positions = min(positions, slots)
         user_tokens = None
         if reader.prompt.user_tokens:
             tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
             user_tokens = self.user_norm(self.user_projection(tokens))
-        item_tokens = self.item_norm(self.item_projection(inputs[:, -slots:]))
+        item_tokens = self.item_projection(inputs[:, -slots:])
+        if reader.prompt.interactions:
+            item_tokens = item_tokens + self.interactions(history)[:, -slots:, None]
+        item_tokens = self.item_norm(item_tokens)
         items_BxS = history.items[:, -slots:]
         titles = jnp.where((items_BxS >= 0)[..., None], tables.titles[jnp.maximum(items_BxS, 0)], -1)
         return self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
