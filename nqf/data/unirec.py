@@ -110,19 +110,35 @@ def read_interactions(
     dictionary = read_json(reviews, dict) if reviews is not None else {}
     rows, unknown = [], Counter()
     for user_id, sequence in sequences.items():
-        for item_id, (time, rating) in zip(sequence, _aligned(sequence, told.get(user_id, [])), strict=True):
-            review = dictionary.get(f"{user_id}|{item_id}", {})
+        events, newest = _aligned(sequence, told.get(user_id, [])), {item: at for at, item in enumerate(sequence)}
+        of_user: list[list[Any]] = []
+        for at, (item_id, (time, rating)) in enumerate(zip(sequence, events, strict=True)):
+            review = dictionary.get(key := f"{user_id}|{item_id}", {})
             if not isinstance(review, dict):
-                raise DataError(f"{reviews}: '{user_id}|{item_id}': expected an object, found {type(review).__name__}")
+                raise DataError(f"{reviews}: '{key}': expected an object, found {type(review).__name__}")
             unknown["inter"] += inter is not None and time is None
             unknown["reviews"] += reviews is not None and not review
+            # The dictionary holds the last review of an item alone.
+            review = review if newest[item_id] == at else {}
             time = review.get("timestamp") if time is None else time
             rating = review.get("rating") if rating is None else rating
-            rows.append((user_id, item_id, time, rating, review_text(review)))
+            of_user.append([user_id, item_id, time, rating, review_text(review)])
+        _drop_later(of_user)
+        rows += of_user
     for key, count in unknown.items():
         if count and notes is not None:
             notes.append(f"{path}: {count} of {len(rows)} interactions of the samples are not in data.{key}")
     return spool(rows, columns, scratch, ("user_id", "item_id", "timestamp", "rating", "review"))
+
+
+def _drop_later(events: list[list[Any]]) -> None:
+    """Makes times unknown that are after the time of a later event: the review was of another purchase."""
+    upper = float("inf")
+    for event in reversed(events):
+        time = pl.Series([event[2]], dtype=pl.String, strict=False).cast(pl.Float64, strict=False)[0]
+        if time is not None and time > upper:
+            event[2] = None
+        upper = upper if time is None else min(upper, time)
 
 
 def _told(inter: pl.LazyFrame, users: Mapping[str, Any]) -> dict[str, list[tuple[str, Any, Any]]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import polars as pl
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -54,52 +53,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
 
 def samples_of(data: Path, part: str) -> list[dict[str, Any]]:
     return json.loads((data / "data" / f"Amazon_All_Beauty_20_{part}.json").read_text())
-
-
-def test_the_files_are_the_data_and_the_split(made: tuple[Run, Path]) -> None:
-    run, data = made
-    interactions, split, ids = run.dataset.interactions, run.dataset.split, run.dataset.catalogue.item_ids
-    inter = pl.read_csv(data / "Amazon_All_Beauty.inter", separator="\t")
-    reviews = json.loads((data / "dict" / "All_Beauty_review_dict.json").read_text())
-    for row, user_id in enumerate(interactions.user_ids):
-        events = slice(interactions.offsets[row], interactions.offsets[row + 1])
-        known = inter.filter(pl.col("user_id:token") == user_id).sort("timestamp:float")[-len(interactions.items[events]) :]
-        assert [ids[item] for item in interactions.items[events]] == known["item_id:token"].to_list()
-        np.testing.assert_array_equal(interactions.ratings[events], known["rating:float"])
-        np.testing.assert_array_equal(interactions.times[events], known["timestamp:float"].cast(pl.Int64) // 1_000)
-        assert interactions.reviews is not None
-        for item_id, text in zip(known["item_id:token"], interactions.reviews[events], strict=True):
-            review = reviews[f"{user_id}|{item_id}"]
-            assert text == f"{review['title']}\n{review['text']}"
-    test = {sample["user_id"]: sample for sample in samples_of(data, "test")}
-    assert len(split.test.users) == len(test)
-    for row, cut in zip(split.test.users, split.test.cuts, strict=True):
-        sample = test[interactions.user_ids[row]]
-        past = [ids[item] for item in interactions.items[interactions.offsets[row] : cut]]
-        assert ids[interactions.items[cut]] == sample["ground_truth"] and past[-20:] == sample["history"]
-        given = [ids[item] for item in split.candidates(np.array([cut]))[0]]
-        assert given == [item for item in sample["candidate"] if item != sample["ground_truth"]]
-    train = samples_of(data, "train")
-    assert len(split.valid.users) == round(0.1 * len(train))
-    assert not split.train[split.valid.cuts].any() and not split.train[split.test.cuts].any()
-    assert split.train.sum() == sum(len(sample["history"]) + 1 for sample in train) - len(split.valid.users)
-
-
-def test_users_of_the_test_file_may_be_others(tmp_path: Path) -> None:
-    from nqf.config import load_config
-    from nqf.data.load import prepare
-
-    data = unirec_files.write(tmp_path, samples=unirec_files.new_users)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        config = load_config(Path(__file__).parents[2] / "configs" / "unirec.yaml").data
-    assert config.items == str(data / "dict" / "All_Beauty_item_triplet_dict.json")
-    dataset = prepare(config, tmp_path / "data")
-    tested = {dataset.interactions.user_ids[row] for row in dataset.split.test.users}
-    assert tested == {sample["user_id"] for sample in samples_of(data, "test")}
-    users = np.array(dataset.interactions.user_ids)[dataset.interactions.users[dataset.split.train]]
-    assert not tested & set(users)
-    assert np.isfinite(dataset.interactions.ratings).all()
 
 
 def test_item_loss_is_the_reference_s(made: tuple[Run, Path]) -> None:
