@@ -272,8 +272,8 @@ class DataConfig:
       interactions: Path of the interaction table.
       schema: Path of the schema YAML.
       inter: Path of an .inter file with the ratings and times of the samples' interactions (`unirec`).
-      reviews: Path of a review dictionary with the samples' reviews (`unirec`); ratings and times that `inter` lacks are
-        read from it too.
+      reviews: Path of a review dictionary with the samples' reviews (`unirec`); ratings and times that `inter` lacks
+        are read from it too.
       candidates: Path of a JSON file of candidate embeddings, `{item id: [floats]}`, which then stand in place of those
         that `fields.text_encoder` makes of one document per item.
       columns: Names of the columns of users, items, times, ratings and reviews (`table` and `recbole`).
@@ -443,11 +443,11 @@ class ItemConfig:
       qformer: Size of the Item Q-Former.
       fusion: How value, field name and modality meet: `add` (the paper), `concat` (then projected) or `none`.
       field_dropout: Probability that a present field is hidden from the encoder in training.
-      reconstruction: `scaled` (each field's mean squared error over that of its mean vector, of all items of a batch) or
-        `squared` (the reference's: squared error summed over a field's width, averaged over the anchors' fields).
+      reconstruction: `scaled` (each field's mean squared error over that of its mean vector, of all items of a batch)
+        or `squared` (the reference's: squared error summed over a field's width, averaged over the anchors' fields).
       reconstruction_weight: Weight of the masked field reconstruction.
-      contrastive: `infonce` (in-batch), `triplet` (the reference's margin loss, whose gradient is the anchors' alone) or
-        `none`.
+      contrastive: `infonce` (in-batch), `triplet` (the reference's margin loss, with a gradient of the anchors alone)
+        or `none`.
       contrastive_weight: Weight of the contrastive loss.
       margin: Margin of the triplet loss, in units of Euclidean distance.
       temperature: Temperature of InfoNCE over cosines.
@@ -543,8 +543,8 @@ class LossConfig:
     """Ranking loss of the user and joint stages.
 
     Attributes:
-      negatives: `full` (the whole catalogue), `sampled`, `in-batch`, or `given` (the candidates of UniRec's samples; each
-        sample's target is then one example, and nothing else is).
+      negatives: `full` (the whole catalogue), `sampled`, `in-batch`, or `given` (the candidates of UniRec's samples, and
+        the samples' targets are then the only examples).
       samples: Negatives per step of `sampled`; of each target of `given`, the first ones of its sample.
       log_q: Correct in-batch and sampled scores by the log of the sampling probability.
       duplicate_cosine: Items whose frozen text embeddings have a larger cosine than this are no negatives for each

@@ -1,5 +1,6 @@
 """Small random models in folders like those of the hub: a Qwen3 of two layers with a tokenizer, and a CLIP."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -46,6 +47,21 @@ def qwen3_folder(folder: Path, genuine: bool = False, **sizes: Any) -> Path:
             spread = 0.03 if parameter.shape[0] == config.vocab_size else 0.2
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, spread)
     model.to(torch.bfloat16).save_pretrained(folder)
+    # As the published embedding models have them: the last token's vector, of unit norm.
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_lasttoken": True, "include_prompt": True}
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    modules = [
+        {
+            "idx": at,
+            "name": str(at),
+            "path": f"{at}_{kind}" if at else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for at, kind in enumerate(kinds)
+    ]
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "modules.json").write_text(json.dumps(modules))
     return folder
 
 
@@ -57,5 +73,7 @@ def clip_folder(folder: Path) -> Path:
         projection_dim=12,
     )  # fmt: skip
     transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(
+        folder
+    )
     return folder

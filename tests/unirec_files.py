@@ -63,7 +63,9 @@ def raw_tables(folder: Path, items: int, users: int, rng: random.Random) -> tupl
 def triplet(row: dict[str, Any]) -> dict[str, Any]:
     """One entry of the dictionary of fourteen fields."""
     main = next((image["large"] for image in row["images"] if image["variant"] == "MAIN"), None)
-    plain = {name: row[name] for name in ("title", "main_category", "store", "price", "average_rating", "rating_number")}
+    plain = {
+        name: row[name] for name in ("title", "main_category", "store", "price", "average_rating", "rating_number")
+    }
     listed = {name: " ".join(row[name]) for name in ("description", "features")}
     details = {key.lower(): value for key, value in row["details"].items()}
     return plain | listed | details | ({"main_image": main} if main else {})
@@ -82,7 +84,9 @@ def old_users(sequences: dict[str, list[str]], count: int, rng: random.Random) -
 def new_users(sequences: dict[str, list[str]], count: int, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
     """A sample of each user's first eleven items; a fifth of the users are the test file's."""
     made = [
-        sample(user, items[:10], items[10], sequences, count, rng) for user, items in sequences.items() if len(items) > 10
+        sample(user, items[:10], items[10], sequences, count, rng)
+        for user, items in sequences.items()
+        if len(items) > 10
     ]
     rng.shuffle(made)
     return {"train": made[len(made) // 5 :], "test": made[: len(made) // 5]}
@@ -99,7 +103,13 @@ def sample(
 
 
 def write(
-    folder: Path, *, items: int = 150, users: int = 40, candidates: int = 100, seed: int = 0, samples: Callable = old_users
+    folder: Path,
+    *,
+    items: int = 150,
+    users: int = 40,
+    candidates: int = 100,
+    seed: int = 0,
+    samples: Callable = old_users,
 ) -> Path:
     """Writes everything but the embeddings, which no script of the reference writes; returns `data_rec`."""
     rng, data = random.Random(seed), folder / "data_rec"
@@ -109,7 +119,9 @@ def write(
     for name, rows in (("meta_All_Beauty", metadata), ("All_Beauty", reviews)):
         (data / "temp" / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     dictionaries = {
-        "item": {row["parent_asin"]: {key: value for key, value in row.items() if key != "parent_asin"} for row in metadata},
+        "item": {
+            row["parent_asin"]: {key: value for key, value in row.items() if key != "parent_asin"} for row in metadata
+        },
         "item_triplet": {row["parent_asin"]: triplet(row) for row in metadata},
         "review": {
             f"{row['user_id']}|{row['parent_asin']}": {

@@ -221,8 +221,8 @@ def _sample_split(
     for path, samples in zip((train, test), found, strict=True):
         if samples.missing:
             tables.notes.append(
-                f"{path}: {samples.missing} samples are left out: their target or user is unknown, or the times of their "
-                "interactions contradict their order"
+                f"{path}: {samples.missing} samples are left out: their target or user is unknown, or the times of "
+                "their interactions contradict their order"
             )
     return splits.of_samples(interactions, *found, valid_share=config.valid_share, **options)
 

@@ -271,7 +271,8 @@ def of_samples(
     )
     most = max(trained.given.shape[1], tested.given.shape[1])
     padded = [
-        np.pad(found.given, ((0, 0), (0, most - found.given.shape[1])), constant_values=-1) for found in (trained, tested)
+        np.pad(found.given, ((0, 0), (0, most - found.given.shape[1])), constant_values=-1)
+        for found in (trained, tested)
     ]
     events, first = np.unique(np.concatenate([trained.targets, tested.targets]), return_index=True)
     return dataclasses.replace(split, given_events=events, given=np.concatenate(padded)[first])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,8 @@ def read_interactions(
       path: A sample file. If `_train` is in its name and there is a file with `_test` instead, both are read.
       scratch: As in `read_items`.
       columns: user_id, item_id, timestamp, rating and review.
-      inter: The same columns of every interaction, of which ratings and times are taken. The samples' sequence of a user
-        is a part of the user's interactions in the order of time: the part that has most of its items.
+      inter: The same columns of every interaction, of which ratings and times are taken. The samples' sequence of a
+        user is a part of the user's interactions in the order of time: the part that has most of its items.
       reviews: A review dictionary, `{"user|item": review}`; it also gives the ratings and times that `inter` lacks.
       notes: What was not found is told here.
 
@@ -205,7 +205,9 @@ def find_samples(path: Path, interactions: Interactions, rows: Mapping[str, int]
         first, last = interactions.offsets[user], interactions.offsets[user + 1]
         events = interactions.items[first:last].tolist()
         # The newest place, should the same items stand there twice.
-        at = next((at for at in range(len(events) - len(wanted), -1, -1) if events[at : at + len(wanted)] == wanted), None)
+        at = next(
+            (at for at in range(len(events) - len(wanted), -1, -1) if events[at : at + len(wanted)] == wanted), None
+        )
         if at is not None:
             spans.append((first + at, first + at + len(wanted) - 1))
             given.append([rows[item] for item in sample.candidates if item in rows and rows[item] != target])

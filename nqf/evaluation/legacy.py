@@ -1,4 +1,4 @@
-"""The reference's protocol: the target against 99 random items or those of its sample. Kept to compare with its published figures only."""
+"""The reference's protocol: the target against 99 random items or those of its sample, to compare with it alone."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def legacy_ranks(
 ) -> np.ndarray:
     """Ranks of the targets among themselves and 99 uniform negatives, or the candidates of their samples.
 
-    The drawn negatives of a user are the same for every model. They are distinct and leave out the target and the user's
-    whole past; the reference left out only the window of the past that it showed its model.
+    The drawn negatives of a user are the same for every model. They are distinct and leave out the target and the
+    user's whole past; the reference left out only the window of the past that it showed its model.
 
     Args:
       scorer: The model.

@@ -341,8 +341,8 @@ def _warn(record: dict[str, Any]) -> Iterator[str]:
     links = record.get("links", 0)
     if links:
         yield (
-            f"field '{name}': {links} of {record['count'] - record['missing']} pictures are links, which only a CLIP model "
-            "reads, and count as missing; set fields.image_encoder to one (its folder or hub name, such as "
+            f"field '{name}': {links} of {record['count'] - record['missing']} pictures are links, which only a CLIP "
+            "model reads, and count as missing; set fields.image_encoder to one (its folder or hub name, such as "
             f"openai/clip-vit-base-patch32), or leave the field out by data.without: [{name}]"
         )
     if record["unreadable"] > links:

@@ -307,7 +307,7 @@ class RankModel(nn.Module):
         return users, self.candidates(tables, learned, prompt, deterministic=deterministic), predicted
 
     def learned(self, tables: ItemTables, rows: Array, *, deterministic: bool = True) -> jax.Array:
-        """The candidate tower's vectors, float [R, V], which also stand beside the items' tokens; V is 0 without one."""
+        """The candidate tower's vectors, float [R, V], which also stand beside the items' tokens; else V is 0."""
         if self.tower_config.frozen:
             return jnp.zeros((len(rows), 0), self.dtype)
         return self.tower(tables, rows, deterministic=deterministic)

@@ -131,7 +131,9 @@ class Recommender:
         """What the language model reads: input embeddings, float32 [T, D], all of them valid."""
         config, tables, rows = self.config, self._tables, history.items[-self.config["history_items"] :]
         inputs_NxQxE = self._inputs(history)
-        features_NxD = self._features(_under(self._weights, "interactions"), history) if config["interactions"] else None
+        features_NxD = (
+            self._features(_under(self._weights, "interactions"), history) if config["interactions"] else None
+        )
         told = 0.0 if features_NxD is None else features_NxD[-len(rows) :, None]
         tokens_SxQxD = self._injected("item", inputs_NxQxE[-len(rows) :], told)
         parts = [tables["words"][config["instruction"]]]

@@ -42,7 +42,9 @@ def test_the_files_are_the_data_and_the_split(tmp_path: Path, monkeypatch: pytes
     assert interactions.reviews is not None and not [line for line in split.warnings if "samples" in line]
     for row, user_id in enumerate(interactions.user_ids):
         events = slice(interactions.offsets[row], interactions.offsets[row + 1])
-        known = inter.filter(pl.col("user_id:token") == user_id).sort("timestamp:float")[-len(interactions.items[events]) :]
+        known = inter.filter(pl.col("user_id:token") == user_id).sort("timestamp:float")[
+            -len(interactions.items[events]) :
+        ]
         assert [ids[item] for item in interactions.items[events]] == known["item_id:token"].to_list()
         np.testing.assert_array_equal(interactions.ratings[events], known["rating:float"])
         np.testing.assert_array_equal(interactions.times[events], known["timestamp:float"].cast(pl.Int64) // 1_000)
@@ -81,7 +83,9 @@ def test_what_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     samples[0]["ground_truth"] = "not in the dictionary"
     path.write_text(json.dumps(samples))
     inter = (data / "Amazon_All_Beauty.inter").read_text().splitlines()
-    (data / "Amazon_All_Beauty.inter").write_text("\n".join(line for line in inter if samples[1]["user_id"] not in line))
+    (data / "Amazon_All_Beauty.inter").write_text(
+        "\n".join(line for line in inter if samples[1]["user_id"] not in line)
+    )
     dataset = prepare(config, tmp_path / "data")
     told = "\n".join(dataset.split.warnings)
     assert f"{path}: 1 samples are left out" in told and "interactions of the samples are not in data.inter" in told
@@ -89,7 +93,7 @@ def test_what_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     row = dataset.interactions.user_row(samples[1]["user_id"])
     assert np.isfinite(dataset.interactions.ratings[dataset.interactions.offsets[row]])
     test.unlink()
-    with pytest.raises(DataError, match="data.split: samples needs a test file beside it"):
+    with pytest.raises(DataError, match=r"data\.split: samples needs a test file beside it"):
         prepare(config, tmp_path / "data")
 
 
@@ -108,7 +112,9 @@ def test_times_and_ratings_find_their_interactions(data: st.DataObject) -> None:
     last = data.draw(st.integers(first + 1, len(items)))
     found = _aligned(items[first:last], told)
     # Where the same items stand there twice, any of the two parts is as good.
-    parts = [told[at : at + last - first] for at in range(len(items)) if items[at : at + last - first] == items[first:last]]
+    parts = [
+        told[at : at + last - first] for at in range(len(items)) if items[at : at + last - first] == items[first:last]
+    ]
     assert [(time, rating) for _, time, rating in parts[0]] == found
     # Interactions of one time stand in another order there; each still has its own.
     shuffled = sorted(told[first:last], key=lambda event: (event[1], event[0]))
