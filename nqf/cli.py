@@ -103,13 +103,11 @@ def configuration(given: str | Path, folder: str = "") -> Path:
     path = Path(given)
     if path.is_file():
         return path
+    from nqf import files
     from nqf.config import ConfigError
     from nqf.data.schema import nearest
 
-    package = Path(__file__).parent
-    # A wheel has them inside the package, a checkout beside it.
-    root = next(root for root in (package / "configs", package.parent / "configs") if root.is_dir()) / folder
-    shipped = {file.stem: file for file in sorted(root.glob("*.yaml"))}
+    shipped = {file.stem: file for file in sorted((files.shipped() / folder).glob("*.yaml"))}
     name = path.name.removesuffix(".yaml")
     if name not in shipped or path.parent not in (Path(), Path("configs"), Path("configs", folder), Path(folder)):
         raise ConfigError(

@@ -21,6 +21,8 @@ import pydantic
 import yaml
 from annotated_types import Interval, Len
 
+from nqf import files
+
 T = TypeVar("T")
 
 MISSING_WORDS = (
@@ -71,6 +73,7 @@ Temperature = Annotated[float, Interval(ge=1e-3, le=1e3)]
 LearningRate = Annotated[float, Interval(gt=0, le=10)]
 
 _PATH_KEYS = ("items", "interactions", "schema")
+_MORE_PATHS = ("inter", "reviews", "candidates")
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -268,12 +271,19 @@ class DataConfig:
       items: Path of the item table; relative paths in a YAML file start at that file's folder.
       interactions: Path of the interaction table.
       schema: Path of the schema YAML.
+      inter: Path of an .inter file with the ratings and times of the samples' interactions (`unirec`).
+      reviews: Path of a review dictionary with the samples' reviews (`unirec`); ratings and times that `inter` lacks
+        are read from it too.
+      candidates: Path of a JSON file of candidate embeddings, `{item id: [floats]}`, which then stand in place of those
+        that `fields.text_encoder` makes of one document per item.
       columns: Names of the columns of users, items, times, ratings and reviews (`table` and `recbole`).
       items_dialect: How the item table is written, if it is text.
       interactions_dialect: How the interaction table is written, if it is text.
       seed: Seed of the synthetic catalogue and of the cold-item draw.
-      split: `leave-one-out` (last item test, the one before it validation) or `temporal` (global time cuts).
-      valid_share: Share of the interactions between the two cuts of the temporal split.
+      split: `leave-one-out` (last item test, the one before it validation), `temporal` (global time cuts) or `samples`
+        (`unirec`: the test file's targets are the test, the train file's samples are trained on).
+      valid_share: Share of the interactions between the two cuts of the temporal split; of the training samples, whose
+        targets are held out for validation.
       test_share: Share of the interactions after the second cut of the temporal split.
       cold_share: Share of the items, 0 to 1, removed from training altogether.
       refit: Train on what the validation holds out too, for the last model, when everything has been chosen without.
@@ -297,11 +307,14 @@ class DataConfig:
     items: str | None = None
     interactions: str | None = None
     schema: str | None = None
+    inter: str | None = None
+    reviews: str | None = None
+    candidates: str | None = None
     columns: ColumnsConfig = ColumnsConfig()
     items_dialect: DialectConfig = DialectConfig()
     interactions_dialect: DialectConfig = DialectConfig()
     seed: Seed = 0
-    split: Literal["leave-one-out", "temporal"] = "leave-one-out"
+    split: Literal["leave-one-out", "temporal", "samples"] = "leave-one-out"
     valid_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     test_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     cold_share: Rate = 0.0
@@ -322,6 +335,12 @@ class DataConfig:
         for key in _PATH_KEYS if self.format != "synthetic" else ():
             _refuse(
                 not getattr(self, key), key, f"format '{self.format}' needs this path; give it, or format: synthetic"
+            )
+        for key, given in (("inter", self.inter), ("reviews", self.reviews), ("split", self.split == "samples")):
+            _refuse(
+                given and self.format != "unirec",
+                key,
+                f"{str(getattr(self, key))[:200]!r} belongs to UniRec's sample files; set format: unirec, or remove it",
             )
         _refuse(
             self.valid_share + self.test_share >= 1,
@@ -424,8 +443,11 @@ class ItemConfig:
       qformer: Size of the Item Q-Former.
       fusion: How value, field name and modality meet: `add` (the paper), `concat` (then projected) or `none`.
       field_dropout: Probability that a present field is hidden from the encoder in training.
+      reconstruction: `scaled` (each field's mean squared error over that of its mean vector, of all items of a batch)
+        or `squared` (the reference's: squared error summed over a field's width, averaged over the anchors' fields).
       reconstruction_weight: Weight of the masked field reconstruction.
-      contrastive: `infonce` (in-batch), `triplet` (margin, as the reference) or `none`.
+      contrastive: `infonce` (in-batch), `triplet` (the reference's margin loss, with a gradient of the anchors alone)
+        or `none`.
       contrastive_weight: Weight of the contrastive loss.
       margin: Margin of the triplet loss, in units of Euclidean distance.
       temperature: Temperature of InfoNCE over cosines.
@@ -437,6 +459,7 @@ class ItemConfig:
     qformer: QFormerConfig = QFormerConfig(dropout=0.0)
     fusion: Literal["add", "concat", "none"] = "add"
     field_dropout: Rate = 0.3
+    reconstruction: Literal["scaled", "squared"] = "scaled"
     reconstruction_weight: Weight = 1.0
     contrastive: Literal["infonce", "triplet", "none"] = "infonce"
     contrastive_weight: Weight = 0.25
@@ -480,6 +503,9 @@ class CandidatesConfig:
         learned scale; it is what ranks items that training never saw.
       temperature: Temperature of the scores; the one at the start if it is learned.
       learn_temperature: Whether the temperature is learned.
+      frozen: Score by the cosine of the pooled vector itself with the frozen text embeddings (as the reference, with
+        `text_width: 0`): no tower, nothing beside it, and a projection only where their widths differ. Of the other
+        keys only `text_width` and the temperature's are then read.
     """
 
     sources: Annotated[tuple[Literal["item", "fields", "text"], ...], Len(1)] = ("item", "fields")
@@ -491,6 +517,12 @@ class CandidatesConfig:
     frozen_similarity: bool = True
     temperature: Temperature = 0.07
     learn_temperature: bool = True
+    frozen: bool = False
+
+    @property
+    def learned_width(self) -> int:
+        """Leading part of an item's vector that is learned."""
+        return 0 if self.frozen else self.width
 
     def __post_init__(self) -> None:
         _refuse(
@@ -511,19 +543,27 @@ class LossConfig:
     """Ranking loss of the user and joint stages.
 
     Attributes:
-      negatives: `full` (the whole catalogue), `sampled` or `in-batch`.
-      samples: Negatives per step of `sampled`.
+      negatives: `full` (the whole catalogue), `sampled`, `in-batch`, or `given` (the candidates of UniRec's samples, and
+        the samples' targets are then the only examples).
+      samples: Negatives per step of `sampled`; of each target of `given`, the first ones of its sample.
       log_q: Correct in-batch and sampled scores by the log of the sampling probability.
       duplicate_cosine: Items whose frozen text embeddings have a larger cosine than this are no negatives for each
         other; 0 for no such limit.
       positions: Supervise `all` positions of the history or only the `last`.
     """
 
-    negatives: Literal["full", "sampled", "in-batch"] = "full"
+    negatives: Literal["full", "sampled", "in-batch", "given"] = "full"
     samples: Count = 4_096
     log_q: bool = True
     duplicate_cosine: Share = 0.0
     positions: Literal["all", "last"] = "all"
+
+    def __post_init__(self) -> None:
+        _refuse(
+            self.negatives == "given" and self.positions == "all",
+            "positions",
+            "negatives: given belong to the targets of samples, which are the last positions; set this to last",
+        )
 
 
 @section
@@ -578,7 +618,7 @@ class BackboneConfig:
       head_dim: Width of a head of the small model.
       mlp_width: Width of the gated feed-forward layer of the small model.
       vocabulary: Tokens of the byte-level BPE that is trained on the catalogue's text.
-      dropout: Dropout of the residual branches of the small model in training.
+      dropout: Dropout of the small model's embeddings and residual branches in training.
       lora_rank: Rank of the adapters (pretrained base only).
       lora_alpha: Scale numerator of the adapters; the update is scaled by alpha / rank.
       lora_dropout: Dropout on the adapters' input.
@@ -630,6 +670,8 @@ class PromptConfig:
       history_items: Newest items that stand in the prompt one by one.
       title_tokens: Tokens of each item's title beside its injected tokens; 0 leaves titles out.
       user_tokens: Whether the user tokens are injected after the items.
+      interactions: Whether each item's tokens carry the time, rating and review of its interaction (those that `user`
+        reads).
       pooling: `last` (the end token's vector, as Qwen3-Embedding) or `mean` over valid tokens.
     """
 
@@ -637,6 +679,7 @@ class PromptConfig:
     history_items: Width = 20
     title_tokens: FewOrNone = 0
     user_tokens: bool = True
+    interactions: bool = False
     pooling: Literal["last", "mean"] = "last"
 
 
@@ -692,6 +735,11 @@ class JointConfig:
                 key,
                 f"{why}, so loss.negatives cannot be 'full'; set it to 'sampled' or 'in-batch'",
             )
+        _refuse(
+            self.mining.count and self.loss.negatives == "given",
+            "mining.count",
+            "loss.negatives: given has its own negatives of each target; set this to 0",
+        )
         if not self.mining.count:
             _check_batch(self.loss, self.optim)
 
@@ -855,7 +903,17 @@ class Config:
             f"{prompt} items cannot stand in the prompt, as histories end after user.max_history, {history}; lower "
             "it, or raise that",
         )
+        _refuse(
+            self.candidates.frozen and self.joint.candidates == "qwen3",
+            "joint.candidates",
+            "qwen3 makes the item vectors, which candidates.frozen takes from the text embeddings; choose one",
+        )
         for stage, loss in (("user", self.user.loss), ("joint", self.joint.loss)):
+            _refuse(
+                loss.negatives == "given" and self.data.split != "samples",
+                f"{stage}.loss.negatives",
+                "'given' are the candidates of UniRec's samples; set data.split: samples, or another kind here",
+            )
             _refuse(
                 self.training.tables == "host" and loss.negatives == "full",
                 f"{stage}.loss.negatives",
@@ -874,7 +932,8 @@ def load_config(path: str | Path) -> Config:
     """Reads a YAML file into a `Config`.
 
     Args:
-      path: YAML file. Relative data paths in it start at its own folder.
+      path: YAML file. Relative data paths in it start at its own folder; those of a shipped file that are not there, at
+        `configs` of the working directory, where the file would lie in a checkout.
 
     Raises:
       ConfigError: Missing file, malformed YAML, unknown key (with the nearest known one) or a value of the
@@ -887,8 +946,8 @@ def load_config(path: str | Path) -> Config:
     data = config.data
     try:
         updates = {
-            key: str((path.parent / getattr(data, key)).resolve())
-            for key in _PATH_KEYS
+            key: _located(path, getattr(data, key))
+            for key in (*_PATH_KEYS, *_MORE_PATHS)
             if getattr(data, key) is not None
         }
     except (OSError, ValueError) as error:
@@ -896,6 +955,12 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"{path}: data: a path that cannot be one: {shown(str(error))}") from error
     # A folder beside the file wins over a hub name of the same spelling; hub names are left alone.
     return dataclasses.replace(config, data=dataclasses.replace(data, **updates))
+
+
+def _located(config: Path, value: str) -> str:
+    beside, here = (config.parent / value).resolve(), (Path("configs") / value).resolve()
+    shipped = config.resolve().parent == files.shipped().resolve()
+    return str(here if shipped and not beside.exists() and here.exists() else beside)
 
 
 class _Loader(yaml.SafeLoader):

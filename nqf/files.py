@@ -37,6 +37,12 @@ class InUseError(RuntimeError):
     """A folder that another process works on, or whose file system has no locks; the message says which."""
 
 
+def shipped() -> Path:
+    """The folder of the configurations that come with nqf: a wheel has it inside the package, a checkout beside it."""
+    package = Path(__file__).parent
+    return next(root for root in (package / "configs", package.parent / "configs") if root.is_dir())
+
+
 @contextlib.contextmanager
 def whole(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a file to be written; it takes its place when the block ends well, also if the power fails.

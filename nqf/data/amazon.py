@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from nqf import files
 from nqf.config import DialectConfig
 from nqf.data.errors import DataError
 from nqf.data.nested import unpacked
@@ -21,27 +22,11 @@ from nqf.data.text import PLAIN
 
 DETAILS = ("brand", "style", "color", "size", "material")
 """Entries of `details` (there capitalized) that are columns of their own, as in the reference's item dictionary."""
-SCHEMA = """\
-title: title
-fields:
-  title: text
-  description: text
-  features: text
-  main_category: category
-  store: category
-  brand: category
-  style: category
-  color: category
-  size: category
-  material: category
-  price: number
-  # Links to pictures; to use them set fields.image_encoder to a CLIP model.
-  # main_image: image
-  # Totals of the day of the crawl: they know the future of every interaction.
-  average_rating: {modality: number, after_the_fact: true}
-  rating_number: {modality: number, log: true, after_the_fact: true}
-"""
-"""The schema of all categories; configs/schemas/amazon-2023.yaml holds the same."""
+
+
+def schema_text() -> str:
+    """The schema of all categories: configs/schemas/amazon-2023.yaml."""
+    return (files.shipped() / "schemas" / "amazon-2023.yaml").read_text(encoding="utf-8")
 
 
 def is_metadata(names: Collection[str]) -> bool:
@@ -119,12 +104,17 @@ def _main_image(images: Any) -> str | None:
     return next((link for link in links if isinstance(link, str) and link), None)
 
 
-def _interaction(row: Mapping[str, Any]) -> dict[str, Any]:
+def review_text(row: Mapping[str, Any]) -> str:
+    """Title and text of a review, a line each; empty where there is neither."""
     words: Iterator[str] = (row[key].strip() for key in ("title", "text") if isinstance(row.get(key), str))
+    return "\n".join(word for word in words if word)
+
+
+def _interaction(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "user_id": row.get("user_id"),
         "item_id": row.get("parent_asin") or row.get("asin"),
         "timestamp": row.get("timestamp"),
         "rating": row.get("rating"),
-        "review": "\n".join(word for word in words if word),
+        "review": review_text(row),
     }

@@ -180,6 +180,8 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
     if config.split == "temporal":
         options |= {"valid_share": config.valid_share, "test_share": config.test_share}
         split = splits.temporal(interactions, **options)
+    elif config.split == "samples":
+        split = _sample_split(interactions, item_ids, config, tables, options)
     else:
         split = splits.leave_one_out(interactions, **options)
     warnings = [*tables.notes, *item_report.pop("warnings"), *event_report.pop("warnings")]
@@ -203,6 +205,26 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
     split.save(target / "split.npz")
     (target / "schema.yaml").write_text(yaml.safe_dump(schema_to_tree(schema), sort_keys=False), encoding="utf-8")
     (target / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _sample_split(
+    interactions: Interactions, item_ids: pl.Series, config: DataConfig, tables: _Tables, options: dict[str, Any]
+) -> splits.Split:
+    """The split that UniRec's two sample files are; samples that are not found in the interactions are told."""
+    train, rows = tables.interactions_path, dict(zip(item_ids, range(len(item_ids)), strict=True))
+    if (test := unirec.test_file(train)) == train:
+        raise DataError(
+            f"{train}: data.split: samples needs a test file beside it, of the same name with '_test' in place of "
+            "'_train'; add it, or choose another split"
+        )
+    found = [unirec.find_samples(path, interactions, rows) for path in (train, test)]
+    for path, samples in zip((train, test), found, strict=True):
+        if samples.missing:
+            tables.notes.append(
+                f"{path}: {samples.missing} samples are left out: their target or user is unknown, or the times of "
+                "their interactions contradict their order"
+            )
+    return splits.of_samples(interactions, *found, valid_share=config.valid_share, **options)
 
 
 def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -> _Tables:
@@ -229,7 +251,18 @@ def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -
         event_table = amazon.read_reviews(interactions, scratch, events, config.interactions_dialect)
     elif config.format == "unirec":
         item_table = unirec.read_items(items, scratch, columns)
-        event_table = unirec.read_interactions(interactions, scratch, events)
+        inter = None
+        if config.inter:
+            table = recbole.open_interactions(Path(config.inter), config.interactions_dialect, config.columns)
+            inter = _read_event_table(table, config, scratch, notes)
+        event_table = unirec.read_interactions(
+            interactions,
+            scratch,
+            events,
+            inter=inter,
+            reviews=Path(config.reviews) if config.reviews else None,
+            notes=notes,
+        )
     else:
         kind = ".item" if config.format == "recbole" else None
         item_table = _read_item_table(open_table(items, config.items_dialect, kind), columns, config, scratch, notes)

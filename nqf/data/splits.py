@@ -1,4 +1,4 @@
-"""Leave-one-out and global temporal splits, with items removed from training on request."""
+"""Leave-one-out, global temporal and sample splits, with items removed from training on request."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from nqf.data.errors import DataError
 from nqf.data.interactions import MISSING_TIME, Interactions
+from nqf.data.unirec import Found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +71,8 @@ class Split:
       cold: bool [items], items in no training event.
       removed: bool [items], items that were drawn to be removed from training.
       warnings: What a reader of the results must know.
+      given_events: int64 [G], ascending, the events whose samples have candidates; empty but for `data.split: samples`.
+      given: int32 [G, C], rows of these candidates without the target, in the order of the file, -1 in padding.
     """
 
     train: np.ndarray
@@ -78,6 +81,16 @@ class Split:
     cold: np.ndarray
     removed: np.ndarray
     warnings: tuple[str, ...]
+    given_events: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    given: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int32))
+
+    def candidates(self, events: np.ndarray) -> np.ndarray:
+        """The candidates of some events' samples, int32 [n, C]; -1 where there is none."""
+        found = np.full((len(events), self.given.shape[1]), -1, np.int32)
+        if len(self.given):
+            at = np.minimum(np.searchsorted(self.given_events, events), len(self.given) - 1)
+            found = np.where((self.given_events[at] == events)[:, None], self.given[at], -1)
+        return found
 
     def save(self, path: str | Path) -> None:
         """Writes an .npz file without pickled objects."""
@@ -91,12 +104,16 @@ class Split:
             cold=self.cold,
             removed=self.removed,
             warnings=np.array(self.warnings, dtype=np.str_),
+            given_events=self.given_events,
+            given=self.given,
         )
 
 
 def load_split(path: str | Path) -> Split:
     """Reads what `Split.save` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
+        # Which splits of before version 0.2 lack.
+        given = {name: arrays[name] for name in ("given_events", "given") if name in arrays}
         return Split(
             train=arrays["train"],
             valid=Cases(users=arrays["valid_users"], cuts=arrays["valid_cuts"]),
@@ -104,6 +121,7 @@ def load_split(path: str | Path) -> Split:
             cold=arrays["cold"],
             removed=arrays["removed"],
             warnings=tuple(arrays["warnings"].tolist()),
+            **given,
         )
 
 
@@ -201,6 +219,63 @@ def temporal(
         seed=seed,
         warnings=warnings,
     )
+
+
+def of_samples(
+    interactions: Interactions,
+    trained: Found,
+    tested: Found,
+    *,
+    items: int,
+    valid_share: float,
+    cold_share: float = 0.0,
+    refit: bool = False,
+    seed: int = 0,
+) -> Split:
+    """Takes the training and the test samples of UniRec's files as they are.
+
+    Training events are those of the training samples. The targets of a share of them, drawn by `seed`, are held out as
+    validation cases: the reference selects on its test file.
+
+    Args:
+      interactions: All interactions.
+      trained: The training samples.
+      tested: The test samples.
+      items: Number of catalogue items.
+      valid_share: Share of the training samples, 0 to 1; one at least.
+      cold_share: As in `leave_one_out`.
+      refit: Whether the validation targets are training events too.
+      seed: Seed of both draws.
+
+    Raises:
+      DataError: No training event or no case is left.
+    """
+    test = np.unique(tested.targets)
+    free = np.setdiff1d(trained.targets, test)
+    valid = np.sort(np.random.default_rng(seed).permutation(free)[: max(1, round(len(free) * valid_share))])
+    train = np.zeros(len(interactions.items), bool)
+    for start, target in zip(trained.starts, trained.targets, strict=True):
+        train[start : target + 1] = True
+    train[valid] = refit
+    train[test] = False
+    users = interactions.users.astype(np.int32)
+    split = _finish(
+        interactions,
+        train,
+        Cases(users=users[valid], cuts=valid),
+        Cases(users=users[test], cuts=test),
+        items=items,
+        cold_share=cold_share,
+        seed=seed,
+        warnings=_refitted(refit),
+    )
+    most = max(trained.given.shape[1], tested.given.shape[1])
+    padded = [
+        np.pad(found.given, ((0, 0), (0, most - found.given.shape[1])), constant_values=-1)
+        for found in (trained, tested)
+    ]
+    events, first = np.unique(np.concatenate([trained.targets, tested.targets]), return_index=True)
+    return dataclasses.replace(split, given_events=events, given=np.concatenate(padded)[first])
 
 
 def _refitted(refit: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""The reference's protocol: the target against 99 random items. Kept to compare with its published figures only."""
+"""The reference's protocol: the target against 99 random items or those of its sample, to compare with it alone."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def legacy_ranks(
     *,
     items: int,
     seed: int,
+    given: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Ranks of the targets among themselves and 99 uniform negatives.
+    """Ranks of the targets among themselves and 99 uniform negatives, or the candidates of their samples.
 
-    The negatives of a user are the same for every model. They are distinct and leave out the target and the user's
-    whole past; the reference left out only the window of the past that it showed its model.
+    The drawn negatives of a user are the same for every model. They are distinct and leave out the target and the
+    user's whole past; the reference left out only the window of the past that it showed its model.
 
     Args:
       scorer: The model.
@@ -43,6 +44,8 @@ def legacy_ranks(
       past: Items before the target, per user.
       items: Size of the catalogue.
       seed: Seed of the negatives.
+      given: int32 [N, C], the samples' candidates without the target, -1 in padding. The targets that have some are
+        ranked among these; None if no target has.
 
     Returns:
       Expected ranks under ties, float64 [N], 1 to 100.
@@ -50,7 +53,12 @@ def legacy_ranks(
     Raises:
       ValueError: Fewer than 99 items are left for a user.
     """
-    candidates_NxC = draw_candidates(targets_N, past, items=items, seed=seed)
+    given = np.zeros((len(targets_N), 0), np.int32) if given is None else given
+    bare = np.flatnonzero(~(given >= 0).any(axis=1))
+    candidates_NxC = np.full((len(targets_N), 1 + max(NEGATIVES, given.shape[1])), -1, np.int64)
+    candidates_NxC[:, 0], candidates_NxC[:, 1 : 1 + given.shape[1]] = targets_N, given
+    drawn = draw_candidates(targets_N[bare], [past[row] for row in bare], items=items, seed=seed)
+    candidates_NxC[bare, : NEGATIVES + 1] = drawn
     ranks = []
     for span in dense_batches(len(targets_N), items):
         rows = np.arange(span.start, span.stop)
@@ -60,6 +68,7 @@ def legacy_ranks(
         else:
             user_vectors_NxD, item_vectors_IxD = scorer
             scores_BxC = np.einsum("bd,bcd->bc", user_vectors_NxD[rows], item_vectors_IxD[candidates_BxC])
+        scores_BxC = np.where(candidates_BxC >= 0, scores_BxC, -np.inf)
         ranks.append(ranks_from_scores(scores_BxC, np.zeros(len(rows), np.int64)))
     return np.concatenate(ranks)
 

@@ -132,7 +132,8 @@ def evaluate(
         _check_shape(name, scorer, given, items)
         scorer = _of_cases(scorer, kept)
         if protocol == "legacy":
-            ranks_N = legacy_ranks(scorer, targets_N, past, items=items, seed=seed)
+            theirs = split.candidates(cases.cuts)
+            ranks_N = legacy_ranks(scorer, targets_N, past, items=items, seed=seed, given=theirs)
         else:
             ranks_N, rows_NxK = _rank(scorer, targets_N, None if config.repeats else past, items, config)
             recommended[name] = describe_recommended(rows_NxK, counts_I)
@@ -203,7 +204,7 @@ def print_results(results: Results, console: Console, *, k: int | None = None) -
     title = f"{results.split}: {results.users:,} users, {results.items:,} items, {_repeats(results)}"
     if results.protocol == "legacy":
         console.print(f"[yellow]{LEGACY_WARNING}[/yellow]", highlight=False)
-        title = f"{results.split}: {results.users:,} users, 1 target and 99 random items each (legacy protocol)"
+        title = f"{results.split}: {results.users:,} users, 1 target and 99 other items each (legacy protocol)"
     choices = []
     for options in _DETAIL:
         header, rows = _cells(results, k, **options)

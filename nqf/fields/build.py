@@ -77,6 +77,7 @@ def build(
     factories: Mapping[str, EncoderFactory] | None = None,
     reviews: Sequence[str | None] | None = None,
     trained: np.ndarray | None = None,
+    candidates: pl.Series | None = None,
     progress: Progress | None = None,
 ) -> FieldCache:
     """Writes or brings up to date the cache of a catalogue.
@@ -95,6 +96,7 @@ def build(
       reviews: Review text of every interaction, in their order.
       trained: bool [interactions], the training events: a light encoder of reviews is fitted on theirs alone. Without
         it, on all.
+      candidates: List(Float32), a vector of every item, null for none, in place of the embeddings of the items' texts.
       progress: Called after each chunk.
     """
     directory = Path(directory)
@@ -114,7 +116,7 @@ def build(
             factories=factories or {},
             progress=progress or _silent,
         )
-        sources = _sources(catalogue, config.chunk_rows, reviews, trained)
+        sources = _sources(catalogue, config.chunk_rows, reviews, trained, candidates)
         records = [builder.build(source, previous) for source in sources]
         warnings += [line for record in records for line in _warn(record)]
         schema = catalogue.schema
@@ -141,7 +143,11 @@ def _silent(name: str, done: int, total: int) -> None:
 
 
 def _sources(
-    catalogue: Catalogue, rows: int, reviews: Sequence[str | None] | None, trained: np.ndarray | None
+    catalogue: Catalogue,
+    rows: int,
+    reviews: Sequence[str | None] | None,
+    trained: np.ndarray | None,
+    candidates: pl.Series | None,
 ) -> Iterator[_Source]:
     fields, items = catalogue.schema.fields, len(catalogue)
     for field in fields:
@@ -151,7 +157,13 @@ def _sources(
             chunks=lambda name=field.name: (frame[name] for frame in catalogue.chunks([name], rows)),
         )
     names = [field.name for field in candidate_fields(fields)]
-    if names:
+    if candidates is not None:
+        yield _Source(
+            field=Field(name=CANDIDATE, modality="vector", columns=("data.candidates",)),
+            count=items,
+            chunks=lambda: (candidates[start : start + rows] for start in range(0, items, rows)),
+        )
+    elif names:
         yield _Source(
             field=Field(name=CANDIDATE, modality="text", columns=tuple(names)),
             count=items,
@@ -228,6 +240,8 @@ class _Builder:
         record["unique"] = int(index.max(initial=-1)) + 1
         record["missing"] = source.count - len(present)
         record["unreadable"] = int(np.sum(item_index < 0))
+        if field.modality == "image" and pretrained is None and record["unreadable"]:
+            record["links"] = sum(int(chunk.str.contains("^https?://").sum()) for chunk in source.chunks())
         if record["unique"]:
             rows = np.full(source.count, -1, np.int32)
             rows[present] = item_index
@@ -324,9 +338,16 @@ def _reusable(previous: FieldCache | None, name: str, recipe: dict[str, Any]) ->
 
 def _warn(record: dict[str, Any]) -> Iterator[str]:
     name, modality = record["field"]["name"], record["field"]["modality"]
-    if record["unreadable"]:
-        yield f"field '{name}': {record['unreadable']} {modality} values could not be read and count as missing"
-    if not record["unique"] and name not in (CANDIDATE, REVIEW):
+    links = record.get("links", 0)
+    if links:
+        yield (
+            f"field '{name}': {links} of {record['count'] - record['missing']} pictures are links, which only a CLIP "
+            "model reads, and count as missing; set fields.image_encoder to one (its folder or hub name, such as "
+            f"openai/clip-vit-base-patch32), or leave the field out by data.without: [{name}]"
+        )
+    if record["unreadable"] > links:
+        yield f"field '{name}': {record['unreadable'] - links} {modality} values could not be read and count as missing"
+    if not record["unique"] and not links and name not in (CANDIDATE, REVIEW):
         yield f"field '{name}' is absent from every item and is left out; remove it from the schema or fix its column"
 
 

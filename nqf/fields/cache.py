@@ -87,7 +87,7 @@ class FieldCache:
 
     @property
     def candidates(self) -> FieldTable | None:
-        """Embeddings of the items' candidate texts; None if no item has text or categories."""
+        """Embeddings of the items' candidate texts, or given ones; None if no item has any."""
         return self._tables.get(CANDIDATE)
 
     @property
@@ -263,6 +263,9 @@ def encode_items(cache: FieldCache, frame: pl.DataFrame) -> dict[str, tuple[np.n
     columns = {name: frame[name] for name in cache.names}
     if cache.candidates is not None:
         columns[CANDIDATE] = candidate_text(frame, fields, cache.manifest["title"])
+        if cache.candidates.modality == "vector":
+            # They came from a file, which says nothing of new items.
+            columns[CANDIDATE] = pl.Series(CANDIDATE, [None] * len(frame), dtype=pl.List(pl.Float32))
     encoded = {}
     for name, column in columns.items():
         table = cache.table(name)

@@ -20,7 +20,7 @@ from flax import struct
 
 from nqf.config import CandidatesConfig, PromptConfig, UserConfig
 from nqf.models.qwen3 import Qwen3, Qwen3Config
-from nqf.models.user_qformer import UserQFormer
+from nqf.models.user_qformer import Interactions, UserQFormer
 from nqf.ops.losses import unit
 from nqf.pipelines.batches import Array, History, ItemTables
 
@@ -118,13 +118,7 @@ class ScoreHead(nn.Module):
             # Which item follows which, as in a factorized Markov chain (FPMC, Rendle et al. 2010). Elements are of
             # about one, as those of the pooled state.
             user += nn.Dense(width, use_bias=False, name="transition")(last * width**0.5)
-        user = unit(user)
-        if self.config.learn_temperature:
-            log_scale = self.param("log_scale", nn.initializers.constant(-math.log(self.config.temperature)), ())
-            # CLIP's cap on the scale (arXiv 2103.00020, section 2.5): larger ones make training unstable.
-            user = user * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
-        else:
-            user = user / self.config.temperature
+        user = scaled(self, self.config, unit(user))
         if not self.config.frozen_similarity:
             return user
         # softplus(4) is about 4: the frozen cosine starts as a hint beside the learned one's 1 / 0.07.
@@ -135,6 +129,40 @@ class ScoreHead(nn.Module):
         )
         weight_BxPx1 = gate_BxPx1 + self.text_weight
         return jnp.concatenate([user, weight_BxPx1 * recent("decay", text_BxNxT, has_text_BxN)], axis=-1)
+
+
+class FrozenHead(nn.Module):
+    """User vectors that are the pooled state itself, on the side of frozen text embeddings.
+
+    Attributes:
+      config: Temperature.
+    """
+
+    config: CandidatesConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        pooled_BxPxD: jax.Array,
+        learned_BxNx0: jax.Array,
+        valid_BxN: jax.Array,
+        text_BxNxT: jax.Array,
+        has_text_BxN: jax.Array,
+    ) -> jax.Array:
+        """Returns float32 [B, P, T]; the arguments are those of `ScoreHead`."""
+        user, width = pooled_BxPxD.astype(jnp.float32), text_BxNxT.shape[-1]
+        if user.shape[-1] != width:
+            user = nn.Dense(width, use_bias=False, name="project")(user)
+        return scaled(self, self.config, unit(user))
+
+
+def scaled(module: nn.Module, config: CandidatesConfig, user: jax.Array) -> jax.Array:
+    """User vectors over the temperature, which is a parameter of the module where it is learned."""
+    if not config.learn_temperature:
+        return user / config.temperature
+    log_scale = module.param("log_scale", nn.initializers.constant(-math.log(config.temperature)), ())
+    # CLIP's cap on the scale (arXiv 2103.00020, section 2.5): larger ones make training unstable.
+    return user * jnp.exp(jnp.minimum(log_scale, math.log(100.0)))
 
 
 def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: Array) -> jax.Array:
@@ -221,11 +249,16 @@ class RankModel(nn.Module):
 
     def setup(self) -> None:
         user, reader = self.user, self.reader
-        self.tower = CandidateTower(config=self.tower_config, items=self.items, dtype=self.dtype)
+        frozen = self.tower_config.frozen
+        if not frozen:
+            self.tower = CandidateTower(config=self.tower_config, items=self.items, dtype=self.dtype)
         self.user_qformer = UserQFormer(
             config=user.qformer, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
         )
-        self.head = ScoreHead(config=self.tower_config, text_weight=self.text_weight)
+        if frozen:
+            self.head = FrozenHead(config=self.tower_config)
+        else:
+            self.head = ScoreHead(config=self.tower_config, text_weight=self.text_weight)
         if reader is None:
             self.regression = nn.Dense(math.prod(self.item_tokens), dtype=self.dtype)
             return
@@ -237,7 +270,7 @@ class RankModel(nn.Module):
         self.item_projection = nn.Dense(width, dtype=self.dtype)
         self.user_projection = nn.Dense(width, dtype=self.dtype)
         self.item_norm = nn.RMSNorm(dtype=self.dtype, scale_init=scale)
-        if not self.tower_config.transitions:
+        if self._ends_at_last_item:
             # Without this path a branch is made of constants, and the residual stream that is pooled knows of the last
             # item what attention brings alone. Orthogonal: all of the item arrives. Small beside pretrained words.
             scale = nn.initializers.orthogonal(0.1 if reader.pretrained else 1.0)
@@ -246,6 +279,14 @@ class RankModel(nn.Module):
         self.dropout = nn.Dropout(reader.dropout)
         if reader.reads_items:
             self.candidate = nn.Dense(self.tower_config.width)
+        if reader.prompt.interactions:
+            self.interactions = Interactions(
+                width=width, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
+            )
+
+    @property
+    def _ends_at_last_item(self) -> bool:
+        return not (self.tower_config.transitions or self.tower_config.frozen)
 
     def item_vectors(self, tables: ItemTables, rows: Array, prompt: PromptIds | None) -> jax.Array:
         """Item side of the score, float32 [R, V (+ T)]."""
@@ -283,13 +324,17 @@ class RankModel(nn.Module):
         return users, self.candidates(tables, learned, prompt, deterministic=deterministic), predicted
 
     def learned(self, tables: ItemTables, rows: Array, *, deterministic: bool = True) -> jax.Array:
-        """The candidate tower's vectors, float [R, V], which also stand beside the items' tokens."""
+        """The candidate tower's vectors, float [R, V], which also stand beside the items' tokens; else V is 0."""
+        if self.tower_config.frozen:
+            return jnp.zeros((len(rows), 0), self.dtype)
         return self.tower(tables, rows, deterministic=deterministic)
 
     def candidates(
         self, tables: ItemTables, learned_RxV: jax.Array, prompt: PromptIds | None, *, deterministic: bool = True
     ) -> jax.Array:
         """Item vectors, float32 [R, V (+ T)]: of the tower, or of what the Qwen3 makes of `title, item tokens, end`."""
+        if self.tower_config.frozen:
+            return unit(tables.text)
         if prompt is not None and self.reader is not None and self.reader.reads_items:
             inputs = _item_inputs(tables, learned_RxV, jnp.arange(len(learned_RxV))[:, None])
             tokens = self.item_norm(self.item_projection(inputs))
@@ -331,14 +376,18 @@ class RankModel(nn.Module):
         reader = self.reader
         if reader is None or prompt is None:
             tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
-            return tokens.reshape(*tokens.shape[:2], -1)
+            # Of the width of frozen embeddings, as the reference's mean is.
+            return tokens.mean(axis=2) if self.tower_config.frozen else tokens.reshape(*tokens.shape[:2], -1)
         slots = min(reader.prompt.history_items, history.items.shape[1])
         positions = min(positions, slots)
         user_tokens = None
         if reader.prompt.user_tokens:
             tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
             user_tokens = self.user_norm(self.user_projection(tokens))
-        item_tokens = self.item_norm(self.item_projection(inputs[:, -slots:]))
+        item_tokens = self.item_projection(inputs[:, -slots:])
+        if reader.prompt.interactions:
+            item_tokens = item_tokens + self.interactions(history)[:, -slots:, None]
+        item_tokens = self.item_norm(item_tokens)
         items_BxS = history.items[:, -slots:]
         titles = jnp.where((items_BxS >= 0)[..., None], tables.titles[jnp.maximum(items_BxS, 0)], -1)
         return self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
@@ -379,7 +428,7 @@ class RankModel(nn.Module):
         embeds = embeds.at[:, layout.item_at].set(items_BxSxQxD.reshape(batch, -1, embeds.shape[-1]))
         if users_BxPxUxD is not None:
             embeds = embeds.at[:, layout.user_at].set(users_BxPxUxD.reshape(batch, -1, embeds.shape[-1]))
-        if not self.tower_config.transitions:
+        if self._ends_at_last_item:
             last_BxPxD = self.last_item(items_BxSxQxD[:, slots - positions :].mean(axis=2))
             embeds = embeds.at[:, layout.end_at].add(last_BxPxD.astype(embeds.dtype))
         embeds = self.dropout(embeds, deterministic=deterministic)

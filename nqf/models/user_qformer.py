@@ -66,6 +66,48 @@ class SmallEmbed(nn.Module):
         return jax.nn.one_hot(at, self.rows, dtype=self.dtype) @ table.astype(self.dtype)
 
 
+def interaction_features(
+    history: History, width: int, *, times: bool, ratings: bool, reviews: bool, dtype: jnp.dtype
+) -> jax.Array | None:
+    """Embeddings of each slot's time, rating and review, summed: float [B, N, width]; None if none is read.
+
+    To be called in a compact method, whose module gets the parameters.
+    """
+    parts = []
+    if times:
+        for index, (name, size) in enumerate((("hour", 24), ("weekday", 7), ("month", 12))):
+            # Row 0 stands for an unknown time.
+            parts.append(SmallEmbed(size + 1, width, name=name, dtype=dtype)(history.calendar[..., index] + 1))
+        previous = jnp.concatenate([jnp.full_like(history.age[:, :1], -1), history.age[:, :-1]], axis=1)
+        known = (previous >= 0) & (history.age >= 0)
+        gap = jnp.where(known, previous - history.age, -1)
+        parts.append(SmallEmbed(GAP_BUCKETS, width, name="gap", dtype=dtype)(gap_bucket(gap)))
+    if ratings:
+        parts.append(SmallEmbed(RATING_BUCKETS + 1, width, name="rating", dtype=dtype)(history.ratings + 1))
+    if reviews and history.reviews.shape[-1]:
+        review = nn.Dense(width, name="review", dtype=dtype)(history.reviews.astype(dtype))
+        parts.append(jnp.where(history.has_review[..., None], review, 0))
+    return cast(jax.Array, sum(parts)) if parts else None
+
+
+class Interactions(nn.Module):
+    """`interaction_features` as a module of its own; zero where nothing is read."""
+
+    width: int
+    ratings: bool = True
+    times: bool = True
+    reviews: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, history: History) -> jax.Array:
+        """Returns float [B, N, width]."""
+        made = interaction_features(
+            history, self.width, times=self.times, ratings=self.ratings, reviews=self.reviews, dtype=self.dtype
+        )
+        return jnp.zeros((*history.items.shape, self.width), self.dtype) if made is None else made
+
+
 class UserQFormer(nn.Module):
     """Compresses the history before each position to `config.queries` user tokens.
 
@@ -105,7 +147,9 @@ class UserQFormer(nn.Module):
         tokens_BxNxQxD = nn.Dense(width, name="project", dtype=self.dtype)(inputs_BxNxQxE.astype(self.dtype))
         which = self.param("token_index", nn.initializers.normal(0.02), (per_item, width))
         tokens_BxNxQxD = tokens_BxNxQxD + which.astype(self.dtype)
-        slot_BxNxD = self._interaction_features(history)
+        slot_BxNxD = interaction_features(
+            history, width, times=self.times, ratings=self.ratings, reviews=self.reviews, dtype=self.dtype
+        )
         if slot_BxNxD is not None:
             tokens_BxNxQxD = tokens_BxNxQxD + slot_BxNxD[:, :, None, :]
         tokens_BxNxQxD = nn.LayerNorm(name="input_norm", dtype=self.dtype)(tokens_BxNxQxD)
@@ -133,24 +177,6 @@ class UserQFormer(nn.Module):
         )
         assert bias_BxHxPxN.shape[1] == heads
         return tokens_BxPUxD.reshape(batch, positions, count, width)
-
-    def _interaction_features(self, history: History) -> jax.Array | None:
-        width = self.config.width
-        parts = []
-        if self.times:
-            for index, (name, size) in enumerate((("hour", 24), ("weekday", 7), ("month", 12))):
-                # Row 0 stands for an unknown time.
-                parts.append(SmallEmbed(size + 1, width, name=name, dtype=self.dtype)(history.calendar[..., index] + 1))
-            previous = jnp.concatenate([jnp.full_like(history.age[:, :1], -1), history.age[:, :-1]], axis=1)
-            known = (previous >= 0) & (history.age >= 0)
-            gap = jnp.where(known, previous - history.age, -1)
-            parts.append(SmallEmbed(GAP_BUCKETS, width, name="gap", dtype=self.dtype)(gap_bucket(gap)))
-        if self.ratings:
-            parts.append(SmallEmbed(RATING_BUCKETS + 1, width, name="rating", dtype=self.dtype)(history.ratings + 1))
-        if self.reviews and history.reviews.shape[-1]:
-            review = nn.Dense(width, name="review", dtype=self.dtype)(history.reviews.astype(self.dtype))
-            parts.append(jnp.where(history.has_review[..., None], review, 0))
-        return cast(jax.Array, sum(parts)) if parts else None
 
     def _bias(self, history: History, distance_PxN: jax.Array, at_P: jax.Array) -> jax.Array:
         heads = self.config.heads

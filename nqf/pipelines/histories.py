@@ -184,6 +184,11 @@ class TrainingWindows:
         """Number of history slots of every example before any cut."""
         return self.ends - self.starts
 
+    def only(self, targets: np.ndarray) -> TrainingWindows:
+        """The windows whose last target is one of bool [events]."""
+        kept = targets[self.order[self.ends]]
+        return dataclasses.replace(self, starts=self.starts[kept], ends=self.ends[kept], users=self.users[kept])
+
 
 def training_windows(interactions: Interactions, split: Split, positions: int) -> TrainingWindows:
     """Cuts every user's training sequence into windows so that each event but the first is a target once.

@@ -198,7 +198,7 @@ def _hide_fields(
         present[name][at] = False
         if name == title:
             titles[at] = -1
-        if name in spoken and cache.candidates is not None:
+        if name in spoken and cache.candidates is not None and cache.candidates.modality == "text":
             frame = items.frame.with_columns(pl.lit(None, dtype=items.frame.schema[name]).alias(name))
             words = candidate_text(frame, fields, title)
             said = words.is_not_null().to_numpy()

@@ -33,7 +33,8 @@ _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 def source_digest(config: Config) -> str | None:
     """SHA-256 of the source files' contents; that of nothing for the synthetic catalogue, None where all are gone."""
-    digest, names = hashlib.sha256(), (config.data.items, config.data.interactions, config.data.schema)
+    data, digest = config.data, hashlib.sha256()
+    names = (data.items, data.interactions, data.schema, data.inter, data.reviews, data.candidates)
     # A missing file is reported by the reader, with advice.
     found = [path for name in names for path in _source_files(name)]
     for path in found:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import polars as pl
 from rich.markup import escape
 
 from nqf.data.load import prepare
 from nqf.fields.build import build
 from nqf.interop.encoders import encoder_factories
+from nqf.interop.unirec.embeddings import catalogue_embeddings
 from nqf.stages.run import Run
 from nqf.stages.stage import Stage
 from nqf.training.writer import Encoding
@@ -16,7 +18,13 @@ from nqf.training.writer import Encoding
 
 def build_fields(run: Run) -> dict[str, Any]:
     """Runs the stage; its record holds the sizes, the fields' modalities and widths, and the report on the data."""
-    dataset = prepare(run.config.data, run.folder / "data")
+    dataset, given = prepare(run.config.data, run.folder / "data"), None
+    if path := run.config.data.candidates:
+        vectors, there = catalogue_embeddings(path, dataset.catalogue.item_ids)
+        table = pl.DataFrame({"vector": vectors, "there": there})
+        given = table.select(pl.when("there").then(pl.col("vector").cast(pl.List(pl.Float32)))).to_series()
+        if count := int((~there).sum()):
+            run.console.print(f"[yellow]warning[/yellow]  {escape(path)}: {count} items have no embedding in it")
     with Encoding(run.console) as encoding:
         cache = build(
             dataset.catalogue,
@@ -25,6 +33,7 @@ def build_fields(run: Run) -> dict[str, Any]:
             factories=encoder_factories(run.config.fields),
             reviews=dataset.interactions.reviews,
             trained=dataset.split.train,
+            candidates=given,
             progress=encoding.step,
         )
     for warning in (*dataset.split.warnings, *cache.warnings):

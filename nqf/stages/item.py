@@ -98,12 +98,12 @@ def make_item_loss(
       variances: Mean squared error of each field's mean vector: every error is in units of it, so that 1 is the
         reconstruction loss of predicting the means, whatever the fields' widths and scales.
     """
-    total = sum(field_weights.values())
+    total, squared = sum(field_weights.values()), config.reconstruction == "squared"
 
     def loss_fn(params: Any, frozen: Any, batch: PairBatch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         hide_key, dropout_key = jax.random.split(key)
         # Only the triplet reads the drawn negatives; InfoNCE takes the other pairs of the batch.
-        lists = [0, 1, 2, 3] if config.contrastive == "triplet" else [0, 1, 3]
+        lists = [0, 1, *([2] if config.contrastive == "triplet" else []), *([] if squared else [3])]
         if batch.values is not None:
             # [B, 4, ...] to the lists one after the other.
             values, present = jax.tree.map(
@@ -118,11 +118,17 @@ def make_item_loss(
         output = cast(ItemOutput, module.apply({"params": params}, values, visible, deterministic=False, rngs=rngs))
 
         # Every field that is present has to come back, hidden or not.
-        errors = {}
-        for name, weight in field_weights.items():
-            error_B = jnp.mean(jnp.square(output.reconstructions[name].astype(jnp.float32) - values[name]), axis=-1)
-            errors[name] = weight * weighted_mean(error_B, present[name]) / variances[name]
-        reconstruction = cast(jax.Array, sum(errors.values())) / total
+        errors = {
+            name: jnp.square(output.reconstructions[name].astype(jnp.float32) - values[name]) for name in field_weights
+        }
+        if squared:
+            reconstruction = squared_error(errors, present, field_weights, count)
+        else:
+            means = [
+                weight * weighted_mean(jnp.mean(errors[name], axis=-1), present[name]) / variances[name]
+                for name, weight in field_weights.items()
+            ]
+            reconstruction = cast(jax.Array, sum(means)) / total
         metrics = {"reconstruction": reconstruction}
         loss = config.reconstruction_weight * reconstruction
         anchors, positives = output.vector[:count], output.vector[count : 2 * count]
@@ -131,13 +137,25 @@ def make_item_loss(
             # An item that the anchor's user also met is no negative, whoever it came from.
             contrastive = info_nce(scores, jnp.arange(count), allowed_MxC=~batch.known)
         elif config.contrastive == "triplet":
-            contrastive = triplet_margin(anchors, positives, output.vector[2 * count : 3 * count], margin=config.margin)
+            # The reference makes the other two without a gradient.
+            others = jax.lax.stop_gradient((positives, output.vector[2 * count : 3 * count]))
+            contrastive = triplet_margin(anchors, *others, margin=config.margin)
         else:
             return loss, metrics
         metrics["contrastive"] = contrastive
         return loss + config.contrastive_weight * contrastive, metrics
 
     return loss_fn
+
+
+def squared_error(
+    errors: dict[str, jax.Array], present: dict[str, jax.Array], weights: dict[str, float], count: int
+) -> jax.Array:
+    """The reference's reconstruction loss: squared errors [B, W] summed over W, averaged over the present fields of the
+    first `count` items, the anchors."""
+    there = {name: weight * present[name][:count] for name, weight in weights.items()}
+    summed = sum(jnp.sum(jnp.sum(errors[name][:count], axis=-1) * weight) for name, weight in there.items())
+    return jnp.asarray(summed) / jnp.maximum(sum(jnp.sum(weight) for weight in there.values()), 1e-9)
 
 
 def held_out_items(run: Run) -> np.ndarray:
@@ -235,7 +253,9 @@ def item_program(run: Run, abstract: bool = False) -> Program:
     variances = {name: variance for name, (_, variance) in means.items() if variance > 1e-12}
     if abstract:
         variances = dict.fromkeys(cache.names, 1.0)
-    weights = {field.name: field.weight for field in dataset.catalogue.schema.fields if field.name in variances}
+    weights_of = {field.name: field.weight for field in dataset.catalogue.schema.fields if field.name in cache.names}
+    weights = {name: weight for name, weight in weights_of.items() if name in variances}
+    squared = config.item.reconstruction == "squared"
     # Without held-out items the report is on training items and says so.
     checked = (np.flatnonzero(held) if held.any() else source.trainable)[:VALIDATION_ITEMS]
 
@@ -262,7 +282,7 @@ def item_program(run: Run, abstract: bool = False) -> Program:
         init=lambda: init_items(run, module),
         frozen=lambda: frozen,
         variables=lambda params: {"params": params},
-        loss_fn=make_item_loss(module, config.item, weights, variances),
+        loss_fn=make_item_loss(module, config.item, weights_of if squared else weights, variances),
         data=lambda optim: item_data(run, source, optim, frozen is not None),
         optim=config.item.optim,
         seed=config.seed,

@@ -152,7 +152,7 @@ def reader_of(stage: JointConfig, qwen3: Qwen3Config) -> Reader:
         prompt=stage.prompt,
         pretrained=bool(stage.backbone.path),
         reads_items=stage.candidates == "qwen3",
-        dropout=stage.backbone.dropout,
+        dropout=0.0 if stage.backbone.path else stage.backbone.dropout,
     )
 
 
@@ -203,8 +203,9 @@ def start_joint(run: Run, params: Any) -> Any:
     taken = {name: learned[name] for name in ("tower", "user_qformer") if name in params["params"]}
     # The other parts read the pooled state, which is another one.
     own = ("log_scale", "decay", "transition", "transition_decay")
-    kept = {name: value for name, value in learned["head"].items() if name in own}
-    taken["head"] = {**params["params"]["head"], **kept}
+    if "head" in params["params"]:
+        kept = {name: value for name, value in learned.get("head", {}).items() if name in own}
+        taken["head"] = {**params["params"]["head"], **kept}
     params = {**params, "params": {**params["params"], **taken}}
     return params | ({"item_qformer": load_items(run)[1]} if "item_qformer" in params else {})
 
@@ -246,7 +247,7 @@ def make_joint_loss(config: Config, parts: RankParts, items: ItemQFormer | None)
             users,
             vectors,
             batch,
-            learned_width=config.candidates.width,
+            learned_width=config.candidates.learned_width,
             text_RxT=step_tables.text,
             trained=step_tables.trained,
             log_popularity=frozen["log_popularity"],

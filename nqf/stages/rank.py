@@ -153,8 +153,13 @@ def history_data(
     from nqf.training.mesh import batch_shard
 
     config, dataset = run.config, run.dataset
+    windows = training_windows(dataset.interactions, dataset.split, 1 if loss.negatives == "given" else positions)
+    if loss.negatives == "given":
+        given = dataset.split.candidates(np.arange(len(dataset.interactions.items)))[:, : loss.samples]
+        # Targets of samples alone are examples.
+        windows = windows.only((given >= 0).any(axis=1))
     return history_dataset(
-        training_windows(dataset.interactions, dataset.split, positions),
+        windows,
         run.features,
         loss=loss,
         max_history=max_history,

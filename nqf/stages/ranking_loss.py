@@ -1,4 +1,4 @@
-"""The ranking loss of the user and joint stages: InfoNCE against full, sampled or in-batch negatives."""
+"""The ranking loss of the user and joint stages: InfoNCE against full, sampled, in-batch or given negatives."""
 
 from __future__ import annotations
 
@@ -69,6 +69,8 @@ def ranking_loss(
             other &= products(text_RxT[targets_M], text_RxT[rows]) <= config.duplicate_cosine
         return other
 
+    if config.negatives == "given":
+        return _given_loss(users_MxD, items_RxD, targets_M, weights_M, batch)
     if config.negatives == "full":
         allowed = trained
         if config.duplicate_cosine:
@@ -106,3 +108,15 @@ def ranking_loss(
     return info_nce(
         all_scores, labels_M, weights_M=weights_M, log_q_C=log_q if config.log_q else None, allowed_MxC=allowed
     )
+
+
+def _given_loss(
+    users_MxD: jax.Array, items_RxD: jax.Array, targets_M: jax.Array, weights_M: jax.Array, batch: HistoryBatch
+) -> jax.Array:
+    """InfoNCE of each target against its own negatives, all of which count: they were drawn evenly and are frozen."""
+    assert batch.given is not None, "the batches of this loss carry them"
+    given_MxK = batch.given.reshape(-1, batch.given.shape[-1])[jnp.maximum(batch.supervised, 0)]
+    rows_MxC = jnp.concatenate([targets_M[:, None], jnp.maximum(given_MxK, 0)], axis=1)
+    scores_MxC = jnp.einsum("md,mcd->mc", users_MxD, items_RxD[rows_MxC])
+    allowed_MxC = jnp.pad(given_MxK >= 0, ((0, 0), (1, 0)), constant_values=True)
+    return info_nce(scores_MxC, jnp.zeros_like(targets_M), weights_M=weights_M, allowed_MxC=allowed_MxC)

@@ -76,7 +76,9 @@ def make_score(run: Run) -> dict[str, Any]:
     evaluation = run.config.evaluation
     given = {"cooccurrence": evaluation.cooccurrence_weight, "text": evaluation.text_weight}
     start = Score(counting=_counting(run), **{name: weight or 0.0 for name, weight in given.items()})
-    free = [name for name, weight in given.items() if weight is None]
+    candidates = run.config.candidates
+    texts = candidates.frozen_similarity and not candidates.frozen
+    free = [name for name, weight in given.items() if weight is None and (texts or name != "text")]
     if run.config.data.refit or not len(run.dataset.split.valid.users):
         if free:
             keys = " and ".join(f"evaluation.{name}_weight" for name in free)

@@ -60,16 +60,18 @@ def make_user_loss(config: Config, module: nn.Module) -> LossFn:
             rngs={"dropout": key},
         )
         users, items, predicted = cast(tuple[jax.Array, jax.Array, jax.Array], made)
-        ranking = ranking_loss(
-            config.user.loss,
-            users,
-            items,
-            batch,
-            learned_width=config.candidates.width,
-            text_RxT=step_tables.text,
-            trained=step_tables.trained,
-            log_popularity=frozen["log_popularity"],
-        )
+        ranking = jnp.zeros(())
+        if config.user.ranking_weight:
+            ranking = ranking_loss(
+                config.user.loss,
+                users,
+                items,
+                batch,
+                learned_width=config.candidates.learned_width,
+                text_RxT=step_tables.text,
+                trained=step_tables.trained,
+                log_popularity=frozen["log_popularity"],
+            )
         true = jnp.asarray(step_tables.tokens)[jnp.maximum(batch.targets, 0)].astype(jnp.float32)
         error = jnp.mean(jnp.square(predicted.astype(jnp.float32) - true), axis=(-2, -1))
         supervised = (batch.targets >= 0).astype(jnp.float32)

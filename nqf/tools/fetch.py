@@ -99,7 +99,7 @@ def source_of(name: str) -> Source:
             base="https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/",
             files=(meta, reviews),
             license=_AMAZON_LICENSE,
-            schema=amazon.SCHEMA,
+            schema=amazon.schema_text(),
             data={
                 "format": "amazon-2023",
                 "items": f"downloads/{Path(meta).name}",

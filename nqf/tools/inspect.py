@@ -302,7 +302,7 @@ def suggest_schema(source: Source, columns: Sequence[Column]) -> str:
       DataError: No column can be used.
     """
     if source.format == "amazon-2023":
-        return amazon.SCHEMA
+        return amazon.schema_text()
     by_name = {column.name.lower(): column for column in columns}
     place = next((pair for pair in _PLACES if set(pair) <= by_name.keys()), None)
     taken = {by_name[part].name for part in place or ()}

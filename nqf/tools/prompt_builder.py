@@ -131,7 +131,11 @@ class Recommender:
         """What the language model reads: input embeddings, float32 [T, D], all of them valid."""
         config, tables, rows = self.config, self._tables, history.items[-self.config["history_items"] :]
         inputs_NxQxE = self._inputs(history)
-        tokens_SxQxD = self._injected("item", inputs_NxQxE[-len(rows) :])
+        features_NxD = (
+            self._features(_under(self._weights, "interactions"), history) if config["interactions"] else None
+        )
+        told = 0.0 if features_NxD is None else features_NxD[-len(rows) :, None]
+        tokens_SxQxD = self._injected("item", inputs_NxQxE[-len(rows) :], told)
         parts = [tables["words"][config["instruction"]]]
         for row, tokens_QxD in zip(rows, tokens_SxQxD, strict=True):
             words = tables["titles"][row]
@@ -200,7 +204,7 @@ class Recommender:
             weight_N = np.exp(-np.logaddexp(0, weights[name]) * distance_N)
             return _unit(weight_N @ np.asarray(vectors_NxD, np.float32))
 
-        user = _dense(weights, "project", state)
+        user = _dense(weights, "project", state) if "project/kernel" in weights else state
         if "transition/kernel" in weights:
             last = recent("transition_decay", self._tables["learned"][history.items])
             user = user + _dense(weights, "transition", last * math.sqrt(len(last)))
@@ -242,8 +246,8 @@ class Recommender:
         learned = np.repeat(learned_NxV[:, None] * math.sqrt(learned_NxV.shape[1]), tokens_NxQxE.shape[1], axis=1)
         return np.concatenate([tokens_NxQxE, learned], axis=-1)
 
-    def _injected(self, name: str, tokens: np.ndarray) -> np.ndarray:
-        projected = _dense(self._weights, f"{name}_projection", tokens)
+    def _injected(self, name: str, tokens: np.ndarray, told: np.ndarray | float = 0.0) -> np.ndarray:
+        projected = _dense(self._weights, f"{name}_projection", tokens) + told
         mean = np.mean(projected**2, axis=-1, keepdims=True)
         return projected / np.sqrt(mean + 1e-6) * self._weights[f"{name}_norm/scale"]
 

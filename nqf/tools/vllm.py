@@ -26,7 +26,9 @@ from nqf.stages.run import Run
 from nqf.tools import prompt_builder
 
 # Parts of the rank model that the builder runs.
-_PARTS = ("user_qformer", "last_item", "item_projection", "user_projection", "item_norm", "user_norm", "head")
+_PARTS = (
+    "user_qformer", "last_item", "item_projection", "user_projection", "item_norm", "user_norm", "interactions", "head",
+)  # fmt: skip
 _TOP = 10
 # What vLLM makes room for (`MaxLoRARanks` of 0.32).
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -158,6 +160,7 @@ def _about(run: Run, ranker: Ranker, module: Any, items: Any) -> dict[str, Any]:
         "max_history": ranker.max_history,
         "history_items": module.reader.prompt.history_items,
         "user_tokens": module.reader.prompt.user_tokens,
+        "interactions": module.reader.prompt.interactions,
         "times": user.times,
         "reads_ratings": user.ratings,
         "reads_reviews": user.reviews,

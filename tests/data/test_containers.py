@@ -285,11 +285,6 @@ def test_other_files_are_no_amazon_metadata(tmp_path: Path) -> None:
         amazon.read_reviews(tmp_path / "items.csv", tmp_path, {"item_id": None})
 
 
-def test_there_is_one_schema_of_amazon() -> None:
-    text = (Path(__file__).parents[2] / "configs" / "schemas" / "amazon-2023.yaml").read_text()
-    assert text.split("\n", 1)[1] == amazon.SCHEMA
-
-
 TYPES = {
     "bytes": [bytes([n, 255]) for n in range(12)],
     "decimals": [Decimal(n) for n in range(12)],

@@ -222,6 +222,46 @@ def test_adapter_in_vllm(trained: tuple[Path, dict, str], tmp_path: Path) -> Non
     serve(exported(trained[0], "vllm", tmp_path / "vllm"))
 
 
+# Each option alone; beside it everything is as in `trained`, for two epochs.
+ALONE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "remat": {"joint.backbone.remat": ""},
+    "mean pooling": {"joint.prompt.pooling": "mean"},
+    "interactions": {"joint.prompt.interactions": ""},
+    "micro-batches": {"joint.micro-batch": 8},
+    "tied candidates": {"joint.candidates": "qwen3", "joint.loss.negatives": "in-batch"},
+    "mined negatives": {"joint.mining.count": 3, "joint.loss.negatives": "sampled", "joint.loss.samples": 64},
+    "bfloat16": {"training.dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def curves() -> dict[str, list[float]]:
+    """The losses of the options that were trained so far."""
+    return {}
+
+
+@pytest.mark.parametrize("option", ALONE)
+def test_each_option_alone(
+    option: str, base: Path, tiny_run: Path, tmp_path: Path, curves: dict[str, list[float]]
+) -> None:
+    bits = train_on(base, tiny_run, tmp_path / "run", **ALONE[option], **{"joint.optim.epochs": 2})
+    assert bits["before"] == bits["after"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    curves[option] = [line["loss"] for line in lines if line["stage"] == "joint" and "loss" in line][-2:]
+    assert np.isfinite(curves[option]).all() and curves[option][1] < curves[option][0]
+    if option == "remat":
+        # The same numbers, computed twice.
+        np.testing.assert_allclose(curves[option], curves["plain"], rtol=1e-4)
+    elif option == "bfloat16":
+        np.testing.assert_allclose(curves[option], curves["plain"], rtol=0.02)
+    elif option != "plain":
+        assert np.abs(np.subtract(curves[option], curves["plain"])).max() > 1e-4
+    run = open_run(tmp_path / "run")
+    frame = Recommender.load(run.folder).recommend(user=run.dataset.interactions.user_ids[0], k=3)
+    assert len(frame) == 3 and frame["score"].is_finite().all()
+
+
 def test_item_qformer_learns_on_beside_a_pretrained_backbone(base: Path, tiny_run: Path, tmp_path: Path) -> None:
     options = {
         "joint.train-item-qformer": "",

@@ -6,7 +6,7 @@ Its item dictionaries and samples are tables, which `data.format: unirec` reads 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,20 @@ def read_candidate_embeddings(path: str | Path) -> tuple[list[str], np.ndarray]:
     if not vectors:
         raise DataError(f"{path}: there is no embedding in it")
     return list(tree), np.stack(vectors)
+
+
+def catalogue_embeddings(path: str | Path, item_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Candidate embeddings in the order of a catalogue: float32 [I, width], zero where missing, and bool [I].
+
+    Raises:
+      DataError: As `read_candidate_embeddings`, or no item of the catalogue is in the file.
+    """
+    known, vectors = read_candidate_embeddings(path)
+    row_of = {item_id: row for row, item_id in enumerate(known)}
+    rows = np.array([row_of.get(item_id, -1) for item_id in item_ids], np.int64)
+    if not (rows >= 0).any():
+        raise DataError(f"{path}: it has '{known[0]}', but none of the catalogue's items, such as '{item_ids[0]}'")
+    return np.where(rows[:, None] >= 0, vectors[rows], 0), rows >= 0
 
 
 def write_candidate_embeddings(path: str | Path, item_ids: Iterable[str], vectors: np.ndarray) -> None:
