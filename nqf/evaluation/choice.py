@@ -183,6 +183,28 @@ def ascend(
             return dataclasses.replace(best, ndcg=value(best))
 
 
+def choose_weights(value: Callable[[Score], float], start: Score, free: Sequence[str]) -> Score:
+    """What counts and texts weigh beside other scores, and how counts enter.
+
+    Counts may be a hint beside strong vectors or the other way round, and there is a hill at both: the ascent begins at
+    the best of a coarse grid.
+
+    Args:
+      value: NDCG@10 of the whole.
+      start: How pairs count, and the weights that are given.
+      free: Names of the weights that are not.
+    """
+    grid, starts = {}, [start]
+    if "cooccurrence" in free:
+        grid["scale"] = SCALES
+        starts += [
+            dataclasses.replace(start, cooccurrence=weight, counting=dataclasses.replace(start.counting, **scale))
+            for scale in SCALES
+            for weight in (0.25, 2.0, 16.0)
+        ]
+    return ascend(value, max(starts, key=value), grid, free)
+
+
 def _along(start: Score, name: str, factor: float) -> Iterator[Score]:
     """A weight multiplied again and again."""
     weight = (getattr(start, name) or 0.125) * factor

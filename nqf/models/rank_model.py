@@ -270,11 +270,6 @@ class RankModel(nn.Module):
         self.item_projection = nn.Dense(width, dtype=self.dtype)
         self.user_projection = nn.Dense(width, dtype=self.dtype)
         self.item_norm = nn.RMSNorm(dtype=self.dtype, scale_init=scale)
-        if self._ends_at_last_item:
-            # Without this path a branch is made of constants, and the residual stream that is pooled knows of the last
-            # item what attention brings alone. Orthogonal: all of the item arrives. Small beside pretrained words.
-            scale = nn.initializers.orthogonal(0.1 if reader.pretrained else 1.0)
-            self.last_item = nn.Dense(width, use_bias=False, kernel_init=scale, dtype=self.dtype)
         self.user_norm = nn.RMSNorm(dtype=self.dtype, scale_init=scale)
         self.dropout = nn.Dropout(reader.dropout)
         if reader.reads_items:
@@ -283,10 +278,6 @@ class RankModel(nn.Module):
             self.interactions = Interactions(
                 width=width, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
             )
-
-    @property
-    def _ends_at_last_item(self) -> bool:
-        return not (self.tower_config.transitions or self.tower_config.frozen)
 
     def item_vectors(self, tables: ItemTables, rows: Array, prompt: PromptIds | None) -> jax.Array:
         """Item side of the score, float32 [R, V (+ T)]."""
@@ -428,9 +419,6 @@ class RankModel(nn.Module):
         embeds = embeds.at[:, layout.item_at].set(items_BxSxQxD.reshape(batch, -1, embeds.shape[-1]))
         if users_BxPxUxD is not None:
             embeds = embeds.at[:, layout.user_at].set(users_BxPxUxD.reshape(batch, -1, embeds.shape[-1]))
-        if self._ends_at_last_item:
-            last_BxPxD = self.last_item(items_BxSxQxD[:, slots - positions :].mean(axis=2))
-            embeds = embeds.at[:, layout.end_at].add(last_BxPxD.astype(embeds.dtype))
         embeds = self.dropout(embeds, deterministic=deterministic)
 
         valid_slot = jnp.concatenate(

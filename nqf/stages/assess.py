@@ -13,7 +13,7 @@ from rich.markup import escape
 from nqf.config import load_config
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
-from nqf.evaluation.choice import SCALES, Score, ascend, text_rows
+from nqf.evaluation.choice import Score, choose_weights, text_rows
 from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
@@ -153,7 +153,7 @@ def sasrec_score(run: Run) -> Score:
     def value(score: Score) -> float:
         return trial.value(score, lambda span: users[span] @ items.T)
 
-    return ascend(value, Score(counting=counting), {"scale": SCALES}, ["cooccurrence"])
+    return choose_weights(value, Score(counting=counting), ["cooccurrence"])
 
 
 def command_line() -> str:

@@ -15,7 +15,7 @@ from nqf.config import load_config
 from nqf.data.interactions import MISSING_TIME
 from nqf.data.splits import Cases
 from nqf.evaluation.baselines import known_events
-from nqf.evaluation.choice import SCALES, Score, Trial, ascend, choose_counting, text_rows
+from nqf.evaluation.choice import Score, Trial, choose_counting, choose_weights, text_rows
 from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs
 from nqf.stages.artifacts import status
 from nqf.stages.joint import joint_vectors, load_joint
@@ -98,8 +98,7 @@ def make_score(run: Run) -> dict[str, Any]:
         return trial.value(score, lambda span: scored[span] @ items.T)
 
     alone = value(Score())
-    grid = {"scale": SCALES} if "cooccurrence" in free else {}
-    chosen = ascend(value, start, grid, free)
+    chosen = choose_weights(value, start, free)
     _say(run, "score", chosen)
     return {**dataclasses.asdict(chosen), "alone": alone}
 

@@ -142,10 +142,7 @@ class Recommender:
             parts += [tables["words"][words[words >= 0]], tokens_QxD]
         if config["user_tokens"]:
             parts.append(self._injected("user", self.user_tokens(history)))
-        end_1xD = np.array(tables["words"][[config["end"]]], np.float32)
-        if "last_item/kernel" in self._weights:
-            end_1xD += tokens_SxQxD[-1].mean(axis=0) @ self._weights["last_item/kernel"]
-        return np.concatenate([*parts, end_1xD]).astype(np.float32)
+        return np.concatenate([*parts, tables["words"][[config["end"]]]]).astype(np.float32)
 
     def user_tokens(self, history: History) -> np.ndarray:
         """The User Q-Former's tokens of a history, float32 [U, D]."""

@@ -27,7 +27,7 @@ from nqf.tools import prompt_builder
 
 # Parts of the rank model that the builder runs.
 _PARTS = (
-    "user_qformer", "last_item", "item_projection", "user_projection", "item_norm", "user_norm", "interactions", "head",
+    "user_qformer", "item_projection", "user_projection", "item_norm", "user_norm", "interactions", "head",
 )  # fmt: skip
 _TOP = 10
 # What vLLM makes room for (`MaxLoRARanks` of 0.32).

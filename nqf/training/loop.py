@@ -198,6 +198,8 @@ def fit(
             began = time.perf_counter()
             state, step = loop.run(state, frozen, train_step, request, trace)
             seconds = time.perf_counter() - began
+            if validate and int(state.best_step) == step > data.steps_per_epoch:
+                terminal.line("the best step is the last one: more epochs would rank better (optim.epochs)")
     best_step, params = int(state.best_step), local(state.params, mesh)
     best = params if best_step == step else restore_params(checkpoints, best_step, params)
     rate = (step - start) * data.batch_size / max(seconds - loop.validation_seconds, 1e-9)
