@@ -308,11 +308,7 @@ def _export_scores(recommender: Recommender, folder: Path) -> None:
     np.save(folder / "users.npy", vectors)
     (folder / "user_ids.json").write_text(json.dumps(users), encoding="utf-8")
     kept, score = np.flatnonzero(recommender.available), recommender.score
-    items = len(recommender.available)
-    pairs = scipy.sparse.csr_matrix((items, items), dtype=np.float32)
-    if recommender.memory is not None:
-        pairs = recommender.memory.pairs * np.float32(score.cooccurrence)
-        pairs.resize(items, items)
+    items, pairs = len(recommender.available), recommender.pairs
     newest = [history[::-1][: score.counting.newest] for history in histories]
     rows = np.repeat(np.arange(len(users)), [len(history) for history in newest])
     weights = np.concatenate([np.zeros(0, np.float32), *(score.counting.weights[: len(history)] for history in newest)])

@@ -11,7 +11,7 @@ import numpy as np
 
 from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.splits import Cases, Split
-from nqf.evaluation.cooccurrence import Counting, count_pairs, newest_of_cases, recent_text
+from nqf.evaluation.cooccurrence import Counting, count_pairs, newest_of_cases, recent_text, stand_in
 from nqf.evaluation.ranking import Scorer
 
 _DAY = 86_400
@@ -103,6 +103,7 @@ def cooccurrence(
       text: Frozen text vectors of all items, unit rows, and what their cosine to the newest items' weighs beside it.
     """
     memory = count_pairs(interactions, known_events(interactions, split, cases), len(split.cold), how)
+    memory = stand_in(memory, text[0]) if text is not None else memory
 
     def score(rows: np.ndarray) -> np.ndarray:
         scores_BxI = memory.scores(newest_of_cases(interactions, cases, rows, how.newest)).toarray()

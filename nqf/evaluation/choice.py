@@ -19,6 +19,7 @@ from nqf.evaluation.cooccurrence import (
     near_pairs,
     newest_of_cases,
     recent_text,
+    stand_in,
 )
 from nqf.evaluation.metrics import ndcg
 from nqf.evaluation.ranking import ranks_from_scores
@@ -32,6 +33,7 @@ USUAL = Counting()
 SCALES = tuple({"scale": scale} for scale in (0.0, 0.005, 0.02))
 """Ways that counts may enter beside other scores."""
 _LARGEST = 1_024.0
+_STAND_INS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class Trial:
         self._near: dict[tuple, NearPairs] = {}
         self._counted: dict[Counting, Cooccurrence] = {}
         self._text_NxI = None
+        self._text_IxT = text_IxT
         if text_IxT is not None:
             self._text_NxI = recent_text(interactions, cases, self.which, text_IxT) @ text_IxT.T
 
@@ -98,7 +101,8 @@ class Trial:
                 # Two of them, so that trying another one does not cost the best one.
                 kept = list(self._near.items())[-1:]
                 self._near = dict(kept) | {pairs: near_pairs(self._interactions, self._known, self._items, how)}
-            self._counted = {how: damp(self._near[pairs], how)}
+            memory = damp(self._near[pairs], how)
+            self._counted = {how: memory if self._text_IxT is None else stand_in(memory, self._text_IxT)}
         return self._counted[how]
 
     def value(self, score: Score, others: Callable[[slice], np.ndarray] | None = None) -> float:
@@ -139,10 +143,12 @@ def choose_counting(trial: Trial, *, ties: bool, text: bool) -> Score:
     if ties:
         grid["ties"] = [{"ties": name} for name in ("sequence", "set")]
     basket = Counting(window=30, decay=0.9, backward=1.0, newest=30, recency=0.9, ties="set" if ties else "sequence")
-    start = max(
-        (Score(counting=how, cooccurrence=1.0, text=0.5 if text else 0.0) for how in (USUAL, basket)),
-        key=trial.value,
-    )
+    stand_ins = _STAND_INS if text else 0
+    starts = [
+        Score(counting=dataclasses.replace(how, stand_ins=stand_ins), cooccurrence=1.0, text=0.5 if text else 0.0)
+        for how in (USUAL, basket)
+    ]
+    start = max(starts, key=trial.value)
     return ascend(trial.value, start, grid, ("text",) if text else ())
 
 

@@ -25,9 +25,10 @@ from nqf.data.errors import DataError
 from nqf.data.load import open_short_users
 from nqf.evaluation.baselines import known_events
 from nqf.evaluation.choice import Score
-from nqf.evaluation.cooccurrence import Cooccurrence
+from nqf.evaluation.cooccurrence import Cooccurrence, stand_in
 from nqf.evaluation.ranking import dense_batches, raise_some, rank_vectors, ranks_from_scores
 from nqf.fields.cache import encode_items
+from nqf.fields.encoder import unit_rows
 from nqf.pipelines.batches import HistoryBatch, ItemTables
 from nqf.pipelines.histories import bucket_of, gather_history, newest, number_by_rows, slot_buckets
 from nqf.serving import overlay
@@ -68,7 +69,7 @@ class Recommender:
       item_vectors: float32 [items, dim]; the inner product with a row of `encode_users` ranks, to which the joint stage
         adds counted pairs where there are any.
       score: What counts and texts weigh beside what the vectors learned.
-      memory: The counted pairs; None for none.
+      memory: The counted pairs of the catalogue, without those that stand in for new items; None for none.
       available: bool [items], False for items that were removed: known in histories, never recommended.
     """
 
@@ -81,6 +82,7 @@ class Recommender:
         module = self._items[0]
         self._read_items = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
         self.score, self.memory = score or Score(), memory
+        self._counted_of: tuple[Stock, Cooccurrence] | None = None
         self._known = known_of(run)
         self._short = open_short_users(run.folder / "data")
         self._filters = Filters(run.dataset.catalogue)
@@ -453,6 +455,14 @@ class Recommender:
         return list(interactions.user_ids), self._encode(self._stock, pasts), [past.items for past in pasts]
 
     @property
+    def pairs(self) -> scipy.sparse.csr_matrix:
+        """What each item of a history adds to the score of each item, float32 [items, items], sparse."""
+        stock = self._stock
+        if self.memory is None:
+            return scipy.sparse.csr_matrix((stock.count, stock.count), dtype=np.float32)
+        return self._counted(stock, self.memory).pairs * np.float32(self.score.cooccurrence)
+
+    @property
     def repeats(self) -> bool:
         """Whether items of the past may be recommended (`evaluation.repeats`)."""
         return self._run.config.evaluation.repeats
@@ -822,11 +832,13 @@ class Recommender:
         if self.memory is None:
             return scipy.sparse.csr_matrix((len(histories), stock.count), dtype=np.float32)
         newest_BxH = np.stack([newest(history, self.memory.how.newest)[::-1] for history in histories])
-        # Items beyond the catalogue were in no training event.
-        newest_BxH = np.where(newest_BxH < len(self._run.dataset.catalogue.item_ids), newest_BxH, -1)
-        pairs = self.score.cooccurrence * self.memory.scores(newest_BxH)
-        pairs.resize(len(histories), stock.count)
-        return pairs
+        return self.score.cooccurrence * self._counted(stock, self.memory).scores(newest_BxH)
+
+    def _counted(self, stock: Stock, memory: Cooccurrence) -> Cooccurrence:
+        """Counts of all items: those beyond the catalogue, which were in no training event, have those of others."""
+        if self._counted_of is None or self._counted_of[0] is not stock:
+            self._counted_of = stock, stand_in(memory, unit_rows(stock.tables.text))
+        return self._counted_of[1]
 
     def _rows(self, stock: Stock, history: Sequence[str], *, empty: bool = False) -> np.ndarray:
         """Rows of a history's items, int64, oldest first."""

@@ -14,7 +14,7 @@ from nqf.config import load_config
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
 from nqf.evaluation.choice import Score, choose_weights, text_rows
-from nqf.evaluation.cooccurrence import add_cooccurrence
+from nqf.evaluation.cooccurrence import add_cooccurrence, stand_in
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
 from nqf.stages.artifacts import status
@@ -22,7 +22,7 @@ from nqf.stages.folder import claim
 from nqf.stages.graph import JOINT, SASREC, USER, run_stage
 from nqf.stages.records import StageError
 from nqf.stages.run import Run
-from nqf.stages.score import counts_of, memory_of, score_of, trial_of, with_text
+from nqf.stages.score import counts_of, memory_of, read_text, score_of, trial_of, with_text
 from nqf.stages.stage import Stage
 
 
@@ -139,6 +139,7 @@ def with_pairs(run: Run, cases: Cases, vectors: tuple[np.ndarray, np.ndarray], s
     if not score.cooccurrence:
         return vectors
     memory = memory_of(run, cases, score.counting)
+    memory = stand_in(memory, read_text(run)) if score.counting.stand_ins else memory
     return add_cooccurrence(*vectors, score.cooccurrence, memory, run.dataset.interactions, cases)
 
 
@@ -147,7 +148,7 @@ def sasrec_score(run: Run) -> Score:
     given, counting = run.config.baselines.sasrec_cooccurrence_weight, counts_of(run)["plain"].counting
     if given is not None or run.config.data.refit or not len(run.dataset.split.valid.users):
         return Score(counting=counting, cooccurrence=given or 0.0)
-    trial = trial_of(run, text=False)
+    trial = trial_of(run)
     users, items = vectors_of(run, SASREC, run.dataset.split.valid[trial.which])
 
     def value(score: Score) -> float:

@@ -17,6 +17,7 @@ from nqf.data.splits import Cases
 from nqf.evaluation.baselines import known_events
 from nqf.evaluation.choice import Score, Trial, choose_counting, choose_weights, text_rows
 from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs
+from nqf.fields.encoder import unit_rows
 from nqf.stages.artifacts import status
 from nqf.stages.joint import joint_vectors, load_joint
 from nqf.stages.rank import Trained
@@ -25,7 +26,7 @@ from nqf.stages.run import Run
 from nqf.stages.stage import Stage
 
 
-def trial_of(run: Run, *, text: bool) -> Trial:
+def trial_of(run: Run, text_IxT: np.ndarray | None = None) -> Trial:
     """The run's validation cases, for choosing."""
     dataset, cases = run.dataset, run.dataset.split.valid
     return Trial(
@@ -34,7 +35,7 @@ def trial_of(run: Run, *, text: bool) -> Trial:
         cases,
         len(dataset.catalogue.item_ids),
         repeats=run.config.evaluation.repeats,
-        text_IxT=text_rows(*run.text) if text else None,
+        text_IxT=text_IxT,
     )
 
 
@@ -49,7 +50,7 @@ def make_counts(run: Run) -> dict[str, Any]:
     ties = bool(((times[1:] == times[:-1]) & (times[1:] != MISSING_TIME)).any())
     chosen = {}
     for name, text in (("plain", False), ("text", True)):
-        chosen[name] = choose_counting(trial_of(run, text=text), ties=ties, text=text)
+        chosen[name] = choose_counting(trial_of(run, text_rows(*run.text) if text else None), ties=ties, text=text)
         _say(run, "counts", chosen[name])
     return {name: dataclasses.asdict(score) for name, score in chosen.items()}
 
@@ -88,14 +89,15 @@ def make_score(run: Run) -> dict[str, Any]:
                 highlight=False,
             )
         return dataclasses.asdict(start)
-    trial = trial_of(run, text=False)
+    # Its texts stand in for counts; their cosine is in the vectors.
+    trial = trial_of(run, read_text(run))
     cases = run.dataset.split.valid[trial.which]
     users, items = joint_vectors(run, cases)
     learned = run.config.candidates.width
 
     def value(score: Score) -> float:
         scored = with_text(users, learned, score.text)
-        return trial.value(score, lambda span: scored[span] @ items.T)
+        return trial.value(dataclasses.replace(score, text=0.0), lambda span: scored[span] @ items.T)
 
     alone = value(Score())
     chosen = choose_weights(value, start, free)
@@ -136,6 +138,11 @@ def load_scored(run: Run) -> tuple[Trained, Score, Cooccurrence | None]:
     score = score_of(run)
     memory = memory_of(run, run.dataset.split.test, score.counting) if score.cooccurrence else None
     return load_joint(run, text_weight=score.text), score, memory
+
+
+def read_text(run: Run) -> np.ndarray:
+    """Frozen texts as the models read them, unit rows, float32 [I, T]."""
+    return unit_rows(run.text_features(*run.text))
 
 
 def memory_of(run: Run, cases: Cases, how: Counting) -> Cooccurrence:

@@ -103,7 +103,7 @@ def write_recommender(run: Run, recommender: Recommender, folder: Path, *, langu
         np.save(folder / f"{name}.npy", table)
     write_json(folder / "item_ids.json", recommender.item_ids)
     if recommender.memory is not None:
-        pairs = recommender.memory.pairs
+        pairs = recommender.pairs
         kept = {name: np.asarray(getattr(pairs, name)) for name in ("indptr", "indices", "data")}
         save_file(kept, folder / "cooccurrence.safetensors")
     about = _about(run, ranker, module, items)
@@ -111,7 +111,7 @@ def write_recommender(run: Run, recommender: Recommender, folder: Path, *, langu
         "instruction": np.searchsorted(words, prompt.instruction).tolist(),
         "end": int(np.searchsorted(words, prompt.end)),
         # Of the newest items, the newest first.
-        "cooccurrence_weights": (recommender.score.cooccurrence * recommender.score.counting.weights).tolist(),
+        "cooccurrence_weights": recommender.score.counting.weights.tolist(),
     }
     write_json(folder / "recommender.json", about)
     write_text(folder / "prompts.py", Path(prompt_builder.__file__).read_text(encoding="utf-8"))
@@ -199,7 +199,7 @@ def _write_golden(
     scores = vectors @ items.T
     if (memory := recommender.memory) is not None:
         latest = np.stack([newest(interactions.items[span], memory.how.newest)[::-1] for span in spans])
-        pairs = recommender.score.cooccurrence * memory.scores(latest)
+        pairs = dataclasses.replace(memory, pairs=recommender.pairs).scores(latest)
         scores[:, : pairs.shape[1]] += pairs.toarray()
     scores /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for user, span in zip(users, spans, strict=True):

@@ -19,14 +19,14 @@ from nqf import export
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
 from nqf.evaluation.choice import Score, Trial, ascend, choose_counting
-from nqf.evaluation.cooccurrence import Counting, add_cooccurrence, count_pairs, newest_of_cases
+from nqf.evaluation.cooccurrence import Counting, add_cooccurrence, count_pairs, newest_of_cases, stand_in
 from nqf.evaluation.ranking import raise_some, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.results import model_ranks
 from nqf.pipelines.histories import newest as newest_events
 from nqf.serving.recommender import Recommender
 from nqf.stages.assess import assess, trained_vectors
 from nqf.stages.run import open_run
-from nqf.stages.score import score_of
+from nqf.stages.score import read_text, score_of
 from nqf.tools.report.users import sample_users
 
 
@@ -216,7 +216,7 @@ def test_evaluation_has_both_scores_and_the_report_the_first(counting_run: Path)
     counted[split.valid.cuts[split.cold[interactions.items[split.valid.cuts]]]] = False
     score = score_of(run)
     assert score.cooccurrence == 5 and score.text == 2
-    pairs = count_pairs(interactions, counted, len(split.cold), score.counting)
+    pairs = stand_in(count_pairs(interactions, counted, len(split.cold), score.counting), read_text(run))
     newest = newest_of_cases(interactions, split.test, np.arange(len(users)), score.counting.newest)
     width = run.config.candidates.width
     text = 2 * users[:, width:] / np.linalg.norm(users[:, width:], axis=1, keepdims=True)
@@ -258,3 +258,19 @@ def test_exported_index_has_the_whole_score(counting_run: Path, tmp_path: Path) 
     assert changed, "counts change no list, so this shows nothing"
     first = recommender.recommend(user=read["users"][0], k=10)["item_id"].to_list()
     assert printed.getvalue() == f"{read['users'][0]} {first}\n"
+
+
+def test_new_items_take_the_counts_of_their_neighbors() -> None:
+    found, text = interactions([0, 1, 2, 0, 1]), np.zeros((5, 3), np.float32)
+    text[[0, 1, 2], [0, 1, 2]] = 1
+    text[3] = text[1]
+    memory = count_pairs(found, np.ones(5, bool), 3, Counting(stand_ins=1))
+    pairs = memory.pairs.toarray()
+    # Item 3 is new and reads as item 1; item 4 has no text.
+    all_pairs = stand_in(memory, text).pairs.toarray()
+    np.testing.assert_array_equal(all_pairs[:3, :3], pairs)
+    np.testing.assert_allclose(all_pairs[:3, 3], pairs[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(all_pairs[3, :3], pairs[1], rtol=1e-6)
+    assert not all_pairs[4].any() and not all_pairs[:, 4].any()
+    none = stand_in(dataclasses.replace(memory, how=Counting()), text).pairs.toarray()
+    np.testing.assert_array_equal(none, np.pad(pairs, ((0, 2), (0, 2))))
