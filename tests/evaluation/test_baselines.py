@@ -4,6 +4,7 @@ import numpy as np
 from hand_made import last_two_out, make_interactions, random_interactions
 
 from nqf.evaluation import baselines
+from nqf.evaluation.cooccurrence import Counting
 from nqf.evaluation.ranking import Scorer
 
 DAY = 86_400
@@ -81,7 +82,9 @@ def test_cooccurrence_equals_plain_loops() -> None:
         history = interactions.items[interactions.offsets[user] : cut][::-1][:10]
         for distance, item in enumerate(history, start=1):
             expected[row] += counts[item] / distance
-    np.testing.assert_allclose(scores_of(baselines.cooccurrence(interactions, split, cases), 60), expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        scores_of(baselines.cooccurrence(interactions, split, cases, Counting()), 60), expected, rtol=1e-4
+    )
 
 
 def test_targets_of_the_evaluated_cases_change_no_baseline() -> None:
@@ -92,7 +95,7 @@ def test_targets_of_the_evaluated_cases_change_no_baseline() -> None:
     makers = (
         baselines.popular,
         lambda *given: baselines.recent_popular(*given, days=30),
-        baselines.cooccurrence,
+        lambda *of: baselines.cooccurrence(*of, Counting()),
     )
     for make in makers:
         first, second = (scores_of(make(data, split, split.test), 60) for data in (interactions, other))
