@@ -543,8 +543,8 @@ class LossConfig:
     """Ranking loss of the user and joint stages.
 
     Attributes:
-      negatives: `full` (the whole catalogue), `sampled`, `in-batch`, or `given` (the candidates of UniRec's samples, and
-        the samples' targets are then the only examples).
+      negatives: `full` (the whole catalogue), `sampled`, `in-batch`, or `given` (the candidates of UniRec's samples,
+        whose targets are then the only examples).
       samples: Negatives per step of `sampled`; of each target of `given`, the first ones of its sample.
       log_q: Correct in-batch and sampled scores by the log of the sampling probability.
       duplicate_cosine: Items whose frozen text embeddings have a larger cosine than this are no negatives for each
