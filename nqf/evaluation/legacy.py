@@ -57,7 +57,7 @@ def legacy_ranks(
     bare = np.flatnonzero(~(given >= 0).any(axis=1))
     candidates_NxC = np.full((len(targets_N), 1 + max(NEGATIVES, given.shape[1])), -1, np.int64)
     candidates_NxC[:, 0], candidates_NxC[:, 1 : 1 + given.shape[1]] = targets_N, given
-    drawn = draw_candidates(targets_N[bare], [past[row] for row in bare], items=items, seed=seed)
+    drawn = draw_candidates(targets_N[bare], [past[row] for row in bare.tolist()], items=items, seed=seed)
     candidates_NxC[bare, : NEGATIVES + 1] = drawn
     ranks = []
     for span in dense_batches(len(targets_N), items):

@@ -257,7 +257,8 @@ def _candidates(dataset: Dataset, samples: Sequence[Sample]) -> Finding:
         check="candidates",
         verdict="leak",
         text=f"{wrong:,} of {judged:,} samples have a later choice of their user among their candidates{example}"
-        f"{missing}; nqf does not use these candidates: it ranks the whole catalogue",
+        f"{missing}; nqf ranks the whole catalogue, and uses these candidates for loss.negatives: given and --protocol "
+        "legacy alone",
     )
 
 

@@ -201,6 +201,27 @@ def test_absent_field_is_left_out_with_a_warning_and_comes_back_with_its_first_v
     assert "price" in build(FrameCatalogue(priced, FIELDS[:3]), tmp_path, CONFIG).names
 
 
+def test_links_alone_name_the_encoder_that_reads_them(tmp_path):
+    frame = random_frame(3, 0).with_columns(pl.Series("picture", [f"https://example.org/{n}.png" for n in "abc"]))
+    cache = build(FrameCatalogue(frame, [FIELDS[0], FIELDS[5]]), tmp_path / "cache", CONFIG)
+    assert cache.names == ("title",) and len(cache.warnings) == 1
+    assert "3 of 3 pictures are links" in cache.warnings[0] and "fields.image_encoder" in cache.warnings[0]
+
+
+def test_given_candidates_stand_in_the_place_of_the_texts_and_new_items_have_none(tmp_path):
+    frame = random_frame(4, 0)
+    vectors = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    given_ = pl.Series([vectors[0].tolist(), None, *vectors[2:].tolist()], dtype=pl.List(pl.Float32))
+    cache = build(FrameCatalogue(frame, FIELDS[:2]), tmp_path / "cache", CONFIG, candidates=given_)
+    table = cache.candidates
+    assert table.modality == "vector" and (np.asarray(table.rows) >= 0).tolist() == [True, False, True, True]
+    made, there = table.gather(np.array([0, 2, 3]))
+    # One factor for all, so cosines are theirs.
+    ratio = made / vectors[[0, 2, 3]]
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=5e-3)
+    assert not encode_items(cache, frame)["_candidate"][1].any()
+
+
 def test_unreadable_images_are_counted_and_tried_again(tmp_path):
     frame = random_frame(12, 0, tmp_path / "pictures")
     bad = tmp_path / "pictures" / "bad.png"
@@ -210,7 +231,9 @@ def test_unreadable_images_are_counted_and_tried_again(tmp_path):
     catalogue = FrameCatalogue(frame, FIELDS[5:6], None)
     cache = build(catalogue, tmp_path / "cache", CONFIG)
     assert cache.gather("picture", np.arange(12))[1].tolist() == [False] * 4 + [True] * 8
-    assert cache.warnings == ("field 'picture': 4 image values could not be read and count as missing",)
+    assert "1 of 12 pictures are links, which only a CLIP model reads" in cache.warnings[0]
+    assert "set fields.image_encoder" in cache.warnings[0] and "data.without: [picture]" in cache.warnings[0]
+    assert cache.warnings[1:] == ("field 'picture': 3 image values could not be read and count as missing",)
     # A picture that is replaced under its old name is another value.
     bad.write_bytes((tmp_path / "pictures" / "1.png").read_bytes())
     cache = build(catalogue, tmp_path / "cache", CONFIG)

@@ -139,6 +139,30 @@ def test_a_tied_item_vector_is_of_the_item_alone() -> None:
     assert changed[0] > 1e-3 and np.all(changed[1:] < 1e-6)
 
 
+def test_dropout_of_the_small_model_leaves_a_pretrained_base_alone() -> None:
+    stage = JointConfig(backbone=dataclasses.replace(JointConfig().backbone, dropout=0.3))
+    assert reader_of(stage, QWEN3).dropout == 0.3
+    stage = dataclasses.replace(stage, backbone=dataclasses.replace(stage.backbone, path="Qwen/Qwen3-Embedding-0.6B"))
+    assert reader_of(stage, QWEN3).dropout == 0.0
+
+
+def test_frozen_candidates_are_scored_by_the_pooled_vector_itself() -> None:
+    """No tower, no head where the widths are the same, and a projection alone where they are not."""
+    config = config_of("tower", 0)
+    frozen = dataclasses.replace(config.candidates, frozen=True, learn_temperature=False, temperature=0.07)
+    model = model_of(dataclasses.replace(config, candidates=frozen))
+    params = params_of(model)
+    assert "tower" not in params and set(params["head"]) == {"project"} and "bias" not in params["head"]["project"]
+    same = TABLES.replace(text=jnp.asarray(RNG.normal(size=(ITEMS, QWEN3.hidden_size)).astype(np.float32)))
+    history = jax.tree.map(jnp.asarray, history_of_items(SEQUENCES[:, :-1], 0))
+    variables = jax.jit(lambda: model.init(jax.random.key(0), same, ROWS, history, PROMPT, positions=1))()
+    assert "head" not in variables["params"]
+    users, items, _ = model.apply(variables, same, ROWS, history, PROMPT, positions=1)
+    pooled = model.apply(variables, same, jnp.zeros((ITEMS, 0)), history, PROMPT, 1, True, method="_pooled")
+    np.testing.assert_allclose(users, pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True) / 0.07, rtol=1e-4)
+    np.testing.assert_allclose(items, same.text / jnp.linalg.norm(same.text, axis=-1, keepdims=True), rtol=1e-5)
+
+
 def test_a_fixed_temperature_has_no_parameter() -> None:
     there = jnp.ones((2, 3), bool)
     inputs = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 6)), there, jnp.ones((2, 3, 5)), there
