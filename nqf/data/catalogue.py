@@ -12,6 +12,7 @@ import polars as pl
 from nqf.config import DataConfig
 from nqf.data import numbers, times, values
 from nqf.data.errors import DataError
+from nqf.data.parquet import checked
 from nqf.data.schema import Field, Schema
 
 BAD = "_bad "
@@ -33,7 +34,7 @@ class Catalogue:
     """
 
     def __init__(self, path: str | Path, schema: Schema):
-        self.path = Path(path)
+        self.path = checked(Path(path))
         self.schema = schema
         self.item_ids: list[str] = pl.read_parquet(self.path, columns=["item_id"], glob=False)["item_id"].to_list()
 

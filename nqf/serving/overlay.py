@@ -24,6 +24,7 @@ import polars as pl
 from nqf import files
 from nqf.data.catalogue import Catalogue, canonical_items
 from nqf.data.errors import DataError
+from nqf.data.parquet import checked
 from nqf.data.schema import Schema, nearest
 from nqf.fields.cache import FieldCache, encode_items
 from nqf.fields.encoder import CacheError
@@ -74,7 +75,7 @@ def read_overlay(directory: Path, catalogue: Catalogue, cache: FieldCache) -> Ov
         raise CacheError(f"{path}: format version {manifest.get('format_version')} is not known here; {advice}")
     for file in manifest["files"].values():
         check_file(directory, file, None, verify=True)
-    frame = pl.read_parquet(directory / manifest["files"]["rows"]["file"], glob=False)
+    frame = pl.read_parquet(checked(directory / manifest["files"]["rows"]["file"]), glob=False)
     if frame.schema != empty.schema:
         raise CacheError(f"{path}: the run's schema has changed since these items were added; {advice}")
     if manifest["encoders"] == _encoders(cache):
