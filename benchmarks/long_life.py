@@ -3,8 +3,8 @@
     python benchmarks/long_life.py --run runs/quickstart [--lives 10000]
 
 Items are added one by one, every tenth of them is updated, and a request of varied length and number of items follows
-each; figures after each tenth. What is allocated grows by the items that are there and by nothing else; resident is what
-the process keeps of the kernel's, freed memory of compilations included.
+each; figures after each tenth. What is allocated grows by the items that are there and by nothing else; resident is
+what the process keeps of the kernel's, freed memory of compilations included.
 """
 
 from __future__ import annotations
