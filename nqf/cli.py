@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `nqf COMMAND ...`; nothing heavy is imported before the command is known."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in ("-h", "--help"):
-        print(_usage())
+        guard(lambda _: print(_usage()), rest)
     elif name == "--version":
         from nqf import __version__
 
@@ -124,22 +125,45 @@ def guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         main(arguments)
         return
     try:
-        main(arguments)
+        try:
+            main(arguments)
+        finally:
+            # Not at the end of the interpreter, where an error cannot be told apart.
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _unread():
+            raise SystemExit(_told(error)) from None
+        # The interpreter flushes once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # What a shell reports for a program whose reader left, as `head` does.
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         # What a shell reports for a program that Ctrl-C ended.
         raise SystemExit(130) from None
     except (*_EXPECTED, *_errors_of_polars()) as error:
-        # The message of a KeyError is the repr of its argument.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        text = printable(" ".join(str(message).split()))
-        text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:1_200]} (…) {text[-500:]}"
-        if (code := getattr(error, "exit_code", None)) is not None:
-            # Not a fault: training that was asked to stop (nqf.training.stop).
-            print(f"stopped: {text}", file=sys.stderr)
-            raise SystemExit(code) from None
-        print(f"error: {text}\n(--debug shows the traceback)", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(_told(error)) from None
+
+
+def _unread() -> bool:
+    """Whether nobody reads the standard output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _told(error: Exception) -> int:
+    """Tells an error in one paragraph; the exit status."""
+    # The message of a KeyError is the repr of its argument.
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = printable(" ".join(str(message).split()))
+    text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:1_200]} (…) {text[-500:]}"
+    if (code := getattr(error, "exit_code", None)) is not None:
+        # Not a fault: training that was asked to stop (nqf.training.stop).
+        print(f"stopped: {text}", file=sys.stderr)
+        return code
+    print(f"error: {text}\n(--debug shows the traceback)", file=sys.stderr)
+    return 1
 
 
 def parse(cls: type[T], arguments: Sequence[str], *, prog: str, default: T | None = None, description: str = "") -> T:
@@ -250,7 +274,10 @@ def terminal(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
     class Plain(Console):
-        """A console for which control characters and :names: of emoji are text."""
+        """A console for which control characters and :names: of emoji are text, and that leaves errors to `guard`."""
+
+        def on_broken_pipe(self) -> None:
+            raise  # Called where the error is handled.
 
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(printable(text), **options)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,32 @@ def test_other_shells_have_a_script(shell: str) -> None:
     assert "nqf" in text and "--joint.optim.learning-rate" in text
     if shutil.which(shell):
         assert subprocess.run([shell, "-n"], input=text, text=True).returncode == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["--help", "train --help", "data inspect events.csv"])
+def test_who_reads_may_leave(command: str, unbuffered: str, tmp_path: Path) -> None:
+    """As before `| head`: no traceback and no error, and the status that a shell gives for SIGPIPE."""
+    (tmp_path / "events.csv").write_text("user_id,item_id\n" + "u,i\n" * 9)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "nqf", *command.split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: list[str]) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with tempfile.TemporaryFile("w") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        with pytest.raises(SystemExit) as status:
+            cli.guard(main, [])
+    assert status.value.code == 1 and "Broken pipe" in capsys.readouterr().err

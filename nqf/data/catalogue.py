@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -11,6 +12,7 @@ import polars as pl
 from nqf.config import DataConfig
 from nqf.data import numbers, times, values
 from nqf.data.errors import DataError
+from nqf.data.parquet import checked
 from nqf.data.schema import Field, Schema
 
 BAD = "_bad "
@@ -32,12 +34,17 @@ class Catalogue:
     """
 
     def __init__(self, path: str | Path, schema: Schema):
-        self.path = Path(path)
+        self.path = checked(Path(path))
         self.schema = schema
         self.item_ids: list[str] = pl.read_parquet(self.path, columns=["item_id"], glob=False)["item_id"].to_list()
 
     def __len__(self) -> int:
         return len(self.item_ids)
+
+    @functools.cached_property
+    def known_ids(self) -> frozenset[str]:
+        """The ids, for looking single ones up."""
+        return frozenset(self.item_ids)
 
     def chunks(self, columns: list[str], rows: int) -> Iterator[pl.DataFrame]:
         """Reads some columns in order, at most `rows` items at a time."""
@@ -46,19 +53,16 @@ class Catalogue:
             yield table.slice(start, rows).collect()
 
 
-def canonical_items(
-    frame: pl.DataFrame, schema: Schema, *, taken: Collection[str] = (), folder: Path | None = None
-) -> pl.DataFrame:
+def canonical_items(frame: pl.DataFrame, schema: Schema, *, folder: Path | None = None) -> pl.DataFrame:
     """Brings a few items into canonical form, all values readable or an error.
 
     Args:
       frame: Column item_id and the schema's columns; a column that is not there is missing in every item.
       schema: The fields, with the formats that the catalogue was read with.
-      taken: Item ids that exist already.
       folder: Where relative image paths start; the working directory by default.
 
     Raises:
-      DataError: No item_id; a duplicate or taken one; a value that does not parse.
+      DataError: No item_id; a duplicate one; a value that does not parse.
     """
     if "item_id" not in frame.columns:
         raise DataError(f"the items have no column 'item_id'; they have {', '.join(frame.columns) or 'no columns'}")
@@ -68,9 +72,6 @@ def canonical_items(
     table, _ = plain_ids(frame.lazy(), ("item_id",), (), "the new items")
     result = canonical(table, schema, folder or Path.cwd()).collect()
     check_item_ids(result["item_id"], "the new items")
-    known = [item_id for item_id in result["item_id"] if item_id in taken]
-    if known:
-        raise DataError(f"{len(known)} of the new items are in the catalogue already, such as item_id '{known[0]}'")
     for field in schema.fields:
         rows = result[BAD + field.name].arg_true()
         if len(rows):

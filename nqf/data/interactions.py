@@ -13,6 +13,7 @@ import polars as pl
 from nqf.config import DataConfig
 from nqf.data.catalogue import BAD, canonical, missing_ids, plain_ids, resolve
 from nqf.data.errors import DataError
+from nqf.data.parquet import checked
 from nqf.data.schema import Field, Schema, nearest
 
 MISSING_TIME = int(np.iinfo(np.int64).min)
@@ -93,7 +94,7 @@ class Interactions:
 
 def load_interactions(path: str | Path) -> Interactions:
     """Reads what `Interactions.save` wrote."""
-    return from_frame(pl.read_parquet(path, glob=False))
+    return from_frame(pl.read_parquet(checked(Path(path)), glob=False))
 
 
 def from_frame(frame: pl.DataFrame) -> Interactions:

@@ -17,6 +17,7 @@ from nqf import files
 from nqf.config import DialectConfig
 from nqf.data.errors import DataError
 from nqf.data.nested import Parted, parse_json, parse_python, plain, unpacked
+from nqf.data.parquet import checked
 from nqf.data.schema import USUAL_SEPARATOR, Field, nearest, some
 from nqf.data.text import MOST_COLUMNS, PLAIN, lines, marked_encoding, name_unnamed, open_text
 
@@ -247,7 +248,7 @@ def _typed(path: Path, header: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _open_parquet(path: Path) -> Table:
     try:
-        frame = pl.scan_parquet(path, glob=False)
+        frame = pl.scan_parquet(checked(path), glob=False)
         names = frame.collect_schema().names()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet: {str(error)[:300]}") from error

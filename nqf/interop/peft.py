@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,8 @@ def _is_patterns(value: Any, kind: Callable[[Any], bool]) -> bool:
     return value is None or ok
 
 
-# Where peft looks for a name in `rank_pattern` and `alpha_pattern`, and for a layer's number.
+# Where peft looks for a name: in `rank_pattern` and `alpha_pattern`, and for a layer's number.
+_WHOLE = "PATTERN"
 _SUFFIX, _LAYER, _ANY_LAYER = r"(.*\.)?(PATTERN)$", r"(?:^|.*?\.)PATTERN\.(?P<idx>\d+)\.", r".*?\.[^.]*\.(?P<idx>\d+)\."
 # Initializations that leave the base as it is. The others subtract from it what A and B start with, or quantize it.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -126,6 +130,16 @@ _REFUSED = (
 )
 
 
+_SECONDS = 10
+# For a process of its own: an expression of a few letters, such as (a+)+$, can take any time, and nothing ends it here.
+_MATCH = """
+import json, re, sys
+patterns, keys = json.load(sys.stdin)
+found = [[(re.fullmatch if whole else re.match)(pattern, key) for key in keys] for pattern, whole in patterns]
+json.dump([[match and (match.groupdict().get("idx") or "") for match in some] for some in found], sys.stdout)
+"""
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -152,29 +166,69 @@ def _read_config(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _is_targeted(tree: Mapping[str, Any], key: str) -> bool:
+Match = Callable[[str, str, str], str | None]
+
+
+def _matcher(path: Path, tree: Mapping[str, Any], keys: Sequence[str]) -> Match:
+    """Matches the patterns of a configuration as peft does, but ends one that would take years.
+
+    Returns:
+      Frame, pattern and name to None, or to the layer's number that is in the match, empty without one.
+
+    Raises:
+      ValueError: They take too long.
+    """
+    whole = tree.get("target_modules"), tree.get("exclude_modules")
+    asked = [(_WHOLE, value) for value in whole if isinstance(value, str)]
+    asked += [(_LAYER, value) for value in _listed(tree.get("layers_pattern") or [])]
+    asked += [(_SUFFIX, value) for name in ("rank_pattern", "alpha_pattern") for value in tree.get(name) or {}]
+    if not asked:
+        return lambda frame, pattern, key: None
+    patterns = [(frame.replace("PATTERN", value), frame == _WHOLE) for frame, value in asked]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=json.dumps([patterns, keys]),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{path}: patterns that take more than {_SECONDS} s to match names such as {keys[0]} "
+            f"({reprlib.repr([value for _, value in asked])}); write the names out"
+        ) from None
+    table = dict(zip(asked, json.loads(done.stdout), strict=True))
+    at = {key: place for place, key in enumerate(keys)}
+    return lambda frame, pattern, key: table[frame, pattern][at[key]]
+
+
+def _is_targeted(tree: Mapping[str, Any], key: str, match: Match) -> bool:
     """Whether peft puts an adapter on a projection (as `peft.tuners.tuners_utils.check_target_module_exists`)."""
     excluded, targets = tree.get("exclude_modules") or [], tree.get("target_modules")
-    if isinstance(excluded, str) and re.fullmatch(excluded, key):
+    if isinstance(excluded, str) and match(_WHOLE, excluded, key) is not None:
         return False
     if isinstance(excluded, list) and any(f".{key}".endswith(f".{name}") for name in excluded):
         return False
     if isinstance(targets, str):
-        return targets.lower() == _ALL_LINEAR or bool(re.fullmatch(targets, key))
+        return targets.lower() == _ALL_LINEAR or match(_WHOLE, targets, key) is not None
     targets, layers = _DEFAULT_TARGETS if targets is None else targets, tree.get("layers_to_transform")
     if key in targets or not any(key.endswith(f".{name}") for name in targets):
         return key in targets
     if layers in (None, []):
         return True
-    patterns = [_LAYER.replace("PATTERN", pattern) for pattern in _listed(tree.get("layers_pattern") or [])]
-    matches = (re.match(pattern, key) for pattern in patterns or [_ANY_LAYER])
-    found = next((int(match["idx"]) for match in matches if match), None)
-    return found is not None and found in _listed(layers)
+    patterns = _listed(tree.get("layers_pattern") or [])
+    found = [match(_LAYER, pattern, key) for pattern in patterns]
+    if not patterns and (usual := re.match(_ANY_LAYER, key)):
+        found = [usual["idx"]]
+    layer = next((layer for layer in found if layer is not None), None)
+    return layer is not None and int(layer) in _listed(layers)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    matches = (value for name, value in (patterns or {}).items() if re.match(_SUFFIX.replace("PATTERN", name), key))
-    return next(matches, default)
+def _by_pattern(tree: Mapping[str, Any], name: str, key: str, default: Any, match: Match) -> Any:
+    patterns = tree.get(name) or {}
+    return next((patterns[value] for value in patterns if match(_SUFFIX, value, key) is not None), default)
 
 
 def _open(folder: Path) -> tuple[Path, dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
@@ -226,20 +280,27 @@ def _parts(
     prefix = _PREFIX + ("model." if any(name.startswith(f"{_PREFIX}model.") for name in shapes) else "")
     abstract = _abstract(dataclasses.replace(config, lora_rank=1, lora_targets=LORA_TARGETS))
     root = math.sqrt if tree.get("use_rslora") else float
-    parts, expected, absent = [], {}, []
-    for where in sorted({path[:-1] for path in abstract}):
+    parts, expected, absent, layers = [], {}, [], range(config.num_hidden_layers)
+    projections = sorted({path[:-1] for path in abstract})
+
+    def key_of(name: str) -> str:
+        return name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+
+    keys = [key_of(_name((*where, "lora_a"), layer, prefix)) for where in projections for layer in layers]
+    match = _matcher(path.with_name("adapter_config.json"), tree, keys)
+    for where in projections:
         (_, wide, _), (_, _, out) = (abstract[*where, matrix].shape for matrix in ("lora_a", "lora_b"))
-        for layer in range(config.num_hidden_layers):
+        for layer in layers:
             a, b = (_name((*where, matrix), layer, prefix) for matrix in ("lora_a", "lora_b"))
-            key = a.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-            if not _is_targeted(tree, key):
+            key = key_of(a)
+            if not _is_targeted(tree, key, match):
                 continue
             if a not in shapes and b not in shapes:
                 absent.append(key)
                 continue
-            rank = _by_pattern(tree.get("rank_pattern"), key, tree["r"])
+            rank = _by_pattern(tree, "rank_pattern", key, tree["r"], match)
             # Rank-stabilized LoRA divides alpha by the root of the rank (arXiv 2312.03732).
-            scale = _by_pattern(tree.get("alpha_pattern"), key, tree["lora_alpha"]) / root(rank)
+            scale = _by_pattern(tree, "alpha_pattern", key, tree["lora_alpha"], match) / root(rank)
             parts.append(_Part(path=where, layer=layer, names=(a, b), rank=rank, scale=scale))
             expected |= {a: (rank, wide), b: (out, rank)}
     if not parts:

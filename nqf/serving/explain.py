@@ -64,13 +64,15 @@ class Items:
     """The history's items and, last, the explained one, as the Item Q-Former reads them.
 
     Attributes:
-      rows: int64 [N + 1], their rows in the ranker's tables.
+      rows: int64 [N + 1], their rows among the learned vectors.
+      tables: Their item tables.
       frame: Canonical values, N + 1 rows.
       values: Field name to float32 [N + 1, width].
       present: Field name to bool [N + 1].
     """
 
     rows: np.ndarray
+    tables: ItemTables
     frame: pl.DataFrame
     values: Mapping[str, np.ndarray]
     present: Mapping[str, np.ndarray]
@@ -116,9 +118,7 @@ def explain(
     buckets = slot_buckets(ranker.max_history)
     slots = buckets[bucket_of(np.array(size - 1), buckets)]
     # Rows of the tables: all items as they are, then with one field hidden after another.
-    tables, item_attention = _hide_fields(
-        items, ranker.tables, item_qformer, cache, text_features, field_features, slots
-    )
+    tables, item_attention = _hide_fields(items, item_qformer, cache, text_features, field_features, slots)
     rows = np.tile(items.rows, 1 + len(names)).astype(np.int32)
     whole = np.arange(size - 1)
     variants = [whole, *(np.delete(whole, slot) for slot in whole)]
@@ -178,7 +178,6 @@ def explain(
 
 def _hide_fields(
     items: Items,
-    tables: ItemTables,
     item_qformer: tuple[ItemQFormer, Any],
     cache: FieldCache,
     text_features: Callable[[np.ndarray, np.ndarray], np.ndarray],
@@ -191,7 +190,7 @@ def _hide_fields(
     title, spoken = cache.manifest["title"], {field.name for field in candidate_fields(fields)}
     values = {name: np.tile(items.values[name], (1 + len(names), 1)) for name in names}
     present = {name: np.tile(items.present[name], 1 + len(names)) for name in names}
-    old = tables.take(np.tile(items.rows, 1 + len(names)))
+    old = items.tables.take(np.tile(np.arange(size), 1 + len(names)))
     text, has_text, titles = old.text.copy(), old.has_text.copy(), old.titles.copy()
     for index, name in enumerate(names):
         at = slice(size * (1 + index), size * (2 + index))

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import polars as pl
 from nqf import files
 from nqf.data.catalogue import Catalogue, canonical_items
 from nqf.data.errors import DataError
+from nqf.data.parquet import checked
 from nqf.data.schema import Schema, nearest
 from nqf.fields.cache import FieldCache, encode_items
 from nqf.fields.encoder import CacheError
@@ -74,7 +75,7 @@ def read_overlay(directory: Path, catalogue: Catalogue, cache: FieldCache) -> Ov
         raise CacheError(f"{path}: format version {manifest.get('format_version')} is not known here; {advice}")
     for file in manifest["files"].values():
         check_file(directory, file, None, verify=True)
-    frame = pl.read_parquet(directory / manifest["files"]["rows"]["file"], glob=False)
+    frame = pl.read_parquet(checked(directory / manifest["files"]["rows"]["file"]), glob=False)
     if frame.schema != empty.schema:
         raise CacheError(f"{path}: the run's schema has changed since these items were added; {advice}")
     if manifest["encoders"] == _encoders(cache):
@@ -154,8 +155,11 @@ def add(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.Dat
         that does not parse.
     """
     _check_columns(items, catalogue.schema)
-    known = (set(catalogue.item_ids) | set(overlay.frame["item_id"])) - overlay.removed
-    return _put(overlay, cache, canonical_items(items, catalogue.schema, taken=known, folder=folder))
+    frame = canonical_items(items, catalogue.schema, folder=folder)
+    known = _known(frame["item_id"], overlay, catalogue)
+    if taken := [item_id for item_id in frame["item_id"] if item_id in known]:
+        raise DataError(f"{len(taken)} of the new items are in the catalogue already, such as item_id '{taken[0]}'")
+    return _put(overlay, cache, frame)
 
 
 def update(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.DataFrame, folder: Path) -> Overlay:
@@ -226,8 +230,14 @@ def _check_columns(items: pl.DataFrame, schema: Schema) -> None:
         raise DataError(f"the items have none of the run's columns: {', '.join(known)}; nothing could be told of them")
 
 
+def _known(item_ids: Iterable[str], overlay: Overlay, catalogue: Catalogue) -> set[str]:
+    """Which of some items are there and were not removed."""
+    there = catalogue.known_ids, set(overlay.frame["item_id"])
+    return {item_id for item_id in item_ids if any(item_id in ids for ids in there)} - overlay.removed
+
+
 def _check_known(item_ids: Collection[str], overlay: Overlay, catalogue: Catalogue) -> None:
-    known = (set(catalogue.item_ids) | set(overlay.frame["item_id"])) - overlay.removed
+    known = _known(item_ids, overlay, catalogue)
     unknown = [item_id for item_id in item_ids if item_id not in known]
     if unknown:
         raise DataError(

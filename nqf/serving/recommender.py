@@ -89,14 +89,7 @@ class Recommender:
         self._changing = threading.Lock()
         item_ids = list(run.dataset.catalogue.item_ids)
         titles = [title or "" for chunk in run.dataset.catalogue.chunks(["title"], 65_536) for title in chunk["title"]]
-        self._stock = Stock(
-            item_ids=item_ids,
-            titles=titles,
-            rows={item_id: row for row, item_id in enumerate(item_ids)},
-            changed={},
-            count=len(item_ids),
-            buffers=(self._ranker.tables, self._ranker.item_vectors(self._variables), np.ones(len(item_ids), bool)),
-        )
+        self._stock = Stock.of(item_ids, titles, self._ranker.tables, self._ranker.item_vectors(self._variables))
 
     @classmethod
     def load(cls, run: str | Path, *, stage: str = "joint") -> Recommender:
@@ -142,7 +135,9 @@ class Recommender:
     @property
     def trained(self) -> Trained:
         """The restored stage, with the item tables as they are now."""
-        return dataclasses.replace(self._trained, ranker=dataclasses.replace(self._ranker, tables=self._stock.tables))
+        stock = self._stock
+        tables = stock.take(np.arange(stock.count)) if stock.changed else self._ranker.tables
+        return dataclasses.replace(self._trained, ranker=dataclasses.replace(self._ranker, tables=tables))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -360,7 +355,7 @@ class Recommender:
         removed = np.flatnonzero(~stock.available)
         explanation = explain(
             self._contents(stock, rows),
-            ranker=dataclasses.replace(self._ranker, tables=stock.tables),
+            ranker=self._ranker,
             variables=self._variables,
             item_qformer=self._items,
             cache=self._run.cache,
@@ -387,7 +382,9 @@ class Recommender:
             for place, row in enumerate(rows.tolist()):
                 if row in stock.changed:
                     values[name][place], present[name][place] = stock.changed[row].encoded[name]
-        return Items(rows=rows, frame=self._values(stock, rows), values=values, present=present)
+        return Items(
+            rows=rows, tables=stock.take(rows), frame=self._values(stock, rows), values=values, present=present
+        )
 
     def _values(self, stock: Stock, rows: np.ndarray) -> pl.DataFrame:
         """Canonical values of some items."""
@@ -413,7 +410,10 @@ class Recommender:
         """Of some items, whether each was in no training event (`cold`) and was added after training (`new`)."""
         stock, known = self._stock, len(self._run.dataset.catalogue.item_ids)
         rows = self._rows(stock, item_ids, empty=True)
-        return [{"cold": not bool(stock.tables.trained[row]), "new": row >= known} for row in rows.tolist()]
+        trained = stock.take(rows).trained
+        return [
+            {"cold": not there, "new": row >= known} for row, there in zip(rows.tolist(), trained.tolist(), strict=True)
+        ]
 
     def items(self, item_ids: Sequence[str]) -> pl.DataFrame:
         """Canonical values of some items, in that order: item_id, title, the schema's fields.
@@ -642,7 +642,7 @@ class Recommender:
         known = rows >= 0
         rows[~known] = stock.count + np.arange((~known).sum(), dtype=np.int32)
         # A known item keeps its learned vector: its row is the same. A new one has none.
-        trained = known & stock.tables.trained[np.where(known, rows, 0)]
+        trained = known & stock.take(np.where(known, rows, 0)).trained
         titles = [title or "" for title in frame["title"]]
         tables, vectors = self._encode_items(encoded, titles, trained, rows)
         changed = [
@@ -667,7 +667,7 @@ class Recommender:
 
         All in batches of one size: an item is the same to the bit whether it comes alone or with others.
         """
-        run, (_, params), old = self._run, self._items, self._stock.tables
+        run, (_, params), old = self._run, self._items, self._stock.known
         nothing = np.zeros((len(titles), run.text[0].shape[1]), np.float32), np.zeros(len(titles), bool)
         text, has_text = encoded.get("_candidate", nothing)
         fields, text = run.field_features(encoded), run.text_features(text, has_text)
@@ -792,9 +792,9 @@ class Recommender:
                 batch = number_by_rows(HistoryBatch(history=history, targets=none, supervised=none.ravel()), None)
                 found = np.asarray(batch.rows)
                 # As many rows as such a batch can have: one program, whatever its histories have in common.
-                most = powers(min(size * slots, len(stock.buffers[1]) + 1), 64)
+                most = powers(min(size * slots, stock.count + 1), 64)
                 rows = np.concatenate([found, np.full(most - len(found), -1, np.int32)])
-                tables = stock.tables.take(np.clip(rows, 0, stock.count - 1))
+                tables = stock.take(np.clip(rows, 0, stock.count - 1))
                 if spoken is not None:
                     at = np.flatnonzero(rows == stock.count)
                     tables = jax.tree.map(functools.partial(_replaced, at), tables, spoken)

@@ -6,8 +6,7 @@ A change makes a new value; who holds the old one continues reading it undisturb
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +21,8 @@ SIZES = (1, 8, 64, 512)
 # Scores that stand at a time: 256 MiB of float32.
 _SCORES = 1 << 26
 _FEWEST = 16
+# Items behind the catalogue whose vectors move to the devices together.
+_PIECE = 4_096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,8 +48,13 @@ class Stock:
       rows: Id to row.
       changed: Row to what was added or updated.
       count: Number of items.
-      buffers: Item tables and, beside them, item vectors float32 [., D] and bool [.], whether an item is recommended;
-        with spare room behind `count`.
+      known: Item tables of the catalogue that the recommender was loaded with; never written to.
+      more: Item tables of what was added or updated since, with spare room behind the first `used`.
+      used: Rows of `more` that are taken.
+      places: int32 [count], where the tables of each item are: in `known`, or counted on behind it, in `more`.
+      shown: Item vectors float32 [., D] and bool [.], whether an item is recommended; with spare room behind `count`.
+      pieces: The vectors on the devices: of the catalogue, and of every `_PIECE` items behind it; None for a piece
+        that has changed since it was last asked for.
     """
 
     item_ids: list[str]
@@ -56,34 +62,74 @@ class Stock:
     rows: dict[str, int]
     changed: dict[int, Changed]
     count: int
-    buffers: tuple[ItemTables, np.ndarray, np.ndarray]
+    known: ItemTables
+    more: ItemTables
+    used: int
+    places: np.ndarray
+    shown: tuple[np.ndarray, np.ndarray]
+    pieces: list[jax.Array | None]
 
-    @functools.cached_property
-    def tables(self) -> ItemTables:
-        """Tables of this state."""
+    @classmethod
+    def of(cls, item_ids: list[str], titles: list[str], tables: ItemTables, vectors: np.ndarray) -> Stock:
+        """A catalogue of which nothing has changed."""
+        count = len(item_ids)
         # As plain arrays: what is taken of a memory map is of its class, which jax takes a slower road with.
-        return jax.tree.map(lambda buffer: np.asarray(buffer)[: self.count], self.buffers[0])
+        tables = jax.tree.map(np.asarray, tables)
+        return cls(
+            item_ids=item_ids,
+            titles=titles,
+            rows={item_id: row for row, item_id in enumerate(item_ids)},
+            changed={},
+            count=count,
+            known=tables,
+            more=tables.take(slice(0)),
+            used=0,
+            places=np.arange(count, dtype=np.int32),
+            shown=(vectors, np.ones(count, bool)),
+            pieces=[None],
+        )
 
     @property
     def vectors(self) -> np.ndarray:
         """float32 [count, D]."""
-        return self.buffers[1][: self.count]
+        return self.shown[0][: self.count]
 
     @property
     def available(self) -> np.ndarray:
         """bool [count]."""
-        return self.buffers[2][: self.count]
-
-    @functools.cached_property
-    def _placed(self) -> jax.Array:
-        # With its spare room: a catalogue that grows by single items runs one program, not a new one for each size.
-        vectors = self.buffers[1]
-        return place_items(np.concatenate([self.vectors, np.zeros_like(vectors[self.count :])]))
+        return self.shown[1][: self.count]
 
     def row_of(self, item_id: str) -> int:
         """The row of an item, -1 for an unknown one."""
         row = self.rows.get(item_id, -1)
         return row if row < self.count else -1
+
+    def take(self, rows: np.ndarray) -> ItemTables:
+        """Item tables of some items, in that order."""
+        first, places = len(self.known.has_text), self.places[rows]
+        old = places < first
+
+        def gather(known: np.ndarray, more: np.ndarray) -> np.ndarray:
+            found = known[np.where(old, places, 0)]
+            found[~old] = more[places[~old] - first]
+            return found
+
+        return jax.tree.map(gather, self.known, self.more)
+
+    def _placed(self) -> Iterator[tuple[int, int, jax.Array]]:
+        """Of each piece, the first row, the one behind the last, and the vectors with zeros up to its full width.
+
+        A catalogue that grows by single items thus runs two programs, whatever its size, and moves one piece at a time.
+        """
+        first = len(self.known.has_text)
+        for number, piece in enumerate(self.pieces):
+            start, width = (first + (number - 1) * _PIECE, _PIECE) if number else (0, first)
+            stop = min(start + width, self.count)
+            if piece is None:
+                vectors = np.zeros((width, self.vectors.shape[1]), np.float32)
+                vectors[: stop - start] = self.vectors[start:stop]
+                self.pieces[number] = piece = place_items(vectors)
+            yield start, stop, piece
 
     def best(
         self, users_NxD: np.ndarray, k: int, allowed: np.ndarray, left_out: Sequence[np.ndarray]
@@ -96,28 +142,40 @@ class Stock:
           allowed: bool [count].
           left_out: Rows that are not recommended to each user.
         """
-        items_CxD = self._placed
-        wide = np.zeros(len(items_CxD), bool)
-        wide[: self.count] = allowed
-        most, width = min(powers(k, _FEWEST), len(items_CxD)), powers(max(map(len, left_out), default=0), 64)
+        pieces = []
+        for first, stop, items in self._placed():
+            wide = np.zeros(len(items), bool)
+            wide[: stop - first] = allowed[first:stop]
+            pieces.append((first, items, wide))
+        most, width = powers(k, _FEWEST), powers(max(map(len, left_out), default=0), 64)
+        largest = max(len(items) for _, items, _ in pieces)
         scores, rows = np.full((len(users_NxD), k), -np.inf, np.float32), np.full((len(users_NxD), k), -1, np.int32)
         start = 0
-        for size in sizes_of(len(users_NxD), max(1, _SCORES // len(items_CxD))):
+        for size in sizes_of(len(users_NxD), max(1, _SCORES // largest)):
             span = slice(start, min(start + size, len(users_NxD)))
-            out = np.full((size, width), -1, np.int32)
+            out, users = np.full((size, width), -1, np.int32), fill(users_NxD[span], size)
             for row, own in enumerate(left_out[span]):
                 out[row, : len(own)] = own
-            found, columns = best_columns(fill(users_NxD[span], size), items_CxD, wide, out, k=most)
-            real, at = span.stop - span.start, slice(0, min(k, most))
-            scores[span, at] = np.asarray(found)[:real, at]
-            rows[span, at] = np.where(scores[span, at] > -np.inf, np.asarray(columns)[:real, at], -1)
+            # What is outside of a piece is passed over.
+            found = [
+                (best_columns(users, items, wide, out - first, k=min(most, len(items))), first)
+                for first, items, wide in pieces
+            ]
+            real = span.stop - start
+            best = np.concatenate([np.asarray(part)[:real] for (part, _), _ in found], axis=1)
+            columns = np.concatenate([np.asarray(part)[:real] + first for (_, part), first in found], axis=1)
+            # Of equals the lower row stands first, within a piece as among them.
+            order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+            at = slice(0, order.shape[1])
+            scores[span, at] = np.take_along_axis(best, order, axis=1)
+            rows[span, at] = np.where(scores[span, at] > -np.inf, np.take_along_axis(columns, order, axis=1), -1)
             start = span.stop
         return scores, rows
 
     def put(self, frame: pl.DataFrame, changed: Sequence[Changed], tables: ItemTables, vectors: np.ndarray) -> Stock:
         """The next state, with new items behind the others and known ones replaced; both are recommended from now on.
 
-        To be called by one thread at a time, on the newest state.
+        To be called by one thread at a time, on the newest state: it writes into the spare room, which no state sees.
 
         Args:
           frame: Their item_id and title.
@@ -127,36 +185,50 @@ class Stock:
         """
         rows = np.array([self.row_of(item_id) for item_id in frame["item_id"]], np.int64)
         new = rows < 0
-        rows[new] = self.count + np.arange(int(new.sum()))
         count = self.count + int(new.sum())
-        parts = (tables, vectors, np.ones(len(rows), bool))
-
-        def merged(buffer: np.ndarray, part: np.ndarray) -> np.ndarray:
-            # Who reads an older state sees neither the spare room nor, as rows of it are copied, what replaces them.
-            if count > len(buffer) or not new.all() or not buffer.flags.writeable:
-                grown = np.zeros((max(count, len(buffer)) if count <= len(buffer) else count + count // 4 + 256,
-                                  *buffer.shape[1:]), buffer.dtype)  # fmt: skip
-                grown[: self.count] = buffer[: self.count]
-                buffer = grown
-            buffer[rows] = part
-            return buffer
-
-        buffers = jax.tree.map(merged, self.buffers, parts)
+        rows[new] = np.arange(self.count, count)
+        first, more, used = len(self.known.has_text), self.more, self.used
+        places = np.concatenate([self.places, np.zeros(count - self.count, np.int32)])
+        if used + len(rows) > len(more.has_text):
+            # What was replaced since stays behind, so that updates without end take no more room than the items.
+            alive = np.setdiff1d(np.flatnonzero(self.places >= first), rows)
+            at, used = places[alive] - first, len(alive)
+            more = jax.tree.map(lambda table: _roomy(table[at], used + len(rows)), more)
+            places[alive] = first + np.arange(used)
+        added = np.arange(used, used + len(rows))
+        places[rows] = first + added
+        jax.tree.map(lambda table, part: table.__setitem__(added, part), more, tables)
+        shown = self.shown
+        if count > len(shown[0]) or not new.all():
+            shown = tuple(_roomy(buffer[: self.count], count) for buffer in shown)
+        shown[0][rows], shown[1][rows] = vectors, True
+        pieces = [*self.pieces, *[None] * (1 - (first - count) // _PIECE - len(self.pieces))]
+        for number in np.unique(np.where(rows < first, 0, 1 + (rows - first) // _PIECE)):
+            pieces[number] = None
         for item_id, title, row, change in zip(frame["item_id"], frame["title"], rows.tolist(), changed, strict=True):
             if row == len(self.item_ids):
                 self.item_ids.append(item_id)
                 self.titles.append(title or "")
             self.titles[row], self.changed[row] = title or "", change
-        state = dataclasses.replace(self, count=count, buffers=buffers)
+        state = dataclasses.replace(
+            self, count=count, more=more, used=used + len(rows), places=places, shown=shown, pieces=pieces
+        )
         # Last: an id that is found belongs to items that are there.
         self.rows.update(zip(frame["item_id"], rows.tolist(), strict=True))
         return state
 
     def without(self, rows: np.ndarray) -> Stock:
         """The next state, in which some items are no longer recommended."""
-        available = self.buffers[2].copy()
+        available = self.shown[1].copy()
         available[rows] = False
-        return dataclasses.replace(self, buffers=(self.buffers[0], self.buffers[1], available))
+        return dataclasses.replace(self, shown=(self.shown[0], available))
+
+
+def _roomy(part: np.ndarray, count: int) -> np.ndarray:
+    """A copy of some rows with room for `count` and some more."""
+    out = np.zeros((count + count // 4 + 256, *part.shape[1:]), part.dtype)
+    out[: len(part)] = part
+    return out
 
 
 def powers(count: int, least: int) -> int:

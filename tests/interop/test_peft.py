@@ -6,6 +6,7 @@ import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -607,3 +608,36 @@ class TestRefused:
     def test_no_adapter(self, tmp_path: Path, ours: Any) -> None:
         with pytest.raises(ValueError, match=r"adapter_config\.json: not readable"):
             load_adapter(tmp_path, ours[0].config)
+
+
+HOSTILE = (
+    {"target_modules": r"(?:(?:\w|.)+)+!"},
+    {"exclude_modules": r"((.*)*)*!"},
+    {"rank_pattern": {r"(?:(?:.*)*)*!": 2}},
+    {"alpha_pattern": {".*" * 20 + "!": 2}},
+    {"layers_to_transform": [0], "layers_pattern": r"(?:(?:\w|.)+)+!"},
+)
+
+
+@pytest.mark.parametrize("pattern", HOSTILE, ids=lambda pattern: next(reversed(pattern)))
+def test_an_expression_that_would_take_years_is_refused(
+    pattern: dict[str, Any],
+    ours: Any,
+    theirs: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record: Callable[..., None],
+) -> None:
+    """peft hangs; whoever opens the folder of a stranger must not."""
+    monkeypatch.setattr("nqf.interop.peft._SECONDS", 1)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | pattern))
+    with pytest.raises(ValueError, match=r"adapter_config.json: patterns that take more than 1 s .*; write the names"):
+        load_adapter(tmp_path, dataclasses.replace(ours[0].config, lora_rank=0))
+    record(
+        "a regular expression in a PEFT folder that would take years to match",
+        tried=1,
+        survived=1,
+        seen="refused after ten seconds with the file and the patterns",
+    )
