@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import reprlib
 import types
 import typing
@@ -74,6 +75,8 @@ LearningRate = Annotated[float, Interval(gt=0, le=10)]
 
 _PATH_KEYS = ("items", "interactions", "schema")
 _MORE_PATHS = ("inter", "reviews", "candidates")
+# As it is written and as `Path` has it, with one slash. A drive of Windows has one letter.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -82,13 +85,18 @@ def section(cls: type[T]) -> type[T]:
     """Makes a frozen, keyword-only dataclass that refuses what its annotations do not allow (`ConfigError`).
 
     Types are strict: no bool is a number, no text either. Ranges are those of `Interval` and `Len` in `Annotated`;
-    nan and inf are in none. `__post_init__` checks combinations.
+    nan and inf are in none. Paths are local ones: a folder is never made of an address. `__post_init__` checks
+    combinations.
     """
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
     build = made.__init__
 
     @functools.wraps(build)
     def checked(self: Any, **values: Any) -> None:
+        for key, value in values.items():
+            if (isinstance(value, Path) or key in _PATH_KEYS) and _ADDRESS.match(str(value)):
+                problem = f"{shown(str(value))} is an address, and nqf reads and writes local paths alone: mount it "
+                raise ConfigError(problem + "(gcsfuse, mountpoint-s3, rclone) or copy it, and give that path", key=key)
         try:
             build(self, **values)
         except pydantic.ValidationError as error:

@@ -354,3 +354,19 @@ def test_a_huge_value_is_shown_in_part(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(path)
     assert len(str(error.value)) < 1_000
+
+
+@pytest.mark.parametrize("address", ["gs://b/r", "s3://b/r", "memory://r", "hdfs://host:1/r", "file:///r"])
+def test_no_folder_is_made_of_an_address(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, recommend = (importlib.import_module(f"nqf.{name}") for name in ("train", "recommend"))
+    with pytest.raises(ConfigError, match=r"run.*is an address.*mount it"):
+        train.main(["--config", "quickstart", "--run", address])
+    with pytest.raises(ConfigError, match=r"data\.items.*is an address"):
+        train.main(["--config", "quickstart", "--data.items", address])
+    with pytest.raises(ConfigError, match=r"run.*is an address"):
+        recommend.main([address, "--user", "u"])
+    (tmp_path / "x.yaml").write_text(f"data: {{format: tables, interactions: '{address}'}}")
+    with pytest.raises(ConfigError, match=r"x\.yaml: data\.interactions.*is an address"):
+        load_config(tmp_path / "x.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]

@@ -251,16 +251,45 @@ def raise_some(
     if raised_NxI.data.size and raised_NxI.data.min() < 0:
         raise ValueError("scores can only be raised: a weight below zero would need all items' scores")
     scores_NxK, rows_NxK = (array.copy() for array in best)
+    k, marked = rows_NxK.shape[1], np.zeros(raised_NxI.shape[1], bool)
     for user, (left_out, start, stop) in enumerate(zip(seen, raised_NxI.indptr, raised_NxI.indptr[1:], strict=False)):
-        own = raised_NxI.indices[start:stop]
-        kept = ~np.isin(own, left_out)
-        own, more = own[kept], raised_NxI.data[start:stop][kept]
-        others = ~np.isin(rows_NxK[user], own)
-        scores = np.concatenate([scores_NxK[user][others], item_vectors_IxD[own] @ user_vectors_NxD[user] + more])
-        rows = np.concatenate([rows_NxK[user][others], own])
-        order = np.lexsort((rows, -scores))[: rows_NxK.shape[1]]
-        scores_NxK[user], rows_NxK[user] = scores[order], rows[order]
+        own, more = raised_NxI.indices[start:stop], raised_NxI.data[start:stop]
+        marked[np.asarray(left_out, np.int64)] = True
+        kept = ~marked[own]
+        marked[np.asarray(left_out, np.int64)] = False
+        own, more = own[kept], more[kept]
+        scores, rows = scores_NxK[user], rows_NxK[user]
+        marked[rows[rows >= 0]] = True
+        # Those in the list come first whatever their raise.
+        urgent = np.where(marked[own], np.inf, more)
+        marked[rows[rows >= 0]] = False
+        for most in _most_raised(urgent, k):
+            # What was not among the best was at most the last of them: a raise that cannot make up for how far the list
+            # has risen since is not worth a product. The slack is above what sums in another order differ by.
+            lowest, risen = scores_NxK[user, -1], scores[-1]
+            slack = 1e-5 * (abs(lowest) + abs(risen)) if np.isfinite(lowest) else np.inf
+            most = most[more[most] >= risen - lowest - slack] if np.isfinite(slack) else most
+            new = own[most]
+            marked[new] = True
+            others = (rows < 0) | ~marked[rows]
+            marked[new] = False
+            scores = np.concatenate([scores[others], item_vectors_IxD[new] @ user_vectors_NxD[user] + more[most]])
+            rows = np.concatenate([rows[others], new])
+            order = np.lexsort((rows, -scores))[:k]
+            scores, rows = scores[order], rows[order]
+        scores_NxK[user], rows_NxK[user] = scores, rows
     return scores_NxK, rows_NxK
+
+
+def _most_raised(more: np.ndarray, k: int) -> Iterator[np.ndarray]:
+    """Places of the largest raises, some for each place of a list, and then of the others."""
+    first = min(len(more), 4 * k + 64)
+    if first < len(more):
+        order = np.argpartition(-more, first)
+        yield order[:first]
+        yield order[first:]
+    else:
+        yield np.arange(len(more))
 
 
 def dense_batches(users: int, items: int, batch: int = BATCH) -> Iterator[slice]:
