@@ -265,7 +265,8 @@ class DataConfig:
     Attributes:
       format: `synthetic`, `table` (CSV, TSV, JSON, JSONL, Parquet, Excel, folders of parts), `recbole` (.inter and
         .item), `amazon-2023` (metadata and reviews) or `unirec` (the reference system's JSON files).
-      items: Path of the item table; relative paths in a YAML file start at that file's folder.
+      items: Path of the item table; relative paths in a YAML file start at that file's folder, or if there is nothing
+        at the working directory.
       interactions: Path of the interaction table.
       schema: Path of the schema YAML.
       columns: Names of the columns of users, items, times, ratings and reviews (`table` and `recbole`).
@@ -872,7 +873,8 @@ def load_config(path: str | Path) -> Config:
     """Reads a YAML file into a `Config`.
 
     Args:
-      path: YAML file. Relative data paths in it start at its own folder.
+      path: YAML file. Relative data paths in it start at its own folder; those of nothing there, at the working
+        directory, so that shipped configurations find what `nqf data fetch` has put into it.
 
     Raises:
       ConfigError: Missing file, malformed YAML, unknown key (with the nearest known one) or a value of the
@@ -885,10 +887,11 @@ def load_config(path: str | Path) -> Config:
     data = config.data
     try:
         updates = {
-            key: str((path.parent / getattr(data, key)).resolve())
+            key: str(next((file for file in (path.parent / given, Path(given)) if file.exists()), path.parent / given)
+                     .resolve())
             for key in _PATH_KEYS
-            if getattr(data, key) is not None
-        }
+            if (given := getattr(data, key)) is not None
+        }  # fmt: skip
     except (OSError, ValueError) as error:
         # Names with a NUL, longer than the system has them, or of links that go round.
         raise ConfigError(f"{path}: data: a path that cannot be one: {shown(str(error))}") from error
