@@ -150,6 +150,7 @@ def main(arguments: list[str]) -> None:
         run = dataclasses.replace(run, profile=options.profile)
         run_stages(run, stages, restart=options.restart)
         if options.stage == "all" and is_primary():
+            console.print("the test: each user's next item among all items, beside all baselines", markup=False)
             results = assess(run, split="test")
             write_card(run, results)
             print_results(results, console)
