@@ -4,8 +4,11 @@ WORKDIR /app
 COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY configs configs
 COPY nqf nqf
-RUN pip install --no-cache-dir '.[serve]' && useradd --create-home nqf && mkdir /run-folder && chown nqf /run-folder
-USER nqf
+# The versions are those that pyproject.toml allows.
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir '.[serve]' && useradd --create-home --uid 1000 nqf \
+  && mkdir /run-folder && chown nqf /run-folder
+USER 1000
 ENV JAX_PLATFORMS=cpu
 EXPOSE 8000
 HEALTHCHECK --start-period=120s CMD \

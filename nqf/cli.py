@@ -108,14 +108,12 @@ def configuration(given: str | Path, folder: str = "") -> Path:
     from nqf.config import ConfigError
     from nqf.data.schema import nearest
 
-    shipped = {file.stem: file for file in sorted((files.shipped() / folder).glob("*.yaml"))}
+    known = {file.stem: file for file in sorted((files.shipped() / folder).glob("*.yaml"))}
     name = path.name.removesuffix(".yaml")
-    if name not in shipped or path.parent not in (Path(), Path("configs"), Path("configs", folder), Path(folder)):
-        raise ConfigError(
-            f"{path}: no such configuration file, and none of that name is shipped{nearest(name, shipped)}"
-        )
-    print(f"{path}: not a file here; taking {shipped[name]}, shipped with nqf", file=sys.stderr)
-    return shipped[name]
+    if name not in known or path.parent not in (Path(), Path("configs"), Path("configs", folder), Path(folder)):
+        raise ConfigError(f"{path}: no such configuration file, and none of that name is shipped{nearest(name, known)}")
+    print(f"{path}: not a file here; taking {known[name]}, shipped with nqf", file=sys.stderr)
+    return known[name]
 
 
 def guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
@@ -124,6 +122,7 @@ def guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     if "--debug" in arguments:
         main(arguments)
         return
+    quiet_libraries()
     try:
         try:
             main(arguments)
@@ -248,6 +247,17 @@ def keep_compiled_programs() -> None:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(base) / "nqf" / f"xla-{kind}")
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))
+
+
+def quiet_libraries() -> None:
+    """Keeps raw log lines of XLA and of absl off the terminal; what fails there is raised, too.
+
+    To be called before jax is imported. `TF_CPP_MIN_LOG_LEVEL=0` in the environment shows those of XLA, `--debug` all.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)
 
 
 def keep_freed_memory() -> None:

@@ -276,7 +276,8 @@ class DataConfig:
     Attributes:
       format: `synthetic`, `table` (CSV, TSV, JSON, JSONL, Parquet, Excel, folders of parts), `recbole` (.inter and
         .item), `amazon-2023` (metadata and reviews) or `unirec` (the reference system's JSON files).
-      items: Path of the item table; relative paths in a YAML file start at that file's folder.
+      items: Path of the item table; relative paths in a YAML file start at that file's folder, or if there is nothing
+        at the working directory.
       interactions: Path of the interaction table.
       schema: Path of the schema YAML.
       inter: Path of an .inter file with the ratings and times of the samples' interactions (`unirec`).
@@ -940,8 +941,9 @@ def load_config(path: str | Path) -> Config:
     """Reads a YAML file into a `Config`.
 
     Args:
-      path: YAML file. Relative data paths in it start at its own folder; those of a shipped file that are not there, at
-        `configs` of the working directory, where the file would lie in a checkout.
+      path: YAML file. Relative data paths in it start at its own folder; those of nothing there, at the working
+        directory, so that shipped configurations find what `nqf data fetch` has put into it, or at its `configs`, where
+        a shipped file would lie in a checkout.
 
     Raises:
       ConfigError: Missing file, malformed YAML, unknown key (with the nearest known one) or a value of the
@@ -966,9 +968,10 @@ def load_config(path: str | Path) -> Config:
 
 
 def _located(config: Path, value: str) -> str:
-    beside, here = (config.parent / value).resolve(), (Path("configs") / value).resolve()
-    shipped = config.resolve().parent == files.shipped().resolve()
-    return str(here if shipped and not beside.exists() and here.exists() else beside)
+    places = [config.parent / value, Path(value)]
+    if config.resolve().parent == files.shipped().resolve():
+        places.append(Path("configs") / value)
+    return str(next((place for place in places if place.exists()), places[0]).resolve())
 
 
 class _Loader(yaml.SafeLoader):

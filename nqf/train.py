@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -120,7 +121,7 @@ def main(arguments: list[str]) -> None:
 
     from nqf.evaluation.results import print_results
     from nqf.stages.assess import assess
-    from nqf.stages.graph import lock_run, open_for_training, run_stage, wanted
+    from nqf.stages.graph import lock_run, open_for_training, run_stages, wanted
     from nqf.tools.card import write_card
     from nqf.training.mesh import barrier, is_primary, join_processes
 
@@ -147,12 +148,15 @@ def main(arguments: list[str]) -> None:
     with lock_run(folder):
         run = open_for_training(config, folder, console, stages=stages, restart=options.restart)
         run = dataclasses.replace(run, profile=options.profile)
-        for stage in stages:
-            run_stage(run, stage, restart=options.restart)
+        run_stages(run, stages, restart=options.restart)
         if options.stage == "all" and is_primary():
+            console.print("the test: each user's next item among all items, beside all baselines", markup=False)
             results = assess(run, split="test")
             write_card(run, results)
             print_results(results, console)
+            path = shlex.quote(str(folder))
+            console.print(f"the run is in {folder}, and its README.md tells of it", markup=False)
+            console.print(f"next: {program('report')} {path}, or {program('serve')} {path}", markup=False)
         barrier("evaluated")
 
 

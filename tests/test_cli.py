@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 import pydantic
 import pytest
 from rich.console import Console
@@ -173,6 +175,49 @@ def test_progress_shows_speed_time_and_loss_on_a_terminal_only() -> None:
     for text in ("joint", "20/100", "loss 1.2500", "1,234 items/s", "epoch 1"):
         assert text in shown[True]
     assert re.search(r"\d:\d\d:\d\d", shown[True]), "no remaining time"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_compiling_is_said_while_it_lasts(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=is_terminal, color_system=None)
+    with Terminal("joint", 100, console) as terminal:
+        for _ in range(2):
+            jax.jit(lambda x: x + 1.0)(np.float32(1))
+            if is_terminal:
+                terminal._progress.refresh()
+        terminal.step(1, loss=1.0, items_per_second=1.0)
+    jax.jit(lambda x: x + 2.0)(np.float32(1))
+    text = console.file.getvalue()
+    if is_terminal:
+        # Shown by the bar, which the last refresh has without it.
+        assert text.rstrip().splitlines()[-1].count("compiling") == 0
+        monkeypatch.setattr(terminal, "_compiled", False)
+        terminal._event("/jax/core/compile/jaxpr_to_mlir_module_duration")
+        assert terminal._progress.tasks[0].fields["note"] == "compiling…"
+        terminal._event("/jax/core/compile/backend_compile_duration")
+        assert terminal._progress.tasks[0].fields["note"] == "loss 1.0000  1 items/s"
+    else:
+        assert text == "joint  compiling…\n"
+
+
+def test_raw_lines_of_libraries_do_not_reach_the_terminal() -> None:
+    script = """
+import os, sys
+from nqf.cli import guard
+def main(arguments):
+    import absl.logging, jax, orbax.checkpoint
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
+    absl.logging.warning("raw"), absl.logging.error("raw")
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+guard(main, sys.argv[1:])
+"""
+    for option in ([], ["--debug"]):
+        environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
+        environment |= {"TF_CPP_MIN_LOG_LEVEL": "3"} if option else {}
+        command = [sys.executable, "-c", script, *option]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert ("raw" in done.stderr) == bool(option), done.stderr
 
 
 def test_compiled_programs_are_kept_in_the_users_cache_folder_unless_told_otherwise(monkeypatch, tmp_path):

@@ -45,7 +45,7 @@ def distributions_of(module: str) -> set[str]:
 def test_every_import_is_declared() -> None:
     declared = names_of(PROJECT["dependencies"])
     # Imported where they are asked for.
-    for extra in PROJECT["optional-dependencies"].keys() - {"test", "bench"}:
+    for extra in PROJECT["optional-dependencies"].keys() - {"test", "bench", "docs"}:
         declared |= names_of(PROJECT["optional-dependencies"][extra])
     for module, files in imported().items():
         assert distributions_of(module) & declared, f"{', '.join(sorted(files))}: {module} is not in pyproject.toml"

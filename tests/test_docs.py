@@ -23,7 +23,7 @@ BLOCK = re.compile(r"^```(bash|python|yaml) test(?: status=(\d+))?\n(.*?)^```$",
 def blocks(kind: str) -> list:
     return [
         pytest.param(text, int(status or 0), id=f"{page.stem}-{number}")
-        for page in PAGES
+        for page in [*PAGES, ROOT / "README.md"]
         for number, (found, status, text) in enumerate(BLOCK.findall(page.read_text()), 1)
         if found == kind
     ]

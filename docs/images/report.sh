@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes docs/images/report.png, the upper part of a run's report: docs/images/report.sh [RUN]
+# Makes docs/images/report.png, the upper part of a run's report, and its head for README.md: docs/images/report.sh [RUN]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 scratch=$(mktemp -d)
@@ -11,4 +11,6 @@ chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --d
 # 128 colors are enough for flat drawings and a fifth of the size.
 .venv/bin/python -c "
 from PIL import Image
-Image.open('$scratch/report.png').convert('RGB').quantize(128).save('docs/images/report.png', optimize=True)"
+page = Image.open('$scratch/report.png').convert('RGB')
+page.quantize(128).save('docs/images/report.png', optimize=True)
+page.crop((0, 0, 1280, 1185)).quantize(128).save('docs/images/report-top.png', optimize=True)"

@@ -59,7 +59,7 @@ def identify(
             given = config.item
         if given is not None:
             if given not in names:
-                raise DataError(f"{path}: no column '{some([given])}' (data.columns.{role}){nearest(given, names)}")
+                raise DataError(f"{path}: no column '{some([given])}' ({_named(role)}){nearest(given, names)}")
             found[role] = given
             continue
         canonical = CANONICAL.get(role, CANONICAL["item"])
@@ -70,14 +70,14 @@ def identify(
             others = f", not {some(candidates[1:])}" if candidates[1:] else ""
             what = "the id of an item" if role == "id" else f"the {role}"
             notes.append(
-                f"{path}: {what} is taken from the column '{some(candidates[:1])}'{others}; data.columns.{role} sets it"
+                f"{path}: {what} is taken from the column '{some(candidates[:1])}'{others}; {_named(role)} sets it"
             )
     for role in ("user", "item", "id"):
         if role in roles and role not in found:
             canonical = CANONICAL.get(role, CANONICAL["item"])
             raise DataError(
                 f"{path}: no column '{canonical}' and none of a common name for it; it has {some(names)}; name the one "
-                f"that is meant by data.columns.{role}{_headless(names)}"
+                f"that is meant by {_named(role)}{_headless(names)}"
             )
     return found, notes
 
@@ -94,9 +94,13 @@ def identify_interactions(path: Path, names: Sequence[str], config: ColumnsConfi
     if "time" not in found:
         notes.append(
             f"{path}: no column of times was found, so the order of the file is taken for the order of events; where "
-            "it is another, nothing that is measured here holds; data.columns.time names the column"
+            "it is another, nothing that is measured here holds; data.columns.time or nqf.fit's time names it"
         )
     return found, notes
+
+
+def _named(role: str) -> str:
+    return f"data.columns.{role} or nqf.fit's {'item_id' if role == 'id' else role}"
 
 
 def _candidates(role: str, names: Sequence[str], taken: Collection[str]) -> list[str]:

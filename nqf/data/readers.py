@@ -131,7 +131,7 @@ def open_table(path: Path, dialect: DialectConfig = PLAIN, kind: str | None = No
     if path.is_dir():
         return join(path, [open_table(part, dialect, kind_of(path)) for part in parts_of(path)])
     if not path.is_file():
-        raise DataError(f"{path}: no such file; fix the path in the data section of the configuration")
+        raise _absent(path)
     kind = kind or kind_of(path)
     if kind in TEXTS:
         return _open_text(path, dialect, kind)
@@ -389,7 +389,7 @@ def read_json(path: Path, kind: type | tuple[type, ...], encoding: str | None = 
       DataError: No such file, not JSON, or something else in it.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; fix the path in the data section of the configuration")
+        raise _absent(path)
     try:
         value = parse_json("".join(_pieces(path, encoding)))
     except DataError:
@@ -412,7 +412,7 @@ def read_json_lines(path: Path, encoding: str | None = None) -> Iterator[dict[st
       DataError: No such file, or a line that is not an object.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; fix the path in the data section of the configuration")
+        raise _absent(path)
     for number, line in enumerate(lines(path, encoding or marked_encoding(path) or "utf-8"), 1):
         if not line.strip():
             continue
@@ -477,3 +477,10 @@ def spooled_type(field: Field | None) -> pl.DataType:
     """The type of a column of `spool`: List(String) of categories and vectors, else String."""
     listed = field is not None and field.modality in ("category", "vector")
     return pl.List(pl.String) if listed else pl.String()
+
+
+def _absent(path: Path) -> DataError:
+    return DataError(
+        f"{path}: no such file; fix the path in the data section of the configuration, or bring public data by "
+        "nqf data fetch NAME"
+    )

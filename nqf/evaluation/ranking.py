@@ -251,7 +251,7 @@ def raise_some(
     if raised_NxI.data.size and raised_NxI.data.min() < 0:
         raise ValueError("scores can only be raised: a weight below zero would need all items' scores")
     scores_NxK, rows_NxK = (array.copy() for array in best)
-    k, marked = rows_NxK.shape[1], np.zeros(raised_NxI.shape[1], bool)
+    k, marked = rows_NxK.shape[1], np.zeros(len(item_vectors_IxD), bool)
     for user, (left_out, start, stop) in enumerate(zip(seen, raised_NxI.indptr, raised_NxI.indptr[1:], strict=False)):
         own, more = raised_NxI.indices[start:stop], raised_NxI.data[start:stop]
         marked[np.asarray(left_out, np.int64)] = True

@@ -238,13 +238,13 @@ class Recommender:
                 raise ValueError(f"{next(iter(extras))}: belongs to a bare history; those of a user are known")
             ids = checked_ids([user] if users is None else users, named[0])
             pasts = [self._past_of(user, fallback) for user in ids]
-            head = None if users is None else pl.Series("user_id", ids, dtype=pl.String)
+            head = None if users is None else ("user_id", ids)
         else:
             many = _lists(histories) if histories is not None else [[] if history is None else history]
             extras = {name: [values] for name, values in extras.items()} if histories is None else extras
             rows = [self._rows(stock, some, empty=fallback != "refuse") for some in many]
             pasts = given_pasts(self._run, self._known, rows, extras)
-            head = None if histories is None else pl.Series("history", np.arange(len(many)))
+            head = None if histories is None else ("history", range(len(many)))
         allowed = self._allowed(stock, only, where)
         return self._ranked(stock, pasts, head, k, allowed, self._known_rows(stock, exclude, "exclude"), repeats)
 
@@ -738,7 +738,7 @@ class Recommender:
         self,
         stock: Stock,
         pasts: Sequence[Past | None],
-        head: pl.Series | None,
+        head: tuple[str, Sequence] | None,
         k: int,
         allowed: np.ndarray,
         exclude: np.ndarray,
@@ -837,7 +837,7 @@ class Recommender:
     def _counted(self, stock: Stock, memory: Cooccurrence) -> Cooccurrence:
         """Counts of all items: those beyond the catalogue, which were in no training event, have those of others."""
         if self._counted_of is None or self._counted_of[0] is not stock:
-            self._counted_of = stock, stand_in(memory, unit_rows(stock.tables.text))
+            self._counted_of = stock, stand_in(memory, unit_rows(stock.text))
         return self._counted_of[1]
 
     def _rows(self, stock: Stock, history: Sequence[str], *, empty: bool = False) -> np.ndarray:
@@ -875,23 +875,30 @@ class Recommender:
         stock: Stock,
         scores: np.ndarray,
         rows: np.ndarray,
-        head: pl.Series | None,
+        head: tuple[str, Sequence] | None,
         ranked: np.ndarray | None = None,
     ) -> pl.DataFrame:
         """Lists of items, -1 for none, as a frame; `head` says whose each is."""
         who, place = np.nonzero(rows >= 0)
-        flat = rows[who, place].tolist()
-        basis = ["history"] * len(flat) if ranked is None else np.where(ranked, "history", "popular")[who].tolist()
-        frame = pl.DataFrame(
-            [
-                pl.Series("rank", place + 1),
-                pl.Series("item_id", [stock.item_ids[row] for row in flat], dtype=pl.String),
-                pl.Series("title", [stock.titles[row] for row in flat], dtype=pl.String),
-                pl.Series("score", scores[who, place].astype(np.float32)),
-                pl.Series("basis", basis, dtype=pl.String),
-            ]
-        )
-        return frame if head is None else frame.insert_column(0, head.gather(who))
+        flat, users = rows[who, place].tolist(), who.tolist()
+        columns = [
+            pl.Series("rank", place + 1),
+            pl.Series("item_id", [stock.item_ids[row] for row in flat], dtype=pl.String),
+            pl.Series("title", [stock.titles[row] for row in flat], dtype=pl.String),
+            pl.Series("score", scores[who, place].astype(np.float32)),
+            pl.Series(
+                "basis",
+                ["history" if ranked is None or ranked[user] else "popular" for user in users],
+                dtype=pl.String,
+            ),
+        ]
+        if head is not None:
+            # Not by an expression, which polars would hand to its threads: a request would wait for them to wake.
+            name, of = head
+            columns.insert(
+                0, pl.Series(name, [of[user] for user in users], dtype=pl.String if name == "user_id" else pl.Int64)
+            )
+        return pl.DataFrame(columns)
 
 
 def _frames(items: Sequence[Mapping[str, Any]], apart: bool) -> list[pl.DataFrame]:

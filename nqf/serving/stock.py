@@ -106,15 +106,19 @@ class Stock:
 
     def take(self, rows: np.ndarray) -> ItemTables:
         """Item tables of some items, in that order."""
+        return jax.tree.map(lambda known, more: self._gather(known, more, rows), self.known, self.more)
+
+    @property
+    def text(self) -> np.ndarray:
+        """Frozen texts as the models read them, float32 [count, T]."""
+        return self._gather(self.known.text, self.more.text, np.arange(self.count))
+
+    def _gather(self, known: np.ndarray, more: np.ndarray, rows: np.ndarray) -> np.ndarray:
         first, places = len(self.known.has_text), self.places[rows]
         old = places < first
-
-        def gather(known: np.ndarray, more: np.ndarray) -> np.ndarray:
-            found = known[np.where(old, places, 0)]
-            found[~old] = more[places[~old] - first]
-            return found
-
-        return jax.tree.map(gather, self.known, self.more)
+        found = known[np.where(old, places, 0)]
+        found[~old] = more[places[~old] - first]
+        return found
 
     def _placed(self) -> Iterator[tuple[int, int, jax.Array]]:
         """Of each piece, the first row, the one behind the last, and the vectors with zeros up to its full width.

@@ -161,6 +161,13 @@ def run_stage(run: Run, name: str, *, restart: bool = False) -> bool:
     return True
 
 
+def run_stages(run: Run, names: Sequence[str], *, restart: bool = False) -> None:
+    """Runs some stages one after the other and says where it is; see `run_stage`."""
+    for number, name in enumerate(names, start=1):
+        run.console.print(f"stage {number} of {len(names)}", highlight=False)
+        run_stage(run, name, restart=restart)
+
+
 def _make(run: Run, stage: Stage) -> dict[str, Any]:
     if stage.make is not None:
         # The fields are made by one process for all.

@@ -24,14 +24,17 @@ class FetchArguments:
     A download that breaks off is resumed where it stopped when the command is given again.
 
     Attributes:
-      dataset: `ml-100k`, `ml-1m`, `goodbooks`, or `amazon-2023:CATEGORY` such as amazon-2023:All_Beauty.
+      dataset: `ml-100k`, `ml-1m`, `goodbooks`, `amazon-beauty` (2014, 5-core), or `amazon-2023:CATEGORY` such as
+        amazon-2023:All_Beauty.
       output: Folder to write; `data/DATASET` by default.
+      pictures: Also download the pictures that the items link to (`goodbooks`, `amazon-beauty`), for a field `image`.
       base_url: Address to take the files from instead of the publisher's: a mirror, or a server of your own.
       debug: Show the traceback of an error.
     """
 
     dataset: Annotated[str, tyro.conf.Positional]
     output: Path | None = None
+    pictures: bool = False
     base_url: str | None = None
     debug: bool = False
 
@@ -77,6 +80,7 @@ def run_fetch(options: FetchArguments, console: Console) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from nqf.tools.fetch import fetch, source_of
+    from nqf.training.writer import Encoding
 
     source_of(options.dataset)
     output = options.output or Path("data") / options.dataset.replace(":", "-")
@@ -94,8 +98,11 @@ def run_fetch(options: FetchArguments, console: Console) -> None:
                 console.print(f"{name}: {size}, {done:,} there", markup=False)
         bars.update(tasks[name], completed=done, total=total)
 
-    with bars:
-        source = fetch(options.dataset, output, base=options.base_url, progress=progress)
+    with bars, Encoding(console) as pictures:
+        source = fetch(
+            options.dataset, output, base=options.base_url, progress=progress,
+            pictures=pictures.step if options.pictures else None,
+        )  # fmt: skip
     console.print(f"\n{source.license}\n", markup=False)
     console.print(
         f"The data is in {output}. Train with: python -m nqf.train --config {output / 'config.yaml'}", markup=False

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from nqf import files
-from nqf.cli import keep_compiled_programs, terminal
+from nqf.cli import keep_compiled_programs, quiet_libraries, terminal
 from nqf.config import ColumnsConfig, Config, DataConfig, from_tree, load_config, to_tree
 from nqf.data.errors import DataError
 from nqf.data.schema import Schema, load_schema, schema_from_tree, schema_to_tree
@@ -72,12 +72,13 @@ def fit(
       StageError: The folder is somebody else's, or a stage was cut off under other settings.
     """
     keep_compiled_programs()
+    quiet_libraries()
     # Imports that take seconds.
     from nqf.evaluation.results import print_results
     from nqf.serving.recommender import Recommender
     from nqf.stages.assess import assess
     from nqf.stages.folder import claim
-    from nqf.stages.graph import lock_run, open_for_training, run_stage, wanted
+    from nqf.stages.graph import lock_run, open_for_training, run_stages, wanted
     from nqf.tools.card import write_card
 
     folder, console = Path(run), terminal(quiet=quiet)
@@ -96,9 +97,7 @@ def fit(
         config = dataclasses.replace(config, name=folder.name, data=from_tree(DataConfig, tree | data))
         stages = wanted(config)
         opened = open_for_training(config, folder, console, stages=stages)
-        for number, stage in enumerate(stages, start=1):
-            console.print(f"stage {number} of {len(stages)}", markup=False)
-            run_stage(opened, stage)
+        run_stages(opened, stages)
         results = assess(opened)
         write_card(opened, results)
         print_results(results, console)

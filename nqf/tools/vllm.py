@@ -200,7 +200,7 @@ def _write_golden(
     if (memory := recommender.memory) is not None:
         latest = np.stack([newest(interactions.items[span], memory.how.newest)[::-1] for span in spans])
         pairs = dataclasses.replace(memory, pairs=recommender.pairs).scores(latest)
-        scores[:, : pairs.shape[1]] += pairs.toarray()
+        scores += pairs.toarray()
     scores /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for user, span in zip(users, spans, strict=True):
         left = np.where(recommender.available, scores[user], -np.inf)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -110,7 +111,7 @@ class Terminal:
 
     def __init__(self, stage: str, total: int, console: Console) -> None:
         self._console = console
-        self._stage, self._total = stage, total
+        self._stage, self._note, self._compiled = stage, "", False
         self._progress = None
         if console.is_terminal:
             self._progress = Progress(
@@ -120,6 +121,7 @@ class Terminal:
             self._task = self._progress.add_task(stage, total=total, note="")
 
     def __enter__(self) -> Terminal:
+        jax.monitoring.register_event_duration_secs_listener(self._event)
         if self._progress:
             self._progress.start()
         return self
@@ -127,12 +129,24 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         if self._progress:
             self._progress.stop()
+        jax.monitoring.unregister_event_duration_listener(self._event)
+
+    def _event(self, event: str, duration_secs: float, **_: str | int) -> None:
+        # jax tells when something has ended: where it ends to lower a program, XLA begins to compile it.
+        if event.endswith("/jaxpr_to_mlir_module_duration"):
+            if self._progress:
+                self._progress.update(self._task, note="compiling…")
+            elif not self._compiled:
+                self.line("compiling…")
+            self._compiled = True
+        elif event.endswith("/backend_compile_duration") and self._progress:
+            self._progress.update(self._task, note=self._note)
 
     def step(self, step: int, *, loss: float, items_per_second: float) -> None:
         """Moves the bar; says nothing where there is no terminal."""
+        self._note = f"loss {loss:.4f}  {items_per_second:,.0f} items/s"
         if self._progress:
-            note = f"loss {loss:.4f}  {items_per_second:,.0f} items/s"
-            self._progress.update(self._task, completed=step, note=note)
+            self._progress.update(self._task, completed=step, note=self._note)
 
     def line(self, text: str) -> None:
         """Writes a line that stays."""

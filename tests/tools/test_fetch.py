@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from PIL import Image
 
+from nqf.cli import configuration
 from nqf.config import load_config
 from nqf.data.errors import DataError
 from nqf.data.load import prepare
@@ -342,16 +345,20 @@ def movielens_1m() -> bytes:
     return buffer.getvalue()
 
 
-def goodbooks() -> dict[str, bytes]:
+def goodbooks(covers: str = "http://covers.test") -> dict[str, bytes]:
     def table(rows: list[list]) -> bytes:
         text = io.StringIO()
         csv.writer(text).writerows(rows)
         return text.getvalue().encode()
 
     header = (
-        "book_id,goodreads_book_id,authors,original_publication_year,title,language_code,average_rating,ratings_count"
+        "book_id,goodreads_book_id,authors,original_publication_year,title,language_code,average_rating,ratings_count,"
+        "image_url"
     )
-    books = [[n, 100 + n, "A. Author, B. Author", 1990.0 + n, f"Book, {n}", "eng", 4.1, 500 * n] for n in range(1, 6)]
+    books = [
+        [n, 100 + n, "A. Author, B. Author", 1990.0 + n, f"Book, {n}", "eng", 4.1, 500 * n, f"{covers}/{n}.jpg"]
+        for n in range(1, 6)
+    ]
     # A book without a year and one without a language, as in the real file.
     books[0][3], books[1][5] = None, None
     tags = [["tag_id", "tag_name"], [1, "to-read"], [2, "fantasy"], [3, "my-books"], [4, "romance"]]
@@ -363,6 +370,29 @@ def goodbooks() -> dict[str, bytes]:
         "/tags.csv": table(tags),
         "/book_tags.csv": table(counts),
         "/ratings.csv": table(events),
+    }
+
+
+def beauty() -> dict[str, bytes]:
+    events = [
+        {"reviewerID": f"A{u}", "asin": f"B{(u + s) % 5}", "reviewText": "good", "overall": 5.0, "helpful": [0, 1],
+         "unixReviewTime": 1_400_000_000 + 86_400 * s}
+        for u in range(8)
+        for s in range(4)
+    ]  # fmt: skip
+    items = [
+        {"asin": f"B{n}", "title": f"It's \"soap\" {n}", "price": 1.5 * n, "salesRank": {"Beauty": 10 + n},
+         "imUrl": f"http://pictures.test/{n}.jpg", "brand": "X", "categories": [["Beauty", "Skin Care"], ["Gifts"]]}
+        for n in range(5)
+    ]  # fmt: skip
+    # One that nobody bought, and one of which little is known.
+    items += [{"asin": "B9", "title": "unsold"}]
+    items[4] = {"asin": "B4", "categories": [["Beauty"]]}
+    reviews = "".join(json.dumps(event) + "\n" for event in events)
+    return {
+        "/reviews_Beauty_5.json.gz": gzip.compress(reviews.encode()),
+        # As the publisher writes them, dictionaries of Python.
+        "/meta_Beauty.json.gz": gzip.compress("".join(f"{item}\n" for item in items).encode()),
     }
 
 
@@ -394,6 +424,7 @@ def amazon() -> dict[str, bytes]:
         ("ml-100k", {"/ml-100k.zip": movielens_100k()}, "Harper, Konstan"),
         ("ml-1m", {"/ml-1m.zip": movielens_1m()}, "no redistribution without permission"),
         ("goodbooks", goodbooks(), "Creative Commons Attribution-ShareAlike 4.0"),
+        ("amazon-beauty", beauty(), "The publisher states no license"),
         ("amazon-2023:Gift_Cards", amazon(), "The publishers state no license"),
     ],
 )
@@ -420,7 +451,7 @@ def test_every_set_is_ready_to_train(
     items = pl.read_parquet(tmp_path / "prepared" / "items.parquet").sort("item_id")
     if name == "ml-100k":
         assert items["title"][0] == "Filmé 1 (1991)"
-        assert items["genres"].to_list() == [
+        assert items["categories"].to_list() == [
             ["Action", "Drama"],
             None,
             ["Animation"],
@@ -429,20 +460,64 @@ def test_every_set_is_ready_to_train(
         ]
         assert items["year"].to_list() == [1991, 1992, 1993, 1994, 1995]
     elif name == "ml-1m":
-        assert items["genres"].to_list() == [["Action", "Drama"]] * 5
+        assert items["categories"].to_list() == [["Action", "Drama"]] * 5
         assert dataset.interactions.times[0] == 960_000_000
     elif name == "goodbooks":
-        assert items["authors"][0].to_list() == ["A. Author", "B. Author"]
-        assert items["shelves"].to_list() == [["romance", "fantasy"]] * 4 + [None]
+        assert items["brand"][0].to_list() == ["A. Author", "B. Author"]
+        assert items["categories"].to_list() == [["romance", "fantasy"]] * 4 + [None]
         assert items["year"].to_list() == [None, 1992, 1993, 1994, 1995]
         assert dataset.report["fields_left_out"] == ["average_rating", "rating_number"]
+    elif name == "amazon-beauty":
+        assert items["title"].to_list() == [*(f'It\'s "soap" {n}' for n in range(4)), None]
+        assert items["categories"].to_list() == [["Beauty", "Skin Care"]] * 4 + [["Beauty"]]
+        assert items["price"].to_list() == [0, 1.5, 3, 4.5, None]
+        assert dataset.interactions.times[1] == 1_400_086_400
+        assert dataset.report["fields_left_out"] == ["sales_rank"]
     else:
         assert items["brand"].to_list() == [["X"]] * 5
         assert dataset.interactions.times[0] == 1_600_000_000
+    if ":" not in name:
+        # The shipped recipe, by its name, finds the same tables and reads the same of them.
+        shipped = load_config(configuration(name))
+        assert dataclasses.replace(shipped, data=config.data) == config
+        assert Path(shipped.data.items) == folder / "items.parquet"
+        prepare(shipped.data, tmp_path / "shipped")
+        assert (tmp_path / "shipped" / "items.parquet").read_bytes() == (
+            tmp_path / "prepared" / "items.parquet"
+        ).read_bytes()
     # Again: nothing is downloaded a second time, and the tables are made again.
     requests = len(publisher.seen)
     fetch(name, folder, base=publisher.base)
     assert len(publisher.seen) == requests
+
+
+def test_pictures_are_a_field(publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that can be had and read; a second call asks for the others alone."""
+    publisher.files |= goodbooks(covers=publisher.base)
+    for number in (1, 2, 3):
+        content = io.BytesIO()
+        Image.new("RGB", (98, 147), (40 * number, 10, 10)).save(content, "JPEG")
+        publisher.files[f"/{number}.jpg"] = content.getvalue()
+    publisher.files["/4.jpg"] = b"<html>gone</html>"
+    monkeypatch.chdir(tmp_path)
+    command.main(["fetch", "goodbooks", "--base-url", publisher.base])
+    assert "image" not in Path("data/goodbooks/schema.yaml").read_text()
+    with pytest.raises(DataError, match="links to none; there are some with goodbooks and amazon-beauty"):
+        publisher.files["/ml-100k.zip"] = movielens_100k()
+        command.main(["fetch", "ml-100k", "--pictures", "--base-url", publisher.base])
+    for _ in range(2):
+        publisher.seen.clear()
+        command.main(["fetch", "goodbooks", "--pictures", "--base-url", publisher.base])
+    asked = {str(request) for request in publisher.seen}
+    assert any("/5.jpg" in request for request in asked) and not any("/1.jpg" in request for request in asked)
+    prepare(load_config("data/goodbooks/config.yaml").data, tmp_path / "prepared")
+    paths = pl.read_parquet("prepared/items.parquet").sort("item_id")["image"].to_list()
+    assert [path is not None for path in paths] == [True, True, True, False, False]
+    assert all(Image.open(path).size == (98, 147) for path in paths[:3])
+    # What somebody wrote stays.
+    Path("data/goodbooks/schema.yaml").write_text("title: title\nfields: {title: text}\n")
+    command.main(["fetch", "goodbooks", "--pictures", "--base-url", publisher.base])
+    assert "image" not in Path("data/goodbooks/schema.yaml").read_text()
 
 
 def test_nothing_of_the_users_is_touched(publisher: Publisher, tmp_path: Path) -> None:
