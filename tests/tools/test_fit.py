@@ -59,7 +59,7 @@ def test_a_shop_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
         "color: category",
         "List price: number",
         "data.split: temporal",
-        "stage 1 of 5",
+        "stage 1 of 7",
     ):
         assert line in said, line
     assert "the run is in" in said
