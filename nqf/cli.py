@@ -40,7 +40,7 @@ COMMANDS = {
 """Command: module with its `main`, and a line about it."""
 
 # Errors whose message is written for the person at the terminal; anything else is a bug and shows its traceback.
-_EXPECTED = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError, csv.Error)
+_EXPECTED = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError, MemoryError, csv.Error)
 _LONGEST_MESSAGE = 2_000
 # All but line feed and tab; 0x9b starts an escape sequence by itself.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -155,7 +155,7 @@ def _told(error: Exception) -> int:
     """Tells an error in one paragraph; the exit status."""
     # The message of a KeyError is the repr of its argument.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = printable(" ".join(str(message).split()))
+    text = printable(" ".join(str(message).split())) or ("out of memory" if isinstance(error, MemoryError) else "")
     text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:1_200]} (…) {text[-500:]}"
     if (code := getattr(error, "exit_code", None)) is not None:
         # Not a fault: training that was asked to stop (nqf.training.stop).

@@ -51,7 +51,10 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Notes a fault that was tried for docs/reliability.md, which tests/reliability/table.py makes."""
+    """Notes a fault that was tried for docs/reliability.md, which tests/reliability/table.py makes.
+
+    What is seen begins with `refused` or `an error` where all ended so, or with `<number> refused`: these are counted.
+    """
     rows: list[dict] = []
 
     def note(fault: str, *, tried: int, survived: int, seen: str) -> None:

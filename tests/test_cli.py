@@ -285,13 +285,14 @@ def test_no_error_of_a_file_is_a_traceback_and_none_grows_with_it(capsys: pytest
         csv.Error("field larger than field limit"),
         FileExistsError("\x1b[2J" * 50_000),
         KeyError("k" * 10**6),
+        MemoryError(),
     ]
     for error in errors:
         with pytest.raises(SystemExit) as status:
             cli.guard(refuse(error), [])
         assert status.value.code == 1
         text = capsys.readouterr().err
-        assert text.startswith("error: ")
+        assert text.startswith("error: ") and not text.startswith("error: \n")
         assert "Traceback" not in text
         assert "\x1b" not in text
         assert len(text) < 2_200

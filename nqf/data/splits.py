@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nqf import files
 from nqf.data.errors import DataError
 from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.unirec import Found
@@ -111,18 +112,17 @@ class Split:
 
 def load_split(path: str | Path) -> Split:
     """Reads what `Split.save` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
+    arrays = files.read_arrays(path)
+    return Split(
+        train=arrays["train"],
+        valid=Cases(users=arrays["valid_users"], cuts=arrays["valid_cuts"]),
+        test=Cases(users=arrays["test_users"], cuts=arrays["test_cuts"]),
+        cold=arrays["cold"],
+        removed=arrays["removed"],
+        warnings=tuple(arrays["warnings"].tolist()),
         # Which splits of before version 0.2 lack.
-        given = {name: arrays[name] for name in ("given_events", "given") if name in arrays}
-        return Split(
-            train=arrays["train"],
-            valid=Cases(users=arrays["valid_users"], cuts=arrays["valid_cuts"]),
-            test=Cases(users=arrays["test_users"], cuts=arrays["test_cuts"]),
-            cold=arrays["cold"],
-            removed=arrays["removed"],
-            warnings=tuple(arrays["warnings"].tolist()),
-            **given,
-        )
+        **{name: arrays[name] for name in ("given_events", "given") if name in arrays},
+    )
 
 
 def leave_one_out(

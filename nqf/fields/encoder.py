@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import polars as pl
 
+from nqf import files
 from nqf.config import FieldsConfig, InputError
 from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS
 from nqf.data.schema import Field
@@ -110,8 +111,7 @@ class LightEncoder(abc.ABC):
         """
         identity = read_identity(directory)
         try:
-            with np.load(directory / "state.npz", allow_pickle=False) as arrays:
-                encoder = cls(identity["options"], {name: arrays[name] for name in arrays.files})
+            encoder = cls(identity["options"], files.read_arrays(directory / "state.npz"))
         except (*NPY_ERRORS, *STRUCTURE_ERRORS) as error:
             raise CacheError(f"{directory / 'state.npz'}: not readable ({error}); build the cache again") from error
         if encoder.identity != identity:

@@ -61,11 +61,11 @@ def load_whitenings(path: Path) -> dict[str, Whitening]:
       CacheError: The file is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {
-                str(name): Whitening(mean=arrays[f"mean_{index}"], matrix=arrays[f"matrix_{index}"])
-                for index, name in enumerate(arrays["names"])
-            }
+        arrays = files.read_arrays(path)
+        return {
+            str(name): Whitening(mean=arrays[f"mean_{index}"], matrix=arrays[f"matrix_{index}"])
+            for index, name in enumerate(arrays["names"])
+        }
     except (*NPY_ERRORS, *STRUCTURE_ERRORS) as error:
         raise CacheError(f"{path}: not readable ({error}); run the tokens stage again") from error
 

@@ -79,11 +79,11 @@ def read_overlay(directory: Path, catalogue: Catalogue, cache: FieldCache) -> Ov
     if frame.schema != empty.schema:
         raise CacheError(f"{path}: the run's schema has changed since these items were added; {advice}")
     if manifest["encoders"] == _encoders(cache):
-        with np.load(directory / manifest["files"]["encoded"]["file"], allow_pickle=False) as arrays:
-            encoded = {
-                name: (arrays[f"values {name}"].astype(np.float32), arrays[f"present {name}"])
-                for name in manifest["encoders"]
-            }
+        arrays = files.read_arrays(directory / manifest["files"]["encoded"]["file"])
+        encoded = {
+            name: (arrays[f"values {name}"].astype(np.float32), arrays[f"present {name}"])
+            for name in manifest["encoders"]
+        }
     else:
         encoded = encode_items(cache, frame)
     return Overlay(frame=frame, encoded=encoded, removed=frozenset(manifest["removed"]))

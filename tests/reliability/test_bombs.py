@@ -1,13 +1,17 @@
 """Files of a few bytes that ask for more memory or time than there is: refused with a message, in bounded memory."""
 
+import copy
 import gzip
+import io
 import json
 import resource
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from parquet_files import (
     BYTE_ARRAY,
     DICTIONARY,
@@ -23,6 +27,9 @@ from parquet_files import (
     strings,
     varint,
 )
+
+from nqf.data.errors import NPY_ERRORS
+from nqf.files import read_arrays
 
 ROOT = Path(__file__).parents[2]
 TWO = strings([b"a", b"b"])
@@ -120,4 +127,63 @@ def test_parquet_files_that_ask_for_all_memory(tmp_path: Path, record: Callable[
         tried=len(BOMBS),
         survived=len(found),
         seen=f"{len(found)} refused with file and reason before polars opens it, which would end the process",
+    )
+
+
+def npy(shape: str, content: bytes = b"") -> bytes:
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + content
+
+
+def npz(members: dict[str, bytes], kind: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", kind) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def overlapping() -> bytes:
+    """A thousand names of one member."""
+    buffer = io.BytesIO(npz({"a.npy": npy("(2,)", bytes(16))}))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for number in range(1_000):
+            twin = copy.copy(archive.filelist[0])
+            twin.filename = f"{number}.npy"
+            archive.filelist.append(twin)
+        archive._didModify = True
+    return buffer.getvalue()
+
+
+ARRAYS: dict[str, Callable[[], bytes]] = {
+    "packed zeros": lambda: npz({"a.npy": npy(f"({2**22},)", bytes(2**25))}, zipfile.ZIP_DEFLATED),
+    "a thousand names of one member": overlapping,
+    "10^15 numbers": lambda: npz({"a.npy": npy(f"({10**15},)")}),
+    "more numbers than there are": lambda: npz({"a.npy": npy("(9,)", bytes(16))}),
+    "a negative length": lambda: npz({"a.npy": npy("(-9,)", bytes(16))}),
+    "a length of 10^30": lambda: npz({"a.npy": npy(f"({10**30},)")}),
+    "an expression": lambda: npz({"a.npy": npy("(__import__('os').getpid(),)")}),
+    "a header 10^5 brackets deep": lambda: npz({"a.npy": npy("(" * 10**5)}),
+    "a header of 2^32 bytes": lambda: npz({"a.npy": b"\x93NUMPY\x02\x00" + b"\xff" * 4}),
+    "no archive": lambda: b"PK" * 99,
+}
+
+
+def test_arrays_that_ask_for_all_memory(tmp_path: Path, record: Callable[..., None]) -> None:
+    path = tmp_path / "arrays.npz"
+    np.savez(path, a=np.arange(3))
+    assert read_arrays(path)["a"].tolist() == [0, 1, 2]
+    for name, bomb in ARRAYS.items():
+        path.write_bytes(bomb())
+        try:
+            read_arrays(path)
+        except NPY_ERRORS as error:
+            assert len(str(error)) < 10**6
+        else:
+            raise AssertionError(name)
+    record(
+        "an .npz file that asks for all memory: packed, overlapping, with headers that lie, nest or hold code",
+        tried=len(ARRAYS),
+        survived=len(ARRAYS),
+        seen="refused with the file by whatever opens it",
     )

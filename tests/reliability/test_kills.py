@@ -1,6 +1,7 @@
 """SIGKILL at random moments of every stage: the resumed run ends as the uninterrupted one, bit for bit."""
 
 import random
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -66,4 +67,33 @@ def test_killed_stage_ends_as_if_nothing_had_happened(
         tried=kills,
         survived=kills,
         seen="nothing: the same command continues, and ends with the same bytes as the uninterrupted run",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_stage_without_memory_continues(smallest_run: Path, tmp_path: Path, record: Callable[..., None]) -> None:
+    """Memory ends in the middle of a stage, which is what a container's limit does to it; then there is some again."""
+    folder = copy_run(smallest_run, tmp_path / "run", until="item")
+    ended = 0
+    # When the stage has begun and has all of its programs to compile, and when it trains.
+    for begun in (lambda: (folder / "item" / "started.json").exists(), lambda: checkpoint_steps(folder, "item")):
+        process = start(folder, "--stage", "item")
+        while not begun() and process.poll() is None:
+            time.sleep(0.005)
+        if process.poll() is None:
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+        process.communicate(timeout=600)
+        # One that had all the memory that it needed has finished; what looks finished has to be.
+        ended += process.returncode != 0
+        assert (process.returncode == 0) == (folder / "item" / "stage.json").exists()
+    assert ended >= 1
+    finish(start(folder, "--stage", "item"))
+    assert outcome(folder, "item") == outcome(smallest_run, "item")
+    record(
+        "a stage whose memory ends, when it begins and when it trains",
+        tried=2,
+        survived=2,
+        seen="the stage does not look finished; with memory again, the same command ends with the same bytes",
     )
