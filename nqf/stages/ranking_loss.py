@@ -51,7 +51,6 @@ def ranking_loss(
     users_MxD = users_BxPxD.reshape(-1, users_BxPxD.shape[-1])[places_M]
     targets_M = jnp.maximum(batch.targets.reshape(-1)[places_M], 0)
     weights_M = (batch.supervised >= 0).astype(jnp.float32)
-    text_RxT = unit(text_RxT) if config.duplicate_cosine else text_RxT
 
     def products(of_MxD: jax.Array, others: jax.Array) -> jax.Array:
         # With the same others for all, [C, D], or with others for each, [M, C, D].
@@ -66,7 +65,7 @@ def ranking_loss(
         # Neither the target itself nor, as far as the text tells, the same thing under another id.
         other = targets_M[:, None] != rows
         if config.duplicate_cosine:
-            other &= products(text_RxT[targets_M], text_RxT[rows]) <= config.duplicate_cosine
+            other &= products(unit(text_RxT[targets_M]), unit(text_RxT[rows])) <= config.duplicate_cosine
         return other
 
     if config.negatives == "given":
@@ -79,8 +78,7 @@ def ranking_loss(
         learned, frozen = items_RxD[:, :learned_width], items_RxD[:, learned_width:]
         return full_softmax(users_MxD, learned, frozen, targets_M, weights_M=weights_M, allowed=allowed)
     if config.negatives == "sampled":
-        negatives = batch.negatives
-        assert negatives is not None, "the batches of this loss carry them"
+        assert (negatives := batch.negatives) is not None, "the batches of this loss carry them"
         labels_M = jnp.zeros_like(targets_M)
         positive_M = jnp.sum(users_MxD * items_RxD[targets_M], axis=-1)
         all_scores = jnp.concatenate([positive_M[:, None], scores(negatives)], axis=1)
