@@ -78,7 +78,8 @@ def ranking_loss(
         learned, frozen = items_RxD[:, :learned_width], items_RxD[:, learned_width:]
         return full_softmax(users_MxD, learned, frozen, targets_M, weights_M=weights_M, allowed=allowed)
     if config.negatives == "sampled":
-        assert (negatives := batch.negatives) is not None, "the batches of this loss carry them"
+        negatives = batch.negatives
+        assert negatives is not None, "the batches of this loss carry them"
         labels_M = jnp.zeros_like(targets_M)
         positive_M = jnp.sum(users_MxD * items_RxD[targets_M], axis=-1)
         all_scores = jnp.concatenate([positive_M[:, None], scores(negatives)], axis=1)

@@ -215,7 +215,7 @@ def test_given_candidates_stand_in_the_place_of_the_texts_and_new_items_have_non
     cache = build(FrameCatalogue(frame, FIELDS[:2]), tmp_path / "cache", CONFIG, candidates=given_)
     table = cache.candidates
     assert table.modality == "vector" and (np.asarray(table.rows) >= 0).tolist() == [True, False, True, True]
-    made, there = table.gather(np.array([0, 2, 3]))
+    made, _ = table.gather(np.array([0, 2, 3]))
     # One factor for all, so cosines are theirs.
     ratio = made / vectors[[0, 2, 3]]
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=5e-3)
