@@ -135,7 +135,7 @@ def test_cooccurrence_and_removed_items(tiny_run: Path, tmp_path: Path) -> None:
 
 
 def test_another_prompt(tiny_run: Path, tmp_path: Path) -> None:
-    """Mean pooling, no titles, no user tokens, and items that the language model reads too."""
+    """Mean pooling, no titles, no user tokens but interactions, and items that the language model reads too."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     options = {
@@ -147,7 +147,8 @@ def test_another_prompt(tiny_run: Path, tmp_path: Path) -> None:
         "joint.optim.epochs": "1",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    train.main(["--run", str(run), "--stage", "joint", *arguments, "--joint.prompt.no-user-tokens"])
+    flags = ["--joint.prompt.no-user-tokens", "--joint.prompt.interactions"]
+    train.main(["--run", str(run), "--stage", "joint", *arguments, *flags])
     check(run, exported(run, tmp_path / "vllm"))
 
 

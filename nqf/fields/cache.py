@@ -264,7 +264,7 @@ def encode_items(cache: FieldCache, frame: pl.DataFrame) -> dict[str, tuple[np.n
     if cache.candidates is not None:
         columns[CANDIDATE] = candidate_text(frame, fields, cache.manifest["title"])
         if cache.candidates.modality == "vector":
-            # They came from a file, which says nothing of new items.
+            # They came from a file, which says nothing of new items; `nqf.serving.overlay` refuses those.
             columns[CANDIDATE] = pl.Series(CANDIDATE, [None] * len(frame), dtype=pl.List(pl.Float32))
     encoded = {}
     for name, column in columns.items():

@@ -206,6 +206,11 @@ def unreadable(overlay: Overlay, item_ids: pl.Series) -> dict[str, int]:
 
 
 def _put(overlay: Overlay, cache: FieldCache, frame: pl.DataFrame) -> Overlay:
+    if cache.candidates is not None and cache.candidates.modality == "vector":
+        raise DataError(
+            "this run's candidate embeddings are those of data.candidates, which say nothing of new or changed items; "
+            "add them to that file and to the item table, and run the stages again"
+        )
     keep = ~overlay.frame["item_id"].is_in(frame["item_id"].implode())
     new, kept = encode_items(cache, frame), keep.to_numpy()
     encoded = {

@@ -51,7 +51,6 @@ def ranking_loss(
     users_MxD = users_BxPxD.reshape(-1, users_BxPxD.shape[-1])[places_M]
     targets_M = jnp.maximum(batch.targets.reshape(-1)[places_M], 0)
     weights_M = (batch.supervised >= 0).astype(jnp.float32)
-    text_RxT = unit(text_RxT) if config.duplicate_cosine else text_RxT
 
     def products(of_MxD: jax.Array, others: jax.Array) -> jax.Array:
         # With the same others for all, [C, D], or with others for each, [M, C, D].
@@ -66,7 +65,7 @@ def ranking_loss(
         # Neither the target itself nor, as far as the text tells, the same thing under another id.
         other = targets_M[:, None] != rows
         if config.duplicate_cosine:
-            other &= products(text_RxT[targets_M], text_RxT[rows]) <= config.duplicate_cosine
+            other &= products(unit(text_RxT[targets_M]), unit(text_RxT[rows])) <= config.duplicate_cosine
         return other
 
     if config.negatives == "given":

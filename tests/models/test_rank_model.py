@@ -59,7 +59,14 @@ def history() -> History:
     ("pooling", "user_tokens", "words"), [("last", True, WORDS), ("mean", True, 0), ("last", False, WORDS)]
 )
 def test_a_branch_is_the_prompt_that_ends_there(pooling, user_tokens, words):
-    prompt = PromptConfig(history_items=SLOTS, title_tokens=words, user_tokens=user_tokens, pooling=pooling)
+    # Without user tokens, times, ratings and reviews are read on the prompt's item tokens alone.
+    prompt = PromptConfig(
+        history_items=SLOTS,
+        title_tokens=words,
+        user_tokens=user_tokens,
+        interactions=not user_tokens,
+        pooling=pooling,
+    )
     model, rows, batch = model_of(prompt), np.arange(ITEMS, dtype=np.int32), history()
     items = dataclasses.replace(tables(), titles=tables().titles[:, :words])
     params = model.init(jax.random.key(0), items, rows, batch, PROMPT, positions=1)["params"]
@@ -72,6 +79,10 @@ def test_a_branch_is_the_prompt_that_ends_there(pooling, user_tokens, words):
         alone, *_ = apply({"params": params}, items, rows, part, PROMPT, positions=1)
         there = batch.items[:, slot] >= 0
         np.testing.assert_allclose(alone[there, 0], together[there, slot], atol=2e-5)
+    # The rating of one slot tells in its branch and in those after it.
+    rated = batch.replace(ratings=np.where(np.arange(SLOTS) == 4, 7, batch.ratings))
+    moved = np.abs(np.asarray(apply({"params": params}, items, rows, rated, PROMPT, positions=SLOTS)[0]) - together)
+    assert moved[1, :4].max() == 0 and moved[1, 4:].max(axis=-1).min() > 1e-5
 
 
 def test_padding_before_a_history_changes_nothing():

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import polars as pl
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,6 +17,7 @@ import unirec_files  # noqa: E402
 from published import TOKENIZER, clip_folder, qwen3_folder  # noqa: E402
 
 from nqf import embed, evaluate, train  # noqa: E402
+from nqf.data.errors import DataError  # noqa: E402
 from nqf.interop.unirec.embeddings import read_candidate_embeddings  # noqa: E402
 from nqf.serving.recommender import Recommender  # noqa: E402
 from nqf.stages import item, joint, user  # noqa: E402
@@ -171,3 +173,5 @@ def test_it_recommends(made: tuple[Run, Path]) -> None:
         other = recommender.recommend(history=history, k=20, **{name: values})
         scores = bare.join(other, on="item_id", suffix="_told").select("score", "score_told")
         assert (scores["score"] - scores["score_told"]).abs().max() > 1e-4, name
+    with pytest.raises(DataError, match=r"data\.candidates, which say nothing of new or changed items"):
+        recommender.add_items(pl.DataFrame({"item_id": ["new"], "title": ["A soap bar with mint"]}))
