@@ -18,8 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def measure(bench: Bench, run: Path, seconds: float) -> tuple[int, dict[str, lis
     try:
         wait(port)
         for users in (1, 8, 64):
-            # Each size of a batch is compiled once, before it is measured; a slow machine may give up on a request then.
+            # Each size of a batch is compiled once, before it is measured; a slow machine may refuse a request then.
             ask(port, users, bodies, min(seconds, 5.0), allowed=(200, 504))
             times = ask(port, users, bodies, seconds)
             rows.append({"users": users, **summary(times, seconds)})
@@ -132,11 +132,9 @@ def ask(port: int, users: int, bodies: list[bytes], seconds: float, allowed: tup
             at += users
         connection.close()
 
-    threads = [threading.Thread(target=user, args=(number,)) for number in range(users)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(users) as pool:
+        # What fails in a thread is raised here.
+        list(pool.map(user, range(users)))
     return times
 
 
