@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 BENCH ?=
 
-.PHONY: help setup setup-test quickstart test ci lint docs bench clean
+.PHONY: help setup setup-test quickstart test ci lint docs notebooks bench clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,9 @@ lint: setup-test  ## Check style, spelling and types, and that the site can be b
 
 docs: setup-test  ## Build the site of docs/ and of the docstrings into build/site; a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+
+notebooks: setup-test  ## Run the notebooks on $(RUN), which is trained if it is missing, and keep their outputs.
+	for notebook in notebooks/*.ipynb; do NQF_RUN=../$(RUN) $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
 
 # Side by side with what others wrote; the model folder's package names dependencies that nothing here needs.
 bench: setup-test  ## Run the benchmarks on the present device and write docs/performance.md; BENCH=--quick tries them.

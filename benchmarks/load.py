@@ -18,8 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,8 @@ def measure(bench: Bench, run: Path, seconds: float) -> tuple[int, dict[str, lis
     try:
         wait(port)
         for users in (1, 8, 64):
-            # Each size of a batch is compiled once, before it is measured.
-            ask(port, users, bodies, min(seconds, 5.0))
+            # Each size of a batch is compiled once, before it is measured; a slow machine may refuse a request then.
+            ask(port, users, bodies, min(seconds, 5.0), allowed=(200, 504))
             times = ask(port, users, bodies, seconds)
             rows.append({"users": users, **summary(times, seconds)})
             bench.say(f"{len(ids):,} items, {users:>3} users: {rows[-1]['per_second']:,.0f}/s, "
@@ -115,7 +115,7 @@ def wait(port: int) -> None:
     raise RuntimeError("the service did not start")
 
 
-def ask(port: int, users: int, bodies: list[bytes], seconds: float) -> list[float]:
+def ask(port: int, users: int, bodies: list[bytes], seconds: float, allowed: tuple[int, ...] = (200,)) -> list[float]:
     """Times of all answers, in seconds."""
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -127,16 +127,14 @@ def ask(port: int, users: int, bodies: list[bytes], seconds: float) -> list[floa
             connection.request("POST", "/v1/recommend", bodies[at % len(bodies)], {"Content-Type": "application/json"})
             answer = connection.getresponse()
             content = answer.read()
-            assert answer.status == 200, content
+            assert answer.status in allowed, content
             times.append(time.perf_counter() - begun)
             at += users
         connection.close()
 
-    threads = [threading.Thread(target=user, args=(number,)) for number in range(users)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(users) as pool:
+        # What fails in a thread is raised here.
+        list(pool.map(user, range(users)))
     return times
 
 

@@ -192,9 +192,9 @@ def test_compiling_is_said_while_it_lasts(is_terminal: bool, monkeypatch: pytest
         # Shown by the bar, which the last refresh has without it.
         assert text.rstrip().splitlines()[-1].count("compiling") == 0
         monkeypatch.setattr(terminal, "_compiled", False)
-        terminal._event("/jax/core/compile/jaxpr_to_mlir_module_duration")
+        terminal._event("/jax/core/compile/jaxpr_to_mlir_module_duration", 0.1)
         assert terminal._progress.tasks[0].fields["note"] == "compiling…"
-        terminal._event("/jax/core/compile/backend_compile_duration")
+        terminal._event("/jax/core/compile/backend_compile_duration", 0.1)
         assert terminal._progress.tasks[0].fields["note"] == "loss 1.0000  1 items/s"
     else:
         assert text == "joint  compiling…\n"
