@@ -25,6 +25,7 @@ from nqf.stages.joint import make_joint_loss, reader_of
 from nqf.stages.rank import RankParts, rank_module
 from nqf.stages.user import make_user_loss
 from nqf.training.loop import make_state, make_train_step
+from nqf.training.mesh import layout, placed
 from nqf.training.optimizer import make_optimizer
 
 
@@ -158,10 +159,12 @@ def training(
     instruction: int = 12,
     on_device: bool = True,
     abstract: bool = False,
+    mesh: Any = None,
 ) -> Training:
     """The user or the joint stage's training step on a world, with random parameters.
 
-    A backbone with adapters is frozen but for them, as a pretrained one. `abstract` gives shapes in place of arrays.
+    A backbone with adapters is frozen but for them, as a pretrained one. `abstract` gives shapes in place of arrays,
+    and with a mesh, whose devices need not be there, shapes that are laid out on it as training does.
     """
     slots = config.user.max_history
     some, rows = world.tables.take(np.zeros(1, np.int32)), np.zeros(1, np.int32)
@@ -192,9 +195,12 @@ def training(
             params["params"] = dict(params["params"])
             frozen["params"]["qwen3"] = params["params"].pop("qwen3")
     optimizer = make_optimizer(getattr(config, stage).optim, 1_000)
-    step = make_train_step(loss, optimizer, seed=0, skip=0)
     if abstract:
-        return Training(
-            compiled=step, state=jax.eval_shape(lambda tree: make_state(tree, optimizer), params), frozen=frozen
-        )
+        state, shardings = jax.eval_shape(lambda tree: make_state(tree, optimizer), params), None
+        if mesh is not None:
+            frozen, shardings = placed(frozen, layout(frozen, mesh)), layout(state, mesh)
+            state = placed(state, shardings)
+        step = make_train_step(loss, optimizer, seed=0, skip=0, shardings=shardings)
+        return Training(compiled=step, state=state, frozen=frozen)
+    step = make_train_step(loss, optimizer, seed=0, skip=0)
     return Training(compiled=step, state=make_state(params, optimizer), frozen=jax.device_put(frozen))

@@ -25,6 +25,7 @@ class TrainArguments(Config):
       run: Run folder; `runs/<name>` by default.
       restart: Start again the stages that were cut off, instead of resuming from their checkpoints.
       plan: Train nothing; print parameters, memory and the largest batch of each training stage.
+      device: Devices that the plan is for, which need not be here; by default those that training would take.
       memory_gib: Memory per device that the plan's largest batch may use; 0 for what the device offers.
       profile: Steps of each training stage to trace, for xprof.
       debug: Show the traceback of an error.
@@ -35,6 +36,7 @@ class TrainArguments(Config):
     run: Path | None = None
     restart: bool = False
     plan: bool = False
+    device: Literal["", "v5e-8", "v6e-8", "v5p-8", "h200", "8xh200"] = ""
     memory_gib: Weight = 0.0
     profile: CountOrNone = 0
     debug: bool = False
@@ -130,20 +132,24 @@ def main(arguments: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", config.training.compilation_cache)
     if config.training.distributed:
         join_processes()
-    console = terminal(quiet=not is_primary())
+    if options.device and not options.plan:
+        raise ConfigError("is for --plan alone; training takes the devices that are here", key="device")
+    # A plan for other devices says itself which jax begins with.
+    speaks = bool(options.device) or is_primary()
+    console = terminal(quiet=not speaks)
     # The attention kernel and its reason, and images that were unavailable, are told by loggers.
     logging.basicConfig(format="%(message)s", force=True)
-    logging.getLogger("nqf").setLevel(logging.INFO if is_primary() else logging.ERROR)
+    logging.getLogger("nqf").setLevel(logging.INFO if speaks else logging.ERROR)
     folder, stages = (
         options.run or Path("runs") / config.name,
         wanted(config) if options.stage == "all" else (options.stage,),
     )
     if options.plan:
-        from nqf.stages.plan import device_memory, print_plans
+        from nqf.stages.plan import print_plans
         from nqf.stages.run import Run
 
-        memory = int(options.memory_gib * 2**30) or device_memory()
-        print_plans(Run(folder=folder, config=config, console=console), stages, memory, console)
+        memory = int(options.memory_gib * 2**30)
+        print_plans(Run(folder=folder, config=config, console=console), stages, memory, console, options.device)
         return
     with lock_run(folder):
         run = open_for_training(config, folder, console, stages=stages, restart=options.restart)

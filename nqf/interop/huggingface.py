@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Sharding
 
 from nqf.interop.settings import check_qwen3, check_sizes
@@ -326,8 +327,9 @@ def pooled_vectors(
     Returns:
       float32 [B, D].
     """
-
-    return np.asarray(_pooled(model, pooling, variables, dict(inputs)))
+    vectors = _pooled(model, pooling, variables, dict(inputs))
+    # Where the model is split over processes, each has a part of what follows from it.
+    return np.asarray(vectors if vectors.is_fully_addressable else process_allgather(vectors, tiled=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from nqf.config import QFormerConfig
 from nqf.ops.dropout import dropout
+from nqf.ops.pins import over_batch
 from nqf.ops.products import DotGeneral
 
 LAYER_NORM_EPS = 1e-12
@@ -158,6 +159,7 @@ class QFormer(nn.Module):
         for layer in range(self.config.layers):
             with jax.named_scope(f"qformer_layer_{layer}"):
                 attention = Attention(config=self.config, dtype=self.dtype, name=f"layer_{layer}_attention")
+                x = over_batch(x)
                 x = attention(x, x, query_mask, None, seed, 5 * layer + 1)
                 if layer % self.config.cross_every == 0:
                     cross = Attention(config=self.config, dtype=self.dtype, name=f"layer_{layer}_crossattention")

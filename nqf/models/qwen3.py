@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from nqf.models.dropout import Dropout
 from nqf.models.lora import LoRADense
 from nqf.ops.attention import Implementation, dot_product_attention
+from nqf.ops.pins import over_batch, take_rows
 from nqf.ops.products import DotGeneral
 from nqf.ops.rope import apply_rope, rope_tables
 
@@ -332,16 +333,17 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, KeysAndValues | None]:
         """Returns the layer's output (at `read_at`), which `nn.scan` carries, and to `keep` its keys and values,
         which it stacks."""
-        config = self.config
+        config, x_BxTxD = self.config, over_batch(x_BxTxD)
         drop = Dropout(config.residual_dropout, name="residual_dropout")
         with jax.named_scope("attention"):
             normed = RMSNorm(config, name="input_layernorm")(x_BxTxD)
             read, own = Attention(config, name="self_attn")(normed, mask, cos, sin, prefix, deterministic, read_at)
-            x_BxTxD = (x_BxTxD if read_at is None else take_tokens(x_BxTxD, read_at)) + drop(read, deterministic)
+            x_BxTxD = x_BxTxD if read_at is None else take_tokens(x_BxTxD, read_at)
+            x_BxTxD = over_batch(x_BxTxD + drop(read, deterministic))
         with jax.named_scope("mlp"):
             normed = RMSNorm(config, name="post_attention_layernorm")(x_BxTxD)
             x_BxTxD = x_BxTxD + drop(MLP(config, name="mlp")(normed, deterministic), deterministic)
-        return x_BxTxD, own if keep else None
+        return over_batch(x_BxTxD), own if keep else None
 
 
 class Qwen3(nn.Module):
@@ -470,7 +472,7 @@ class Qwen3(nn.Module):
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Rows of the embedding, float [..., D], of int ids [...]."""
         # Not by `nn.Embed`'s call, which converts the whole table to the compute dtype before it picks rows.
-        return jnp.take(self.embed_tokens.embedding, input_ids, axis=0).astype(self.config.dtype)
+        return take_rows(self.embed_tokens.embedding, input_ids, fill=True).astype(self.config.dtype)
 
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """Next-token logits, float32 [B, T, V], of hidden states after the final norm."""

@@ -22,6 +22,7 @@ from nqf.config import CandidatesConfig, PromptConfig, UserConfig
 from nqf.models.qwen3 import Qwen3, Qwen3Config
 from nqf.models.user_qformer import Interactions, UserQFormer
 from nqf.ops.losses import unit
+from nqf.ops.pins import over_all, over_batch, take_rows
 from nqf.pipelines.batches import Array, History, ItemTables
 
 
@@ -53,14 +54,14 @@ class CandidateTower(nn.Module):
         """
         sources = {"item": tables.vectors, "fields": tables.fields, "text": tables.text}
         inputs = [
-            nn.LayerNorm(name=f"norm_{name}", dtype=self.dtype)(sources[name].astype(self.dtype))
+            nn.LayerNorm(name=f"norm_{name}", dtype=self.dtype)(over_all(sources[name].astype(self.dtype)))
             for name in self.config.sources
         ]
         width = self.config.width
         content = nn.Dense(2 * width, name="hidden", dtype=self.dtype)(jnp.concatenate(inputs, axis=-1))
         # Of length one, which a learned vector reaches within some hundred steps of Adam; beside a content of length
         # sqrt(V) it would take ten times as many to tell.
-        content = unit(nn.Dense(width, name="output", dtype=self.dtype)(nn.gelu(content))).astype(self.dtype)
+        content = over_all(unit(nn.Dense(width, name="output", dtype=self.dtype)(nn.gelu(content))).astype(self.dtype))
         if not self.config.free_vectors:
             return content
         free = self.param("free", nn.initializers.normal(0.02), (self.items, width))
@@ -69,7 +70,8 @@ class CandidateTower(nn.Module):
             # Whole vectors are hidden, not elements: a hidden item looks exactly like one that training never saw.
             shown = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.free_dropout, rows.shape)
             keep = keep & shown
-        return content + jnp.where(keep[:, None], free[jnp.clip(rows, 0, self.items - 1)], 0).astype(self.dtype)
+        own = take_rows(free, jnp.clip(rows, 0, self.items - 1))
+        return content + jnp.where(keep[:, None], own, 0).astype(self.dtype)
 
 
 class ScoreHead(nn.Module):
@@ -168,7 +170,7 @@ def scaled(module: nn.Module, config: CandidatesConfig, user: jax.Array) -> jax.
 def _item_inputs(tables: ItemTables, learned_RxV: jax.Array, items_BxN: Array) -> jax.Array:
     """Tokens of the history's items, each beside the item's learned vector: float [B, N, Q, E + V]."""
     rows = jnp.maximum(items_BxN, 0)
-    tokens = tables.tokens[rows]
+    tokens = take_rows(tables.tokens, rows)
     # Elements of about one, as those of the tokens.
     learned = learned_RxV[rows][:, :, None, :] * learned_RxV.shape[-1] ** 0.5
     learned = jnp.broadcast_to(learned, (*tokens.shape[:3], learned_RxV.shape[-1]))
@@ -181,7 +183,7 @@ def history_vectors(
     """What the score reads of the slots: the tower's vectors, float [B, N, V], where there is an item, bool [B, N],
     frozen text embeddings, float [B, N, T], and where there is one, bool [B, N]."""
     rows, there = jnp.maximum(history.items, 0), history.items >= 0
-    return learned_RxV[rows], there, tables.text[rows], tables.has_text[rows] & there
+    return learned_RxV[rows], there, take_rows(tables.text, rows), tables.has_text[rows] & there
 
 
 class PromptIds(struct.PyTreeNode):
@@ -311,7 +313,7 @@ class RankModel(nn.Module):
         pooled = self._pooled(tables, learned, history, prompt, positions, deterministic)
         users, predicted = self.head(pooled, *history_vectors(tables, learned, history)), None
         if self.reader is None:
-            predicted = self.regression(pooled).reshape(*pooled.shape[:2], *self.item_tokens)
+            predicted = over_batch(self.regression(pooled)).reshape(*pooled.shape[:2], *self.item_tokens)
         return users, self.candidates(tables, learned, prompt, deterministic=deterministic), predicted
 
     def learned(self, tables: ItemTables, rows: Array, *, deterministic: bool = True) -> jax.Array:
@@ -363,12 +365,13 @@ class RankModel(nn.Module):
         deterministic: bool,
     ) -> jax.Array:
         """The state of every position that the score reads, float [B, P, D]."""
-        inputs = _item_inputs(tables, learned_RxV, history.items)
+        inputs = over_batch(_item_inputs(tables, learned_RxV, history.items))
         reader = self.reader
         if reader is None or prompt is None:
             tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
             # Of the width of frozen embeddings, as the reference's mean is.
-            return tokens.mean(axis=2) if self.tower_config.frozen else tokens.reshape(*tokens.shape[:2], -1)
+            frozen = self.tower_config.frozen
+            return over_batch(tokens.mean(axis=2) if frozen else tokens.reshape(*tokens.shape[:2], -1))
         slots = min(reader.prompt.history_items, history.items.shape[1])
         positions = min(positions, slots)
         user_tokens = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from nqf.ops.pins import AXES, pin
+
 # Large enough to vanish in a float32 softmax, small enough that sums of two stay finite.
 NEGATIVE = -1e9
 
@@ -83,7 +85,8 @@ def _full_softmax(users, learned, frozen, targets, shares, bias):
 
 def _full_softmax_forward(users, learned, frozen, targets, shares, bias):
     items = jnp.concatenate([learned, frozen], axis=1)
-    scores = users @ items.T + bias
+    # Split over the catalogue: items are many, and the users of a batch few.
+    scores = pin(users @ items.T + bias, None, AXES)
     normalizer = jax.nn.logsumexp(scores, axis=1)
     loss = jnp.sum(shares * (normalizer - jnp.sum(users * items[targets], axis=1)))
     return loss, (users, items, learned, targets, shares, scores, normalizer)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nqf.config import BackboneConfig, Config, JointConfig
 from nqf.data.splits import Cases
@@ -42,7 +43,7 @@ from nqf.stages.run import Run
 from nqf.stages.stage import TRAINED, Stage
 from nqf.stages.tokens import write_tokens
 from nqf.stages.user import load_users
-from nqf.training.mesh import barrier, is_primary
+from nqf.training.mesh import barrier, is_primary, leaf_layout, make_mesh
 from nqf.training.program import LossFn, Metrics, Program
 
 TOKENS = "joint/tokens"
@@ -102,7 +103,7 @@ def catalogue_tokenizer(run: Run) -> Tokenizer:
     return train_byte_bpe(texts(), run.config.joint.backbone.vocabulary)
 
 
-def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False) -> RankParts:
+def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False, mesh: Mesh | None = None) -> RankParts:
     """The rank model with its language model.
 
     Args:
@@ -110,6 +111,7 @@ def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False) -> R
       abstract: Shapes stand for pretrained weights, for the User Q-Former and for the item tables; the tokenizer of a
         small Qwen3 is trained, not read.
       trained: The stage has finished, so the tokens are those of the Item Q-Former that learned in it, if it did.
+      mesh: Where a pretrained base is read to, each part straight to its devices; the default device if None.
     """
     stage, dtype = run.config.joint, run.dtype
     backbone, frozen = stage.backbone, {}
@@ -121,7 +123,8 @@ def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False) -> R
         qwen3 = with_adapters(Qwen3Config.from_hf(tree, dtype=dtype, param_dtype=dtype), backbone, dtype)
         frozen["qwen3"] = None
     else:
-        loaded, frozen["qwen3"] = load_qwen3(backbone.path, dtype=dtype)
+        where = None if mesh is None else lambda path, shape: leaf_layout("/".join(path), shape, mesh)
+        loaded, frozen["qwen3"] = load_qwen3(backbone.path, dtype=dtype, sharding=where)
         check_embedding(resolve_folder(backbone.path), loaded, frozen["qwen3"], tokenizer)
         qwen3 = with_adapters(loaded.config, backbone, dtype)
     if stage.prompt.user_tokens and not stage.train_user_qformer:
@@ -262,7 +265,7 @@ def joint_program(run: Run, abstract: bool = False) -> Program:
     config, stage = run.config, run.config.joint
     if not abstract and not stage.backbone.path:
         keep_tokenizer(run)
-    parts = joint_parts(run, abstract=abstract)
+    parts = joint_parts(run, abstract=abstract, mesh=None if abstract else make_mesh(config.training.mesh))
     on_device = frozen_tables(run, parts.tables, stage.loss)
     items = item_module(run) if stage.train_item_qformer else None
 

@@ -1,4 +1,7 @@
-"""What a training stage will take, from shapes and the compiled step: nothing is trained and no weight is read."""
+"""What a training stage will take, from shapes and the compiled step: nothing is trained and no weight is read.
+
+The step is compiled for the devices that are here, or for others that need not be (`nqf.training.devices`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -15,8 +19,10 @@ from nqf.stages.artifacts import status
 from nqf.stages.graph import FIELDS, stage_of
 from nqf.stages.records import StageError
 from nqf.stages.run import Run
+from nqf.training.compiled import collectives, product_flops
+from nqf.training.devices import TARGETS, Target, mesh_of
 from nqf.training.loop import make_state, make_train_step
-from nqf.training.mesh import layout, make_mesh, place_batch
+from nqf.training.mesh import batch_layout, bytes_on_device, layout, make_mesh, placed
 from nqf.training.optimizer import make_optimizer
 from nqf.training.program import Program
 
@@ -33,11 +39,13 @@ class Plan:
       frozen: Frozen parameters.
       batch_size: Examples per step.
       steps: Steps of the stage.
-      flops: Floating-point operations of a step, as XLA counts them (the body of a loop once).
+      flops: Floating-point operations of a step's matrix products, on all devices together, from the traced program.
       state: Parameters, optimizer and counters.
       tables: Frozen parameters and item tables.
       activations: Temporaries of the step, activations kept for the gradient above all.
       peak: Peak memory of the step.
+      moved: Bytes that a step reads and writes at least: arguments, results, and temporaries once each way.
+      sent: Bytes that a device sends to others in a step.
       fixed: Part of the peak that does not grow with the batch.
       per_example: What each example of the batch adds.
       examples: Training examples, which no batch can exceed.
@@ -53,6 +61,8 @@ class Plan:
     tables: int
     activations: int
     peak: int
+    moved: int
+    sent: float
     fixed: int
     per_example: float
     examples: int
@@ -63,6 +73,15 @@ class Plan:
         What grows faster (the matrix of an in-batch softmax) or slower (distinct items) bends the line little.
         """
         return max(0, min(self.examples, int((memory - self.fixed) / max(self.per_example, 1.0))))
+
+    def seconds(self, target: Target) -> tuple[float, str]:
+        """Least time of a step on some devices, and what bounds it (the roofline, Williams et al. 2009)."""
+        times = {
+            "products": self.flops / target.count / target.flops,
+            "memory": self.moved / target.bandwidth,
+            "traffic": self.sent / target.link,
+        }
+        return max((value, name) for name, value in times.items())
 
 
 def program_of(run: Run, stage: str) -> Program:
@@ -80,16 +99,23 @@ def program_of(run: Run, stage: str) -> Program:
     return program(run, True)
 
 
-def plan(program: Program, run: Run, stage: str) -> Plan:
-    """Compiles the step at the configured batch size and at half of it, and reads the compiler's accounts."""
+def plan(program: Program, run: Run, stage: str, mesh: Mesh | None = None) -> Plan:
+    """Compiles the step at the configured batch size and at half of it, and reads the compiler's accounts.
+
+    Args:
+      program: What is trained.
+      run: The run.
+      stage: Name of the stage.
+      mesh: Devices that it is compiled for; by default those that training takes.
+    """
+    here, mesh = mesh is None, mesh or make_mesh(run.config.training.mesh)
     data = program.data(program.optim)
     size = data.batch_size
     half = max(1, size // 2)
-    full, compiled = _compile(program, run, data)
+    full = _compile(program, run, data, mesh, here)
     smaller = program.data(dataclasses.replace(program.optim, batch_size=half))
-    less = _compile(program, run, smaller)[0] if half < size else full
+    less = _compile(program, run, smaller, mesh, here) if half < size else full
     slope = (full["peak"] - less["peak"]) / max(size - half, 1)
-    cost = compiled.cost_analysis() or {}
     frozen = program.frozen()
     frozen = frozen["params"] if isinstance(frozen, dict) and "params" in frozen else {}
     return Plan(
@@ -98,68 +124,61 @@ def plan(program: Program, run: Run, stage: str) -> Plan:
         frozen=_count(frozen),
         batch_size=size,
         steps=data.steps,
-        flops=float(cost.get("flops", 0.0)),
-        state=full["state"],
-        tables=full["tables"],
-        activations=full["temporaries"],
-        peak=full["peak"],
+        flops=full["flops"],
+        state=int(full["state"]),
+        tables=int(full["tables"]),
+        activations=int(full["temporaries"]),
+        peak=int(full["peak"]),
+        moved=int(full["moved"]),
+        sent=full["sent"],
         fixed=int(full["peak"] - slope * size),
         per_example=slope,
         examples=len(data.users),
     )
 
 
-def _compile(program: Program, run: Run, data: TrainingData) -> tuple[dict[str, int], Any]:
-    config = run.config.training
-    mesh = make_mesh(config.mesh)
+def _compile(program: Program, run: Run, data: TrainingData, mesh: Mesh, here: bool) -> dict[str, float]:
     optimizer = make_optimizer(program.optim, data.steps)
     state = jax.eval_shape(lambda: make_state(program.init(), optimizer))
     shardings = layout(state, mesh)
-    frozen = _shapes(program.frozen())
-    state, frozen = _placed(state, shardings), _placed(frozen, layout(frozen, mesh))
-    step = make_train_step(program.loss_fn, optimizer, seed=0, skip=config.skip_non_finite, shardings=shardings)
+    frozen = jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x), program.frozen())
+    state, frozen = placed(state, shardings), placed(frozen, layout(frozen, mesh))
+    skip = run.config.training.skip_non_finite
+    step = make_train_step(program.loss_fn, optimizer, seed=0, skip=skip, shardings=shardings)
     # Batches of one stage differ in length; the largest decides.
     count = len(data.batches)
     at = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BATCHES)).astype(int))
-    batch = max((data.batches[int(index)] for index in at), key=_bytes)
-    compiled = step.lower(state, frozen, place_batch(batch, mesh)).compile()
-    return step_memory(compiled) | {"state": _bytes(state, mesh), "tables": _bytes(frozen, mesh)}, compiled
+    batch = max(
+        (data.batches[int(index)] for index in at),
+        key=lambda batch: sum(leaf.nbytes for leaf in jax.tree.leaves(batch)),
+    )
+    traced = step.trace(state, frozen, placed(batch, batch_layout(batch, mesh)))
+    compiled = traced.lower().compile()
+    return step_memory(compiled, here=here) | {
+        "state": bytes_on_device(state),
+        "tables": bytes_on_device(frozen),
+        "flops": product_flops(traced.jaxpr.jaxpr),
+        "sent": sum(one.sent for one in collectives(compiled.as_text())),
+    }
 
 
-def step_memory(compiled: Any) -> dict[str, int]:
-    """Bytes on one device of a compiled step: `temporaries`, and the `peak` of training with arguments and results."""
+def step_memory(compiled: Any, *, here: bool = True) -> dict[str, float]:
+    """Bytes on one device of a compiled step: `temporaries`, the `peak` of training with arguments and results, and
+    what is `moved` at least. It runs on the devices that are `here`, or on accelerators that are not.
+    """
     memory = compiled.memory_analysis()
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    if jax.default_backend() == "cpu":
+    if here and jax.default_backend() == "cpu":
         # The runtime gives a step's temporaries back after its results are ready, when `fit` has already given the
         # next step its own; an accelerator's allocator hands them on in the order of the work.
         peak += memory.temp_size_in_bytes
-    return {"temporaries": memory.temp_size_in_bytes, "peak": peak}
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
-
-
-def _bytes(tree: Any, mesh: Any = None) -> int:
-    """Bytes of a tree's leaves; with a mesh, of the part on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape) if mesh is not None else leaf.shape
-        total += int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
-    return total
+    return {"temporaries": memory.temp_size_in_bytes, "peak": peak, "moved": moved}
 
 
 def _count(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(tree))
-
-
-def _shapes(tree: Any) -> Any:
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        return x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
-
-    return jax.tree.map(shape, tree)
 
 
 def device_memory() -> int:
@@ -172,17 +191,32 @@ def device_memory() -> int:
     return kib * 1024
 
 
-def print_plans(run: Run, stages: tuple[str, ...], memory: int, console: Console) -> None:
+def print_plans(run: Run, stages: tuple[str, ...], memory: int, console: Console, device: str = "") -> None:
     """Plans the training stages among `stages` and prints them in a table.
 
     Args:
       run: A run whose fields stage is finished.
       stages: Names of stages; those that train nothing are passed over.
-      memory: Bytes per device, for the largest batch.
+      memory: Bytes per device, for the largest batch; 0 for what it has.
       console: Terminal.
+      device: A name in `TARGETS`, or empty for the devices that are here.
+
+    Raises:
+      StageError: A step does not fit into a device's memory.
     """
     files = [file for file in (run.folder / "fields").rglob("*") if file.is_file()]
-    plans = [plan(program_of(run, stage), run, stage) for stage in stages if stage_of(stage).program is not None]
+    target, mesh, words = TARGETS.get(device), None, "per device"
+    if target is not None:
+        mesh, why = mesh_of(target, run.config.training.mesh)
+        words = f"for {target.count} x {target.kind}, " + (
+            f"estimated from a program for {target.count} simulated CPUs ({why}), per device" if why else "per device"
+        )
+        training = dataclasses.replace(
+            run.config.training, dtype="bfloat16" if run.config.training.dtype == "auto" else run.config.training.dtype
+        )
+        run = dataclasses.replace(run, config=dataclasses.replace(run.config, training=training))
+    memory = memory or (device_memory() if target is None else target.memory)
+    plans = [_fitting(run, stage, mesh) for stage in stages if stage_of(stage).program is not None]
     # A column per stage and not a row: eleven columns are cut off on a terminal of 80.
     table = Table("")
     for found in plans:
@@ -198,9 +232,11 @@ def print_plans(run: Run, stages: tuple[str, ...], memory: int, console: Console
         ("activations", lambda found: _size(found.activations)),
         ("peak", lambda found: _size(found.peak)),
         ("largest batch", lambda found: f"{found.largest_batch(memory):,}"),
+        *([("sent in a step", lambda found: _size(found.sent))] if mesh is not None else []),
+        *([("ms a step, at least", lambda found: _least(found, target))] if target is not None else []),
     ):
         table.add_row(name, *map(shown, plans), style="bold" if name == "peak" else None)
-    console.print(f"Plan of {run.folder}, per device of {_size(memory)}")
+    console.print(f"Plan of {run.folder}, {words} of {_size(memory)}")
     console.print(table)
     items, qformer = len(run.dataset.catalogue.item_ids), run.config.item.qformer
     tokens = 2 * items * (qformer.queries + 1) * qformer.width
@@ -208,6 +244,24 @@ def print_plans(run: Run, stages: tuple[str, ...], memory: int, console: Console
         f"field cache {_size(sum(file.stat().st_size for file in files))}, item tokens {_size(tokens)} on disk; "
         "the interpreter, its libraries and the host's data come on top of the peak"
     )
+
+
+def _fitting(run: Run, stage: str, mesh: Mesh | None) -> Plan:
+    try:
+        return plan(program_of(run, stage), run, stage, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler of TPUs places everything, and refuses what does not fit.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise StageError(
+            f"stage '{stage}' does not fit into the memory of a device ({str(error).splitlines()[0]}); lower "
+            f"{stage}.optim.batch_size, or split more over devices with training.mesh"
+        ) from error
+
+
+def _least(found: Plan, target: Target) -> str:
+    seconds, bound = found.seconds(target)
+    return f"{seconds * 1e3:,.2f} ({bound})"
 
 
 def _size(count: float) -> str:

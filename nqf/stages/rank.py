@@ -204,10 +204,13 @@ def log_popularity(run: Run) -> np.ndarray:
 def make_validation(run: Run, ranker: Ranker) -> Callable[[Any], Metrics] | None:
     """A function from variables to metrics on a fixed sample of the validation cases, masked as the evaluation.
 
-    None where these cases are trained on.
+    It computes on the mesh that trains, with the variables laid out as there. None where these cases are trained on.
     """
+    from nqf.training.mesh import layout, make_mesh, place
+
     if run.config.data.refit:
         return None
+    mesh = make_mesh(run.config.training.mesh)
     dataset, evaluation = run.dataset, run.config.evaluation
     cases, interactions = dataset.split.valid, dataset.interactions
     kept = rankable(interactions, cases, repeats=evaluation.repeats)
@@ -216,8 +219,11 @@ def make_validation(run: Run, ranker: Ranker) -> Callable[[Any], Metrics] | None
     seen = None if evaluation.repeats else pasts(interactions, cases[which])
 
     def validate(variables: Any) -> Metrics:
-        users = ranker.encode_cases(variables, interactions, run.features, cases, which)
-        ranks = rank_vectors(users, ranker.item_vectors(variables), targets, seen)
+        variables = place(variables, layout(variables, mesh))
+        with jax.set_mesh(mesh):
+            users = ranker.encode_cases(variables, interactions, run.features, cases, which)
+            items = ranker.item_vectors(variables)
+        ranks = rank_vectors(users, items, targets, seen)
         return {name: entry[0] for name, entry in summarize(ranks, (10,), bootstrap=0, seed=0).items()}
 
     return validate

@@ -14,6 +14,7 @@ from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
 from nqf.models.qformer import cross_attention
 from nqf.models.rank_model import PromptIds
+from nqf.ops.pins import pin
 from nqf.pipelines.batches import Array, History, HistoryBatch, ItemTables
 from nqf.pipelines.histories import EventFeatures, bucket_of, case_events, gather_history, number_by_rows, slot_buckets
 
@@ -126,11 +127,11 @@ def make_ranker(
 
     @jax.jit
     def users(variables: Any, tables: ItemTables, rows: Array, history: History) -> jax.Array:
-        return model.apply(variables, tables, rows, history, prompt, positions=1)[0][:, -1]
+        return pin(model.apply(variables, tables, rows, history, prompt, positions=1)[0][:, -1])
 
     @jax.jit
     def items(variables: Any, tables: ItemTables, rows: Array) -> jax.Array:
-        return cast(jax.Array, model.apply(variables, tables, rows, prompt, method="item_vectors"))
+        return cast(jax.Array, pin(model.apply(variables, tables, rows, prompt, method="item_vectors")))
 
     @jax.jit
     def explained(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from nqf.config import LossConfig
 from nqf.ops.losses import full_softmax, info_nce, unit
+from nqf.ops.pins import take_rows
 from nqf.pipelines.batches import Array, HistoryBatch, ItemTables
 
 
@@ -16,7 +17,8 @@ def batch_tables(tables: ItemTables | None, batch: HistoryBatch) -> tuple[ItemTa
         return batch.tables, batch.rows
     assert tables is not None, "where batches carry no tables, they are on the device"
     if batch.rows is not None:
-        return tables.take(jnp.maximum(batch.rows, 0)), batch.rows
+        rows = jnp.maximum(batch.rows, 0)
+        return jax.tree.map(lambda table: take_rows(table, rows), tables), batch.rows
     return tables, jnp.arange(tables.has_text.shape[0], dtype=jnp.int32)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from nqf.config import Config
 from nqf.data.splits import Cases
+from nqf.ops.pins import take_rows
 from nqf.pipelines.batches import HistoryBatch
 from nqf.stages.artifacts import restore_best
 from nqf.stages.item import load_items
@@ -72,7 +73,7 @@ def make_user_loss(config: Config, module: nn.Module) -> LossFn:
                 trained=step_tables.trained,
                 log_popularity=frozen["log_popularity"],
             )
-        true = jnp.asarray(step_tables.tokens)[jnp.maximum(batch.targets, 0)].astype(jnp.float32)
+        true = take_rows(jnp.asarray(step_tables.tokens), jnp.maximum(batch.targets, 0)).astype(jnp.float32)
         error = jnp.mean(jnp.square(predicted.astype(jnp.float32) - true), axis=(-2, -1))
         supervised = (batch.targets >= 0).astype(jnp.float32)
         regression = jnp.sum(error * supervised) / jnp.maximum(jnp.sum(supervised), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -109,12 +110,15 @@ def make_train_step(
       optimizer: Updates the parameters.
       seed: Seed of the steps' random keys.
       skip: Non-finite batches before `failed` is set.
-      shardings: Where the state lies; by default wherever it is.
+      shardings: Where the state lies, and the mesh that activations are pinned to; by default wherever it is.
     """
+
+    mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
 
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, key)
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -5,6 +5,7 @@ A layout never changes a result beyond the rounding of sums: every compiled prog
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -16,20 +17,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nqf.config import MeshConfig
-
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+from nqf.ops.pins import AXES, BATCH_AXES, column_axes
 
 # Logical names of a leaf's last axes by its path; a path that no rule matches is replicated. Kernels that read what
 # the layer before them split over `tensor` come first (Megatron-LM, arXiv 1909.08053, section 3).
 RULES = (
     (r"(dense|o_proj|down_proj|output)/kernel$", ("hidden", "embed")),
     (r"/kernel$", ("embed", "hidden")),
-    (r"(/embedding|/free)$", ("rows", "embed")),
+    # Tables; the last are the values of fields, which stand before their rows.
+    (r"(embed_tokens/embedding|/free|/item_embedding|/tables/\w+|/0)$", (None, "columns")),
     (r"/lora_a$", ("embed", None)),
     (r"/lora_b$", (None, "hidden")),
 )
-MESH_AXIS: dict[str | None, str] = {"embed": "fsdp", "hidden": "tensor", "rows": "tensor"}
+MESH_AXIS: dict[str | None, str] = {"embed": "fsdp", "hidden": "tensor"}
 
 # Leaves of a batch that every process holds whole; of all others it builds its rows.
 WHOLE = ("rows", "negatives", "supervised")
@@ -75,20 +75,25 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 def layout(tree: Any, mesh: Mesh) -> Any:
     """Shardings of a tree of parameters, or of anything that holds trees of the same names, such as a train state.
 
-    An axis that its devices do not divide evenly stays whole.
+    An axis that its devices do not divide evenly stays whole; tables are split by their columns (`nqf.ops.pins`).
     """
 
-    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = next((names for pattern, names in RULES if re.search(pattern, "/" + leaf_name(path))), ())
-        if len(names) > leaf.ndim:
-            names = ()
-        spec = [None] * (leaf.ndim - len(names))
-        for size, name in zip(leaf.shape[leaf.ndim - len(names) :], names, strict=True):
-            axis = MESH_AXIS.get(name)
-            spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf_layout(leaf_name(path), leaf.shape, mesh), tree)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+def leaf_layout(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """`layout` of one leaf by its name, as `leaf_name` gives it."""
+    names = next((names for pattern, names in RULES if re.search(pattern, "/" + name)), ())
+    if len(names) > len(shape):
+        names = ()
+    spec: list[Any] = [None] * (len(shape) - len(names))
+    for size, name in zip(shape[len(shape) - len(names) :], names, strict=True):
+        axis = MESH_AXIS.get(name)
+        if name == "columns":
+            spec.append(column_axes(size, mesh.shape) or None)
+        else:
+            spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -96,7 +101,7 @@ def place(tree: Any, shardings: Any) -> Any:
     recompiles nothing."""
 
     def leaf(x: Any, sharding: NamedSharding) -> jax.Array:
-        if sharding.is_fully_addressable:
+        if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
             return jax.device_put(x, sharding)
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -104,24 +109,45 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(leaf, tree, shardings)
 
 
+def placed(tree: Any, shardings: Any) -> Any:
+    """Shapes and types of a tree's arrays, or of shapes, where `place` would put them."""
+
+    def leaf(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        x = x if hasattr(x, "dtype") else np.asarray(x)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, tree, shardings)
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of what `placed` returns."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Splits every leaf along its first axis over `data` and `fsdp` where that divides evenly; replicates the rest.
 
     With several processes, a leaf is this process's slice (see `batch_shard`), those named in `WHOLE` excepted.
     """
-    split, whole = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), NamedSharding(mesh, PartitionSpec())
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    split = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
-    def leaf(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
-        here = split if x.size and x.shape and x.shape[0] % devices == 0 else whole
-        if whole.is_fully_addressable:
+    def leaf(path: tuple[Any, ...], x: np.ndarray, here: NamedSharding) -> jax.Array:
+        if here.is_fully_addressable:
             return jax.make_array_from_process_local_data(here, x)
         if leaf_name(path) in WHOLE:
             # As one process would place it: another layout would sum in another order.
             return jax.make_array_from_callback(x.shape, here, lambda index: x[index])
         return jax.make_array_from_process_local_data(split, x)
 
-    return jax.tree_util.tree_map_with_path(leaf, batch)
+    return jax.tree_util.tree_map_with_path(leaf, batch, batch_layout(batch, mesh))
+
+
+def batch_layout(batch: Any, mesh: Mesh) -> Any:
+    """Where `place_batch` puts a batch of one process."""
+    split, whole = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), NamedSharding(mesh, PartitionSpec())
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return jax.tree.map(lambda x: split if x.size and x.shape and x.shape[0] % devices == 0 else whole, batch)
 
 
 def local(tree: Any, mesh: Mesh) -> Any:

@@ -3,12 +3,16 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from nqf import train
+from nqf.config import ConfigError
 from nqf.stages.plan import Plan, program_of
 from nqf.stages.records import StageError
 from nqf.stages.run import open_run
+from nqf.training.devices import Target
 
 PLAN = Plan(
     stage="item",
@@ -16,11 +20,13 @@ PLAN = Plan(
     frozen=0,
     batch_size=10,
     steps=1,
-    flops=1.0,
+    flops=8e12,
     state=100,
     tables=50,
     activations=1_000,
     peak=1_150,
+    moved=2_000,
+    sent=3e9,
     fixed=150,
     per_example=100.0,
     examples=1_000,
@@ -32,6 +38,31 @@ def test_the_largest_batch_is_where_the_line_meets_the_memory():
     assert PLAN.largest_batch(2_199) == 20
     assert PLAN.largest_batch(149) == 0
     assert PLAN.largest_batch(10**9) == PLAN.examples
+
+
+def test_a_step_takes_as_long_as_what_it_has_least_of() -> None:
+    target = Target(kind="x", count=8, memory=1, flops=1e12, bandwidth=1e3, link=1e9)
+    assert PLAN.seconds(target) == (3.0, "traffic")
+    assert PLAN.seconds(dataclasses.replace(target, link=1e12)) == (2.0, "memory")
+    assert PLAN.seconds(dataclasses.replace(target, link=1e12, bandwidth=1e9)) == (1.0, "products")
+
+
+def test_devices_that_are_not_here_are_planned_for_and_not_trained_on() -> None:
+    with pytest.raises(ConfigError, match="--plan alone"):
+        train.main(["--config", "quickstart", "--device", "8xh200"])
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_plan_for_eight_devices_says_that_it_is_an_estimate(tiny_run: Path) -> None:
+    command = [sys.executable, "-m", "nqf.train", "--run", str(tiny_run), "--plan", "--stage", "joint"]
+    options = ["--device", "8xh200", "--training.mesh.fsdp", "8"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in ("8 x H200", "estimated", "8 simulated CPUs", "131.32 GiB", "sent in a step", "ms a step, at least"):
+        assert words in done.stdout
+    done = subprocess.run([*command, "--device", "h200", "--training.mesh.fsdp", "8"], capture_output=True, text=True)
+    assert done.returncode and "does not make the 1 devices" in done.stderr
 
 
 def test_without_a_fields_stage_the_plan_says_what_to_run(tiny_run, tmp_path):

@@ -1,0 +1,57 @@
+"""What is read of programs: exchanges between devices, and operations of products."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nqf.training.compiled import collectives, product_flops
+
+# As XLA writes them: a loop of 28 rounds around an exchange, one that begins and ends apart, groups in three notations.
+PROGRAM = """HloModule jit_f
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %all-gather.1 = bf16[1024,3072]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%a, %b)
+}
+
+%fused (q: f32[4]) -> f32[4] {
+  ROOT %all-reduce.3 = f32[4]{0} all-reduce(%q), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main.2_spmd (a: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]{0}) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"28"}}
+  %ag = (f32[2,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%y), replica_groups=[1,8]<=[8], dimensions={0}
+  %agd = f32[16,4]{1,0} all-gather-done(%ag)
+  %rs = f32[3]{0} reduce-scatter(%z), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, to_apply=%add
+  %f = f32[4]{0} fusion(%g), kind=kCustom, calls=%fused
+  ROOT %r = f32[8]{0} copy(%o)
+}
+"""
+
+
+def test_exchanges_are_counted_as_often_as_they_run() -> None:
+    found = {one.kind + str(one.loops): one for one in collectives(PROGRAM)}
+    assert set(found) == {"all-gather1", "all-gather0", "reduce-scatter0", "all-reduce0"}
+    layer = found["all-gather1"]
+    assert (layer.bytes, layer.devices, layer.times) == (1024 * 3072 * 2, 8, 28)
+    assert layer.sent == 28 * layer.bytes * 7 / 8
+    # The start returns its operand, too.
+    assert found["all-gather0"].bytes == 16 * 4 * 4
+    assert (found["reduce-scatter0"].devices, found["reduce-scatter0"].sent) == (4, 3 * 12)
+    assert (found["all-reduce0"].devices, found["all-reduce0"].sent) == (2, 16)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_products_in_loops_are_counted_as_often_as_they_run(remat: bool) -> None:
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(x @ w), None
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, w)[0].sum()
+
+    w, x = jnp.ones((5, 16, 16)), jnp.ones((3, 16))
+    once = 2.0 * 3 * 16 * 16
+    assert product_flops(jax.make_jaxpr(loss)(w, x).jaxpr) == 5 * once
+    # Two products of a gradient, and with recomputation the forward one again.
+    assert product_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) == (20 if remat else 15) * once
