@@ -87,9 +87,9 @@ def leaf_layout(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     if len(names) > len(shape):
         names = ()
     spec: list[Any] = [None] * (len(shape) - len(names))
-    for size, name in zip(shape[len(shape) - len(names) :], names, strict=True):
-        axis = MESH_AXIS.get(name)
-        if name == "columns":
+    for size, split in zip(shape[len(shape) - len(names) :], names, strict=True):
+        axis = MESH_AXIS.get(split)
+        if split == "columns":
             spec.append(column_axes(size, mesh.shape) or None)
         else:
             spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
