@@ -16,8 +16,9 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Sharding
 
+from nqf.files import read_json
 from nqf.interop.settings import check_qwen3, check_sizes
-from nqf.interop.tensors import GOLDEN, GOLDEN_TEXTS, TensorFile, list_tensors, read_json, resolve_folder, weight_files
+from nqf.interop.tensors import GOLDEN, GOLDEN_TEXTS, TensorFile, list_tensors, resolve_folder, weight_files
 from nqf.interop.tokenizer import Tokenizer
 from nqf.models.lora import merge_lora
 from nqf.models.qwen3 import Qwen3, Qwen3Config
