@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from nqf.cli import guard, parse, program
 from nqf.config import Count, Width, section
-from nqf.files import partial, publish, whole
+from nqf.files import partial, publish, read_json, whole
 
 
 @section
@@ -94,13 +93,7 @@ def read_catalogue(path: Path) -> dict[str, str]:
     Raises:
       ValueError: Not readable, or not of this form.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable ({error})") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: expected an object from item ids to texts or fields")
-    texts = {}
+    entries, texts = read_json(path), {}
     for item, entry in entries.items():
         if not isinstance(entry, (str, dict, type(None))):
             raise ValueError(f"{path}: entry '{item}' is neither a text nor an object of fields")

@@ -122,6 +122,21 @@ def write_json(path: str | Path, tree: Any) -> None:
     write_text(path, json.dumps(tree, indent=2))
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: Missing, malformed or something else than an object; names the file.
+    """
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected an object, found {type(tree).__name__}")
+    return tree
+
+
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a file that `numpy.savez` wrote; nothing is unpickled, and no more comes out than the file holds.
 

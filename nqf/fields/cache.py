@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from nqf import files
 from nqf.config import FieldsConfig, from_tree
 from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS
 from nqf.data.schema import Field
@@ -185,10 +186,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CacheError(f"{path}: no field cache here; run the fields stage")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CacheError(f"{path}: truncated or altered, not readable as JSON ({error}); delete the cache") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = files.read_json(path)
+    except ValueError as error:
+        raise CacheError(
+            f"{error}; truncated or altered, not the manifest of a field cache; delete the cache"
+        ) from error
+    if manifest.get("format") != FORMAT:
         raise CacheError(f"{path}: not the manifest of a field cache")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CacheError(

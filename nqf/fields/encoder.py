@@ -125,14 +125,10 @@ def read_identity(directory: Path) -> dict[str, Any]:
     Raises:
       CacheError: `encoder.json` is missing or is not JSON.
     """
-    path = directory / "encoder.json"
     try:
-        identity = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CacheError(f"{path}: not readable ({error}); build the cache again") from error
-    if not isinstance(identity, dict):
-        raise CacheError(f"{path}: not the identity of an encoder; build the cache again")
-    return identity
+        return files.read_json(directory / "encoder.json")
+    except ValueError as error:
+        raise CacheError(f"{error}; build the cache again") from error
 
 
 def rms_scale(vectors_NxW: np.ndarray) -> float:

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from nqf.fields.image import MAX_PIXELS
+from nqf.files import read_json
 from nqf.interop.settings import CLIP, CLIP_IMAGES, check_sizes, understood
-from nqf.interop.tensors import assemble, layer_norm, linear, list_tensors, read_json, resolve_folder, weight_files
+from nqf.interop.tensors import assemble, layer_norm, linear, list_tensors, resolve_folder, weight_files
 from nqf.models.clip import ClipVision, ClipVisionConfig
 from nqf.ops.products import DotGeneral
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from nqf.config import FieldsConfig
 from nqf.fields.encoder import EncoderFactory, unit_rows
-from nqf.files import write_text
+from nqf.files import read_json, write_text
 from nqf.interop.bert import load_bert
 from nqf.interop.clip import load_clip
 from nqf.interop.images import ImageReader
 from nqf.interop.sentence import Module, SentenceFolder, read_sentence_folder, sentence_vectors, width_after
-from nqf.interop.tensors import folder_digest, read_json, resolve_folder
+from nqf.interop.tensors import folder_digest, resolve_folder
 from nqf.interop.tokenizer import load_text_tokenizer, text_encoder
 from nqf.ops.products import bfloat16_dot_general
 

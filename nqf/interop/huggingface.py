@@ -17,8 +17,9 @@ from flax import traverse_util
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Sharding
 
+from nqf.files import read_json
 from nqf.interop.settings import check_qwen3, check_sizes
-from nqf.interop.tensors import GOLDEN, GOLDEN_TEXTS, TensorFile, list_tensors, read_json, resolve_folder, weight_files
+from nqf.interop.tensors import GOLDEN, GOLDEN_TEXTS, TensorFile, list_tensors, resolve_folder, weight_files
 from nqf.interop.tokenizer import Tokenizer
 from nqf.models.lora import merge_lora
 from nqf.models.qwen3 import Qwen3, Qwen3Config

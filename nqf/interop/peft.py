@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from nqf.files import write_json
+from nqf.files import read_json, write_json
 from nqf.interop.huggingface import Pooling, check_tensors, list_tensors, write_golden
-from nqf.interop.tensors import read_json
 from nqf.interop.tokenizer import Tokenizer
 from nqf.interop.torch_file import Tensor, TorchFile
 from nqf.models.qwen3 import LORA_TARGETS, Qwen3, Qwen3Config

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nqf.files import read_json
 from nqf.interop.settings import ANY, Table, keys, read_understood, understood
-from nqf.interop.tensors import list_tensors, read_json, weight_files
+from nqf.interop.tensors import list_tensors, weight_files
 
 _LOG = logging.getLogger(__name__)
 _PACKAGE = "sentence_transformers."

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nqf.interop.tensors import read_json
+from nqf.files import read_json
 
 ANY = None
 _LISTED = 10

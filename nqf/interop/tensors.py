@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from nqf.files import sha256
+from nqf.files import read_json, sha256
 from nqf.interop.torch_file import CheckpointError, Tensor, TorchFile
 from nqf.models.trees import flatten
 
@@ -53,21 +53,6 @@ def resolve_folder(name: str | Path) -> Path:
             f"{name}: no such folder, and unavailable on the hub ({error}); without a network give a folder with "
             "config.json and model.safetensors"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      ValueError: Missing or malformed; names the file.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

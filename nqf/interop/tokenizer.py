@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from nqf import files
-from nqf.interop.tensors import read_json, resolve_folder
+from nqf.files import read_json
+from nqf.interop.tensors import resolve_folder
 
 # What Qwen tokenizers split text by before the byte-level BPE (tokenizer.json of any Qwen3).
 _QWEN_SPLIT = (

@@ -66,11 +66,9 @@ def read_overlay(directory: Path, catalogue: Catalogue, cache: FieldCache) -> Ov
         return Overlay(frame=empty, encoded=encode_items(cache, empty), removed=frozenset())
     advice = f"delete {directory} and add the items again"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CacheError(f"{path}: not readable as JSON ({error}); {advice}") from error
-    if not isinstance(manifest, dict):
-        raise CacheError(f"{path}: not a record of changed items; {advice}")
+        manifest = files.read_json(path)
+    except ValueError as error:
+        raise CacheError(f"{error}; {advice}") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CacheError(f"{path}: format version {manifest.get('format_version')} is not known here; {advice}")
     for file in manifest["files"].values():

@@ -175,10 +175,9 @@ def cut_off(folder: Path) -> dict[str, Any] | None:
     if (folder / RECORD).exists() or not path.is_file():
         return None
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return files.read_json(path)
+    except ValueError:
         return None
-    return tree if isinstance(tree, dict) else None
 
 
 def status(config: Config, stage: Stage, run: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -55,10 +54,10 @@ def _made_before_marks(folder: Path) -> bool:
         return False
     for path in records:
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            tree = files.read_json(path)
             if "code_format" in tree or "code_format" in tree["parts"]:
                 return True
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             continue
     return False
 
@@ -66,8 +65,8 @@ def _made_before_marks(folder: Path) -> bool:
 def owned(folder: Path) -> list[str]:
     """The names in a run folder that are nqf's."""
     try:
-        return list(json.loads((folder / MARK).read_text(encoding="utf-8"))["names"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return list(files.read_json(folder / MARK)["names"])
+    except (ValueError, TypeError, KeyError):
         return []
 
 
@@ -87,7 +86,7 @@ def claim(folder: Path, *names: str) -> None:
         if name not in known and path.exists():
             raise StageError(f"{path}: not made by nqf; move it away, or use another run folder. Nothing was changed")
     if new := [name for name in names if name not in known]:
-        tree = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        tree = files.read_json(folder / MARK)
         files.write_json(folder / MARK, tree | {"names": [*known, *new]})
 
 

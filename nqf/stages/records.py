@@ -52,11 +52,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     advice = f"delete {path} and run stage '{folder.name}' again"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StageError(f"{path}: not readable as JSON ({error}); {advice}") from error
+        tree = files.read_json(path)
+    except ValueError as error:
+        raise StageError(f"{error}; {advice}") from error
     kinds = {"fingerprint": str, "parts": dict, "result": dict}
-    if not isinstance(tree, dict) or any(not isinstance(tree.get(key), kind) for key, kind in kinds.items()):
+    if any(not isinstance(tree.get(key), kind) for key, kind in kinds.items()):
         raise StageError(f"{path}: not the record of a finished stage; {advice}")
     # Records of before checksums have none; their fingerprint covers the parts alone.
     rest = {key: value for key, value in tree.items() if key != "sha256"}
