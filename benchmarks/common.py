@@ -308,20 +308,9 @@ def product_flops(function: Callable, *arguments: Any) -> float:
     """Operations of all matrix products of a jax function, those in the bodies of loops as often as they run."""
     import jax
 
-    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    from nqf.training import compiled
 
-
-def _flops(jaxpr: Any) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
-        inner = [getattr(x, "jaxpr", x) for x in inner]
-        total += equation.params.get("length", 1) * sum(_flops(x) for x in inner if hasattr(x, "eqns"))
-    return total
+    return compiled.product_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 # Memory

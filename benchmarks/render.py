@@ -21,6 +21,7 @@ ORDER = (
     "qwen3_load",
     "pretrained_joint",
     "planned_peak",
+    "topologies",
 )
 HEAD = """\
 # Performance
