@@ -116,7 +116,8 @@ def scaled(items: int, users: int, events: int) -> dict[str, Any]:
     loss = {"loss": {"negatives": "sampled"}} if items > _MANY_ITEMS else {}
     optim = {"batch_size": batch, "learning_rate": 0.003, "validate_every": 2}
     return {
-        "item": {"optim": {"epochs": min(20, max(2, round(192_000 / max(events, 1))))}},
+        # A small catalogue is learned by heart before that; what it explains of held-out items then falls.
+        "item": {"optim": {"epochs": min(20, max(2, round(192_000 / max(events, 1)))), "patience": 4}},
         # A vector of its own is learned of what an item's users did, which takes some.
         "candidates": {"free_vectors": events >= 20 * items},
         "user": {"optim": {**optim, "epochs": epochs}, **loss},

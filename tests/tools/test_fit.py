@@ -130,4 +130,6 @@ def test_sizes_follow_from_the_data(sizes: tuple[int, int, int]) -> None:
     assert sizes[1] < 100 or steps >= 200
     if sizes == (3_000, 4_000, 56_000):
         shipped = load_config(Path(nqf.__file__).parents[1] / "configs" / "quickstart.yaml")
-        assert config.item.optim == shipped.item.optim and config.candidates == shipped.candidates
+        # What is learned by heart ends early; the shipped recipe was chosen to its last epoch.
+        assert config.item.optim == dataclasses.replace(shipped.item.optim, patience=4)
+        assert config.candidates == shipped.candidates
