@@ -130,6 +130,7 @@ def history_dataset(
     tables: ItemTables | None,
     given: np.ndarray | None = None,
     shard: tuple[int, int] = (0, 1),
+    batch_slots: int = 0,
 ) -> TrainingData:
     """Batches of the user and joint stages, each from histories of about one length.
 
@@ -148,6 +149,7 @@ def history_dataset(
       tables: Host tables to gather from; None if they are on the device.
       given: int32 [events, K], negatives of each event's item alone, -1 for none.
       shard: Which of how many slices of every batch is built here; all processes draw the same batches.
+      batch_slots: Slots per batch, which then has the fewer windows the longer they are; 0 for `batch_size` windows.
 
     Raises:
       ValueError: No window is left to train on, or the batch has no such slices.
@@ -160,7 +162,8 @@ def history_dataset(
     positions = positions if loss.positions == "all" else 1
     longest = int(min(max_history, windows.slots().max()))
     buckets = slot_buckets(longest)
-    groups = _merge_small(bucket_of(windows.slots(), buckets), len(buckets), batch_size)
+    sizes = [max(1, batch_slots // slots) * shard[1] if batch_slots else batch_size for slots in buckets]
+    groups = _merge_small(bucket_of(windows.slots(), buckets), sizes)
 
     def build(element: tuple[int, int, np.ndarray], rng: np.random.Generator) -> HistoryBatch:
         slots, usual, examples = element
@@ -188,15 +191,15 @@ def history_dataset(
     for index, members in enumerate(groups):
         if not len(members):
             continue
-        slots = buckets[index]
+        slots, size = buckets[index], min(sizes[index], len(members))
         places = min(slots, positions)
         counts = np.minimum(windows.slots()[members], places)
-        usual = usual_places(counts, batch_size, batch_size * places)
+        usual = usual_places(counts, size, size * places)
         parts.append(
             grain.MapDataset.source(cast(Sequence[int], members))
             .seed(seed + index)
             .shuffle()
-            .batch(batch_size, drop_remainder=True, batch_fn=_indices)
+            .batch(size, drop_remainder=True, batch_fn=_indices)
             .map(lambda examples, slots=slots, usual=usual: (slots, usual, examples))
         )
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [len(part) for part in parts])
@@ -212,16 +215,16 @@ def _indices(elements: Sequence[Any]) -> np.ndarray:
     return np.asarray(elements, np.int64)
 
 
-def _merge_small(bucket: np.ndarray, buckets: int, batch_size: int) -> list[np.ndarray]:
+def _merge_small(bucket: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
     """Members of each bucket; one that cannot fill a batch joins the next longer one, the last the one before."""
-    groups = [np.flatnonzero(bucket == index) for index in range(buckets)]
-    for index in range(buckets - 1):
-        if len(groups[index]) < batch_size:
+    groups = [np.flatnonzero(bucket == index) for index in range(len(sizes))]
+    for index in range(len(sizes) - 1):
+        if len(groups[index]) < sizes[index]:
             groups[index + 1] = np.concatenate([groups[index], groups[index + 1]])
             groups[index] = groups[index][:0]
-    if len(groups[-1]) < batch_size:
+    if len(groups[-1]) < sizes[-1]:
         # The longest bucket alone is too small: everything shorter that is nearest joins it.
-        for index in range(buckets - 2, -1, -1):
+        for index in range(len(sizes) - 2, -1, -1):
             if len(groups[index]):
                 groups[-1] = np.concatenate([groups[index], groups[-1]])
                 groups[index] = groups[index][:0]

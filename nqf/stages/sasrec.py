@@ -48,6 +48,8 @@ def sasrec_program(run: Run, abstract: bool = False) -> Program:
     loss = LossConfig(negatives="full")
     windows = training_windows(run.dataset.interactions, run.dataset.split, options.max_history)
     slots = np.minimum(windows.slots(), options.max_history)
+    most = options.max_history
+    lengths = {"max_history": most, "positions": most, "batch_slots": options.batch_positions}
     optim = OptimConfig(
         batch_size=max(1, round(options.batch_positions / max(1.0, slots.mean()))) if len(slots) else 1,
         epochs=options.epochs,
@@ -92,9 +94,7 @@ def sasrec_program(run: Run, abstract: bool = False) -> Program:
         frozen=lambda: {"tables": parts.tables, "log_popularity": log_popularity(run)},
         variables=lambda params: {"params": params},
         loss_fn=loss_fn,
-        data=lambda optim: history_data(
-            run, loss, optim, None, seed=config.seed, max_history=options.max_history, positions=options.max_history
-        ),
+        data=lambda optim: history_data(run, loss, optim, None, seed=config.seed, **lengths),
         optim=optim,
         seed=config.seed,
         validate=validation,
