@@ -153,6 +153,8 @@ def worth(folder: Path, name: str) -> list[dict[str, Any]]:
     }
     rows = []
     for stage, load in (("user", load_users), ("joint", load_joint)):
+        if not (folder / stage / "stage.json").is_file():
+            continue
         trained = load(run)
         items = trained.ranker.item_vectors(trained.variables)
 
@@ -163,7 +165,7 @@ def worth(folder: Path, name: str) -> list[dict[str, Any]]:
         whole = scores(features)
         lost = {"all": whole} | {part: whole - scores(hidden(features, part)) for part, has in there.items() if has}
         figures = mean_intervals(lost, bootstrap=1_000, seed=0)
-        rows.append({"run": name, "stage": stage, "cases": len(kept)} | figures)
+        rows.append({"run": name or run.config.name, "stage": stage, "cases": len(kept)} | figures)
         print(rows[-1], flush=True)
     return rows
 
@@ -192,7 +194,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--planted", type=Path)
     options = parser.parse_args()
-    named = [(run, run.name) for run in options.runs]
+    named = [(run, "") for run in options.runs]
     if options.planted:
         named = [*zip(train_planted(options.planted), WAYS, strict=True), *named]
     rows = [row for run, name in named for row in worth(run, name)]

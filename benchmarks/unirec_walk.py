@@ -63,8 +63,8 @@ def main() -> None:
             rows.append(f"| `{' '.join(command.split())[:100]}` | {seconds:,.0f} s |")
     made = (
         "60 invented items and 40 users, made by the logic of the reference's scripts; random weights of two\nlayers"
-        f"{' with the published tokenizer' if options.tokenizer else ''}, Q-Formers of width 32; on a busy machine of "
-        "two cores, most of\nit compiling:\n\n"
+        f"{' with the published tokenizer' if options.tokenizer else ''}, Q-Formers of width 32. On two cores at a load of "
+        f"{os.getloadavg()[2]:.0f} (one process of that many), most of it\ncompiling:\n\n"
     )
     table = "| command | time |\n|---|---:|\n" + "\n".join(rows) + "\n"
     head, rest = guide.split(START)
