@@ -63,8 +63,8 @@ def main() -> None:
             rows.append(f"| `{' '.join(command.split())[:100]}` | {seconds:,.0f} s |")
     genuine = " and the published tokenizer" if options.tokenizer else ""
     made = (
-        "Walked with 60 invented items and 40 users, made by the logic of the reference's scripts, with random weights of\n"
-        f"two layers{genuine} and Q-Formers of width 32. Two cores, at a load of {os.getloadavg()[2]:.0f}:\n\n"
+        "Walked with 60 invented items and 40 users, made by the logic of the reference's scripts, with random weights "
+        f"of\ntwo layers{genuine} and Q-Formers of width 32. Two cores, at a load of {os.getloadavg()[2]:.0f}:\n\n"
     )
     table = "| command | time |\n|---|---:|\n" + "\n".join(rows) + "\n"
     head, rest = guide.split(START)
