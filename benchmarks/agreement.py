@@ -104,6 +104,8 @@ def main() -> None:
         if value:
             os.environ[name] = value
     os.chdir(ROOT)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    genuine = "the published Qwen3 tokenizer" if options.tokenizer else "a small BPE for a tokenizer"
     lines = []
     for what, against, file, chosen in ROWS:
         recorder = Recorder()
@@ -117,9 +119,8 @@ def main() -> None:
         tests = f"{len(recorder.worst)} of `{file}` (`{chosen}`)"
         lines.append(f"| {what} | {against} | {worst:.1e} | {size:.3g} | {allowed:.0e} | {tests} |")
         print(lines[-1], flush=True)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    genuine = "the published Qwen3 tokenizer" if options.tokenizer else "a small BPE for a tokenizer"
-    PAGE.write_text(HEAD + "\n".join(lines) + f"\n\n{versions}; {genuine}.\n", encoding="utf-8")
+        # After each row: what was measured stays if the rest is cut off.
+        PAGE.write_text(HEAD + "\n".join(lines) + f"\n\n{versions}; {genuine}.\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,13 @@ HEAD = """\
 
 Written by `python benchmarks/inputs.py`; do not edit. NDCG@10 of the validation cases with everything that is known
 of their histories, and the difference when times, ratings or reviews are hidden from these histories, with 95 %
-intervals over users; nothing is trained again, so it is what the trained model makes of them. In the *planted*
-catalogue what comes next follows from the rating, the review or the time of the last interaction, a third each, and
-from nothing else: *user tokens* reads them in the User Q-Former alone, *item tokens* on the prompt's item tokens
-alone (`joint.prompt.interactions`), and *neither* in neither, where nothing may move.
+intervals over users; nothing is trained again, so it is what the trained model makes of them.
+
+"""
+PLANTED = """\
+In the *planted* catalogue what comes next follows from the rating, the review or the time of the last interaction, a
+third each, and from nothing else: *user tokens* reads them in the User Q-Former alone, *item tokens* on the prompt's
+item tokens alone (`joint.prompt.interactions`), and *neither* in neither, where nothing may move.
 
 """
 TOPICS, PER_TOPIC, USERS, EVENTS = 8, 12, 1_000, 10
@@ -153,6 +156,8 @@ def worth(folder: Path, name: str) -> list[dict[str, Any]]:
     }
     rows = []
     for stage, load in (("user", load_users), ("joint", load_joint)):
+        if not (folder / stage / "stage.json").is_file():
+            continue
         trained = load(run)
         items = trained.ranker.item_vectors(trained.variables)
 
@@ -163,7 +168,7 @@ def worth(folder: Path, name: str) -> list[dict[str, Any]]:
         whole = scores(features)
         lost = {"all": whole} | {part: whole - scores(hidden(features, part)) for part, has in there.items() if has}
         figures = mean_intervals(lost, bootstrap=1_000, seed=0)
-        rows.append({"run": name, "stage": stage, "cases": len(kept)} | figures)
+        rows.append({"run": name or run.config.name, "stage": stage, "cases": len(kept)} | figures)
         print(rows[-1], flush=True)
     return rows
 
@@ -192,11 +197,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--planted", type=Path)
     options = parser.parse_args()
-    named = [(run, run.name) for run in options.runs]
+    named = [(run, "") for run in options.runs]
     if options.planted:
         named = [*zip(train_planted(options.planted), WAYS, strict=True), *named]
-    rows = [row for run, name in named for row in worth(run, name)]
-    PAGE.write_text(HEAD + table(rows), encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for run, name in named:
+        rows += worth(run, name)
+        PAGE.write_text(HEAD + (PLANTED if options.planted else "") + table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

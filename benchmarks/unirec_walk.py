@@ -61,10 +61,10 @@ def main() -> None:
             print(f"{seconds:7.1f} s  {command}\n{done.stdout}{done.stderr if done.returncode else ''}", flush=True)
             assert done.returncode == 0, command
             rows.append(f"| `{' '.join(command.split())[:100]}` | {seconds:,.0f} s |")
+    genuine = " and the published tokenizer" if options.tokenizer else ""
     made = (
-        "60 invented items and 40 users, made by the logic of the reference's scripts; random weights of two\nlayers"
-        f"{' with the published tokenizer' if options.tokenizer else ''}, Q-Formers of width 32; on a busy machine of "
-        "two cores, most of\nit compiling:\n\n"
+        "Walked with 60 invented items and 40 users, made by the logic of the reference's scripts, with random weights "
+        f"of\ntwo layers{genuine} and Q-Formers of width 32. Two cores, at a load of {os.getloadavg()[2]:.0f}:\n\n"
     )
     table = "| command | time |\n|---|---:|\n" + "\n".join(rows) + "\n"
     head, rest = guide.split(START)

@@ -22,8 +22,6 @@ import pydantic
 import yaml
 from annotated_types import Interval, Len
 
-from nqf import files
-
 T = TypeVar("T")
 
 MISSING_WORDS = (
@@ -942,8 +940,7 @@ def load_config(path: str | Path) -> Config:
 
     Args:
       path: YAML file. Relative data paths in it start at its own folder; those of nothing there, at the working
-        directory, so that shipped configurations find what `nqf data fetch` has put into it, or at its `configs`, where
-        a shipped file would lie in a checkout.
+        directory, so that shipped configurations find what `nqf data fetch` has put into it.
 
     Raises:
       ConfigError: Missing file, malformed YAML, unknown key (with the nearest known one) or a value of the
@@ -969,8 +966,6 @@ def load_config(path: str | Path) -> Config:
 
 def _located(config: Path, value: str) -> str:
     places = [config.parent / value, Path(value)]
-    if config.resolve().parent == files.shipped().resolve():
-        places.append(Path("configs") / value)
     return str(next((place for place in places if place.exists()), places[0]).resolve())
 
 
