@@ -55,8 +55,7 @@ def column_axes(columns: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
 def take_rows(table: Any, rows: Any, *, fill: bool = False) -> Any:
     """`table[rows]` of a table [n, ..., columns], split by examples for rows [B, ...] and by columns for rows [R].
 
-    Rows outside of the table become NaN with `fill`. The way from one to the other is an exchange over the axes of the
-    batch, then one over the others, which the compiler does not find by itself.
+    Rows outside of the table become NaN with `fill`.
     """
     sizes = get_abstract_mesh().shape
     axes = column_axes(table.shape[-1], sizes) if sizes and table.ndim > 1 else ()
@@ -69,6 +68,12 @@ def take_rows(table: Any, rows: Any, *, fill: bool = False) -> Any:
     middle = (None,) * (table.ndim - 2)
     table = pin(table, None, *middle, axes)
     taken = pin(take(pin(rows)), *(None,) * rows.ndim, *middle, axes)
-    if rows.ndim == 1:
-        return taken
-    return over_batch(over_batch(taken, tuple(axis for axis in axes if axis not in BATCH_AXES)))
+    return taken if rows.ndim == 1 else columns_to_batch(taken)
+
+
+def columns_to_batch(x: Any) -> Any:
+    """Examples [B, ..., columns] that are split by columns, split by examples: an exchange over the axes of the batch,
+    then one over the others, which the compiler does not find by itself."""
+    sizes = get_abstract_mesh().shape
+    axes = column_axes(x.shape[-1], sizes) if sizes else ()
+    return over_batch(over_batch(x, tuple(axis for axis in axes if axis not in BATCH_AXES)))

@@ -14,7 +14,7 @@ from nqf.fields.cache import FieldCache
 from nqf.fields.encoder import unit_rows
 from nqf.models.item_qformer import ItemOutput, ItemQFormer
 from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
-from nqf.ops.pins import take_rows
+from nqf.ops.pins import columns_to_batch, take_rows
 from nqf.pipelines.batches import PairBatch
 from nqf.pipelines.pairs import PairSource, pair_source
 from nqf.stages.artifacts import restore_best
@@ -63,7 +63,8 @@ def take_fields(
     for name, (table, index) in tables.items():
         rows = index[items]
         present[name] = rows >= 0
-        values[name] = jnp.where(present[name][:, None], take_rows(table, jnp.maximum(rows, 0)).astype(jnp.float32), 0)
+        taken = columns_to_batch(take_rows(table, jnp.maximum(rows, 0)))
+        values[name] = jnp.where(present[name][:, None], taken.astype(jnp.float32), 0)
     return values, present
 
 
