@@ -13,14 +13,9 @@ from nqf.files import write_text
 from nqf.tools.templates import code_span, text_span
 
 _BASELINES = (
-    "popular",
-    "recent_popular",
-    "last_item_cosine",
-    "cooccurrence",
-    "cooccurrence_text",
-    "sasrec",
-    "sasrec_cooccurrence",
-)
+    "popular", "recent_popular", "last_item_cosine", "cooccurrence", "cooccurrence_text",
+    "sasrec", "sasrec_cooccurrence",
+)  # fmt: skip
 
 
 def write_studies(folder: Path, page: Path) -> None:
