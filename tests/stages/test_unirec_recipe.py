@@ -146,14 +146,17 @@ def test_the_legacy_protocol_ranks_the_samples_candidates(made: tuple[Run, Path]
     evaluate.main([str(run.folder), "--protocol", "legacy"])
     results = json.loads((run.folder / "eval" / "test-legacy" / "results.json").read_text())
     found = joint.joint_vectors(run, run.dataset.split.test)
-    ids, reciprocal = list(run.dataset.catalogue.item_ids), []
+    ids, bounds = list(run.dataset.catalogue.item_ids), []
     test = {sample["user_id"]: sample for sample in samples_of(data, "test")}
     for vector, row in zip(found[0], run.dataset.split.test.users, strict=True):
         sample = test[run.dataset.interactions.user_ids[row]]
         others = [ids.index(item) for item in sample["candidate"] if item != sample["ground_truth"]]
         similarities = torch.tensor(found[1][[ids.index(sample["ground_truth"]), *others]] @ vector)
-        reciprocal.append(1 / ((torch.argsort(similarities, descending=True) == 0).nonzero()[0].item() + 1))
-    np.testing.assert_allclose(results["models"]["joint"]["all"]["mrr"][0], np.mean(reciprocal), rtol=1e-4)
+        # Scores that are apart by rounding alone may change places.
+        above = [(similarities[1:] > similarities[0] + way * 1e-5).sum().item() for way in (-1, 1)]
+        bounds.append([1 / (1 + count) for count in above])
+    worst, best = np.mean(bounds, axis=0)
+    assert worst <= results["models"]["joint"]["all"]["mrr"][0] <= best and best - worst < 1e-3
 
 
 def test_it_recommends(made: tuple[Run, Path]) -> None:

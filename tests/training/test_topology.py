@@ -52,7 +52,8 @@ def test_loss_and_gradients_are_those_of_one_device(
         assert found["loss"] <= LOSS and found["gradient"] <= GRADIENT, (name, found)
         assert found["compilations"] == 1, name
     # Split parameters are really split; small ones stay whole.
-    assert meshes["data"]["share"] == 1
+    # Of data parallelism the tables alone.
+    assert 0.5 < meshes["data"]["share"] < 1 if stage == "joint" else meshes["data"]["share"] == 1
     assert all(meshes[name]["share"] < 0.5 for name in ("fsdp", "tensor", "mixed"))
     record(
         f"the step of stage `{stage}` on eight simulated devices instead of one: data, fsdp, tensor, all three",
