@@ -37,7 +37,7 @@ from nqf.serving.filters import Filters
 from nqf.serving.histories import Past, checked_ids, features_of, given_pasts, known_of, pasts_of, some_ids
 from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of
 from nqf.stages import folder as folders
-from nqf.stages.graph import require, up_to
+from nqf.stages.graph import require, served
 from nqf.stages.joint import title_tokens
 from nqf.stages.rank import Trained
 from nqf.stages.records import StageError, read_artifact
@@ -501,7 +501,7 @@ class Recommender:
         parts = files.partial(target)
         try:
             folders.mark_run_folder(parts)
-            stages = up_to(self._stage)
+            stages = served(self._stage, source)
             folders.claim(parts, *(name for stage in stages for name in (stage.name, *stage.also)))
             for stage in stages:
                 artifact = read_artifact(source, stage.name)

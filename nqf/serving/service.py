@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from nqf.fields.image import open_picture
 from nqf.serving.recommender import Recommender
 from nqf.serving.requests import Change, Explain, Lookup, Recommend, Remove, Search, Similar
-from nqf.stages.graph import up_to
+from nqf.stages.graph import served
 
 T = TypeVar("T")
 
@@ -53,6 +53,7 @@ class Service:
         # A program that is being compiled when the process ends would take it down with a fault.
         self.ended = threading.Event()
         self.batches: collections.Counter[int] = collections.Counter()
+        self._stages = served(self.stage, self.folder)
         self._seen = self._version()
         self._waiting: collections.deque[tuple[Recommend, asyncio.Future]] = collections.deque()
         self._wake: asyncio.Event | None = None
@@ -65,7 +66,7 @@ class Service:
         threading.Thread(target=_warm, args=(self.recommender, 8, LARGEST_BATCH), kwargs={"ended": self.ended}).start()
 
     def _version(self) -> list[tuple[str, int]]:
-        paths = [self.folder / stage.name / "stage.json" for stage in up_to(self.stage)]
+        paths = [self.folder / stage.name / "stage.json" for stage in self._stages]
         paths.append(self.folder / "items" / "items.json")
         return [(str(path), path.stat().st_mtime_ns) for path in paths if path.is_file()]
 
@@ -87,12 +88,12 @@ class Service:
         # In the thread of the changes to items, so that none comes between.
         found = self._version()
         # A stage that is being made again has no record: what is loaded is good until there is one.
-        if found == self._seen or len(found) < len(up_to(self.stage)):
+        if found == self._seen or len(found) < len(self._stages):
             return
         recommender = Recommender.load(self.folder, stage=self.stage)
         # The one before answers until this one need not compile anything.
         _warm(recommender, 1, 8, LARGEST_BATCH, ended=self.ended)
-        self.recommender, self._seen = recommender, found
+        self.recommender, self._seen, self._stages = recommender, found, served(self.stage, self.folder)
         _log.info("the run has changed and was loaded again")
 
     async def work(self) -> None:

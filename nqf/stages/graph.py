@@ -55,6 +55,12 @@ def up_to(name: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage.name in needed)
 
 
+def served(name: str, folder: Path) -> tuple[Stage, ...]:
+    """What serving reads of a run: a stage, all that it builds on, and the joint stage's score, where it has one."""
+    scored = name == JOINT.name and read_artifact(folder, SCORE.name) is not None
+    return up_to(SCORE.name if scored else name)
+
+
 def wanted(config: Config) -> tuple[str, ...]:
     """Names of the stages that `--stage all` runs."""
     return tuple(name for name in NAMES if name != SASREC.name or config.baselines.sasrec)

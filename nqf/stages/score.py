@@ -66,7 +66,7 @@ def _counting(run: Run) -> Counting:
 
 def counts_of(run: Run) -> dict[str, Score]:
     """The training-free scores by name, `plain` and `text`, as chosen; without the stage, `plain` with the constants
-    of versions before 0.2 alone."""
+    of versions before 0.3 alone."""
     if status(run.config, COUNTS, run.folder):
         return {"plain": Score(cooccurrence=1.0)}
     return {name: Score.of(_record(run, COUNTS)[name]) for name in ("plain", "text")}
@@ -118,7 +118,7 @@ SCORE = Stage(
 def score_of(run: Run) -> Score:
     """What the run's score adds to the joint stage's vectors.
 
-    Where the stage has not been run, as in a run of a version before 0.2, weights that the configuration gives count.
+    Where the stage has not been run, as in a run of a version before 0.3, weights that the configuration gives count.
     """
     evaluation = run.config.evaluation
     given = {"cooccurrence": evaluation.cooccurrence_weight, "text": evaluation.text_weight}

@@ -275,3 +275,11 @@ def test_new_items_take_the_counts_of_their_neighbors() -> None:
     assert not all_pairs[4].any() and not all_pairs[:, 4].any()
     none = stand_in(dataclasses.replace(memory, how=Counting()), text).pairs.toarray()
     np.testing.assert_array_equal(none, np.pad(pairs, ((0, 2), (0, 2))))
+
+
+def test_what_is_saved_has_the_whole_score(counting_run: Path, tmp_path: Path) -> None:
+    recommender = Recommender.load(counting_run)
+    saved = Recommender.load(recommender.save(tmp_path / "saved"))
+    assert saved.score == recommender.score and saved.score.counting.stand_ins
+    user = open_run(counting_run).dataset.interactions.user_ids[0]
+    assert saved.recommend(user=user, k=8).equals(recommender.recommend(user=user, k=8))
