@@ -44,13 +44,13 @@ class Score:
       counting: How pairs of items count.
       cooccurrence: What the counts weigh.
       text: What the cosine of frozen texts weighs.
-      ndcg: NDCG@10 on the validation cases that this was chosen by; NaN where nothing was chosen.
+      ndcg: NDCG@10 on the validation cases that this was chosen by; None where nothing was chosen.
     """
 
     counting: Counting = USUAL
     cooccurrence: float = 0.0
     text: float = 0.0
-    ndcg: float = float("nan")
+    ndcg: float | None = None
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Score:
