@@ -124,7 +124,7 @@ def test_a_mistyped_option_costs_nothing(
     assert read_artifact(run, "item") == before and status(CONFIG, stage_of("joint"), run) == ""
     assert (run / "previous" / "item" / "started.json").is_file()
     # And the other option resumes what it began.
-    assert train_with(monkeypatch, run, changed(0.7)) == ["item", "tokens", "user", "joint"]
+    assert train_with(monkeypatch, run, changed(0.7)) == ["item", "tokens", "user", "joint", "score"]
     assert not list((run / "previous").glob("*/stage.json")) and not list((run / "previous").glob("*/started.json"))
     record(
         "a finished stage begun again with another option, stopped, and run with the first option again",
