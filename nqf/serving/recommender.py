@@ -832,6 +832,8 @@ class Recommender:
         if self.memory is None:
             return scipy.sparse.csr_matrix((len(histories), stock.count), dtype=np.float32)
         newest_BxH = np.stack([newest(history, self.memory.how.newest)[::-1] for history in histories])
+        # A profile's words are an item beyond all, which nobody had.
+        newest_BxH = np.where(newest_BxH < stock.count, newest_BxH, -1)
         return self.score.cooccurrence * self._counted(stock, self.memory).scores(newest_BxH)
 
     def _counted(self, stock: Stock, memory: Cooccurrence) -> Cooccurrence:
