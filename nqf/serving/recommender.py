@@ -755,9 +755,8 @@ class Recommender:
         for start in range(0, len(at := np.flatnonzero(ranked)), SIZES[-1]):
             chunk = at[start : start + SIZES[-1]]
             vectors = self._encode(stock, [pasts[index] for index in chunk], spoken)
-            scores[chunk], rows[chunk] = self._best(
-                stock, vectors, [seen[index] for index in chunk], k, allowed, [left_out[index] for index in chunk]
-            )
+            past, out = ([rows_of[index] for index in chunk] for rows_of in (seen, left_out))
+            scores[chunk], rows[chunk] = self._best(stock, vectors, past, k, allowed, out, spoken)
         for index in np.flatnonzero(~ranked):
             popularity = np.zeros(stock.count, np.float32)
             popularity[: len(self._popularity)] = self._popularity
@@ -810,6 +809,7 @@ class Recommender:
         k: int,
         allowed: np.ndarray,
         left_out: Sequence[np.ndarray],
+        spoken: ItemTables | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the best items, given user vectors as encoded and the users' whole histories."""
         unit = _unit(vectors)
@@ -817,24 +817,29 @@ class Recommender:
         if self.memory is None:
             return best
         scale = 1 / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        raised = self._pairs(stock, seen).multiply(scale).tocsr().astype(np.float32)
+        left_out = [rows[rows < stock.count] for rows in left_out]
+        raised = self._pairs(stock, seen, spoken).multiply(scale).tocsr().astype(np.float32)
         raised.data[~allowed[raised.indices]] = 0
         raised.eliminate_zeros()
         return raise_some(best, unit, stock.vectors, raised, left_out)
 
-    def _pairs(self, stock: Stock, histories: Sequence[np.ndarray]) -> scipy.sparse.csr_matrix:
+    def _pairs(
+        self, stock: Stock, histories: Sequence[np.ndarray], spoken: ItemTables | None = None
+    ) -> scipy.sparse.csr_matrix:
         """What co-occurrence adds to the scores of user vectors as encoded, float32 [users, items].
 
         Args:
           stock: The items.
           histories: Item rows, oldest first.
+          spoken: Tables of one more item, whose row is `stock.count`.
         """
         if self.memory is None:
             return scipy.sparse.csr_matrix((len(histories), stock.count), dtype=np.float32)
         newest_BxH = np.stack([newest(history, self.memory.how.newest)[::-1] for history in histories])
-        # A profile's words are an item beyond all, which nobody had.
-        newest_BxH = np.where(newest_BxH < stock.count, newest_BxH, -1)
-        return self.score.cooccurrence * self._counted(stock, self.memory).scores(newest_BxH)
+        if spoken is None:
+            return self.score.cooccurrence * self._counted(stock, self.memory).scores(newest_BxH)
+        memory = stand_in(self.memory, unit_rows(np.concatenate([stock.text, spoken.text])))
+        return (self.score.cooccurrence * memory.scores(newest_BxH))[:, : stock.count]
 
     def _counted(self, stock: Stock, memory: Cooccurrence) -> Cooccurrence:
         """Counts of all items: those beyond the catalogue, which were in no training event, have those of others."""

@@ -38,6 +38,7 @@ from nqf.fields.encoder import CacheError
 from nqf.stages.graph import require
 from nqf.stages.records import StageError
 from nqf.stages.run import open_run
+from nqf.stages.score import counts_of, score_of
 from nqf.training.writer import Writer
 
 # What a person reads in a terminal; enormous values must not be quoted whole.
@@ -495,6 +496,8 @@ def opened(folder: Path) -> None:
     """Opens everything of a run that its models read, but not its checkpoints."""
     run = open_run(folder, Console(quiet=True))
     require(run, "joint")
+    counts_of(run)
+    score_of(run)
     assert len(run.dataset.catalogue) == run.cache.items
     tables = run.tables(folder / "tokens")
     assert len(tables.tokens) == len(tables.text) == run.cache.items
