@@ -291,7 +291,8 @@ def test_a_long_life(changing: Recommender, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(jax.live_arrays()) <= arrays + 3
     # What remains of an item is its row, its vectors and its title: a few kilobytes.
     growth = np.diff(sizes) / 50
-    assert growth.max() < 10_000, growth
+    # The counts that an item takes of its neighbors, in rows and columns, are some thousands of bytes of it.
+    assert growth.max() < 20_000, growth
     assert len(changing.item_ids) == 240 + 240
 
 

@@ -14,6 +14,7 @@ from nqf.stages.assess import assess
 from nqf.stages.folder import owned
 from nqf.stages.graph import STAGES, wanted
 from nqf.stages.run import open_run
+from nqf.stages.score import make_counts, make_score
 
 # What version 0.1 recommended to user-00001, compiled as tests/conftest.py has it.
 RECOMMENDED = {
@@ -39,7 +40,9 @@ def run(tmp_path: Path) -> Path:
 
 def test_it_is_fresh_and_recommends_what_it_did(run: Path) -> None:
     opened = open_run(run)
-    stages = [stage for stage in STAGES if stage.name in wanted(opened.config)]
+    # Without the two that choose the score, which are of version 0.3.
+    stages = [stage for stage in STAGES if stage.name in wanted(opened.config) and stage.make is not make_counts]
+    stages = [stage for stage in stages if stage.make is not make_score]
     assert [status(opened.config, stage, run) for stage in stages] == [""] * 5
     frame = Recommender.load(run).recommend(user="user-00001", k=10)
     assert frame["item_id"].to_list() == list(RECOMMENDED)
