@@ -63,7 +63,9 @@ def test_given_names_win_and_unknown_ones_are_refused() -> None:
     found, notes = identify_interactions(WHERE, names, config)
     assert found == {"user": "buyer", "item": "sku", "time": "ordered_at"}
     assert notes == ["events.csv: columns that are not used: user_id, item_id, created_at"]
-    with pytest.raises(DataError, match=r"no column 'byer' \(data\.columns\.user\); did you mean 'buyer'"):
+    with pytest.raises(
+        DataError, match=r"no column 'byer' \(data\.columns\.user or nqf\.fit's user\); did you mean 'buyer'"
+    ):
         identify_interactions(WHERE, names, ColumnsConfig(user="byer"))
     _, notes = identify_interactions(WHERE, ["user", "item", "created_at", "ordered_at"], ColumnsConfig())
     assert "the time is taken from the column 'created_at', not ordered_at" in "\n".join(notes)
