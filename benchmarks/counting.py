@@ -32,7 +32,7 @@ def collect(run: Path) -> dict[str, Any]:
         "text": counts_of(opened)["text"].text,
         "encoder": Path(opened.config.fields.text_encoder).parent.name or opened.config.fields.text_encoder,
         "valid": {
-            "usual": trial_of(opened).value(Score(cooccurrence=1.0)),
+            "usual": trial_of(opened).value(Score(cooccurrence=1.0), None, None),
             **{name: score.ndcg for name, score in counts_of(opened).items()},
         },
         "test": {

@@ -67,7 +67,8 @@ class Trial:
       cases: Validation cases; a fixed sample of them is ranked.
       items: I.
       repeats: Whether the past stays in the ranking.
-      text_IxT: Frozen text vectors of all items, unit rows, zero where there is none; None leaves texts out.
+      text_IxT: Frozen text vectors of all items, unit rows, zero where there is none: whose counts stand in for those
+        of items without; None leaves texts out.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class Trial:
         self._targets = interactions.items[cases.cuts[self.which]]
         self._near: dict[tuple, NearPairs] = {}
         self._counted: dict[Counting, Cooccurrence] = {}
-        self._text_NxI = None
-        self._text_IxT = text_IxT
-        if text_IxT is not None:
-            self._text_NxI = recent_text(interactions, cases, self.which, text_IxT) @ text_IxT.T
+        self._text_IxT, self._counts_as = text_IxT, None
+
+    def recent_text(self) -> np.ndarray:
+        """Cosines of the newest items' texts to all items', float32 [N, I], N the tried cases."""
+        assert self._text_IxT is not None, "there are texts"
+        return recent_text(self._interactions, self._cases, self.which, self._text_IxT) @ self._text_IxT.T
 
     def counted(self, how: Counting) -> Cooccurrence:
         """Counted pairs; the last ones are remembered."""
@@ -102,26 +105,32 @@ class Trial:
                 kept = list(self._near.items())[-1:]
                 self._near = dict(kept) | {pairs: near_pairs(self._interactions, self._known, self._items, how)}
             memory = damp(self._near[pairs], how)
-            self._counted = {how: memory if self._text_IxT is None else stand_in(memory, self._text_IxT)}
+            if self._text_IxT is not None:
+                # Which items have counts, and so whose stand in, does not depend on how pairs count.
+                if self._counts_as is None:
+                    self._counts_as = stand_in(memory, self._text_IxT).counts_as
+                memory = dataclasses.replace(memory, counts_as=self._counts_as)
+            self._counted = {how: memory}
         return self._counted[how]
 
-    def value(self, score: Score, others: Callable[[slice], np.ndarray] | None = None) -> float:
+    def value(self, score: Score, base_NxI: np.ndarray | None, text_NxI: np.ndarray | None) -> float:
         """NDCG@10 of a score.
 
         Args:
           score: What counts and texts weigh.
-          others: Scores that they are added to, of a slice of the cases, float [B, I].
+          base_NxI: Scores of the tried cases that they are added to, float32; None for none.
+          text_NxI: What the text's weight multiplies, float32; None for no texts.
         """
         memory = self.counted(score.counting) if score.cooccurrence else None
         total = 0.0
         for start in range(0, len(self.which), _BATCH):
             span = slice(start, min(start + _BATCH, len(self.which)))
-            scores = np.zeros((span.stop - start, self._items), np.float32) if others is None else others(span)
+            scores = np.zeros((span.stop - start, self._items), np.float32) if base_NxI is None else base_NxI[span]
             if memory is not None:
                 newest = newest_of_cases(self._interactions, self._cases, self.which[span], memory.how.newest)
                 scores = scores + score.cooccurrence * memory.scores(newest).toarray()
-            if score.text and self._text_NxI is not None:
-                scores += score.text * self._text_NxI[span]
+            if score.text and text_NxI is not None:
+                scores = scores + score.text * text_NxI[span]
             seen = None if self._seen is None else self._seen[span]
             total += float(ndcg(ranks_from_scores(scores, self._targets[span], seen), 10).sum())
         return total / max(1, len(self.which))
@@ -148,8 +157,12 @@ def choose_counting(trial: Trial, *, ties: bool, text: bool) -> Score:
         Score(counting=dataclasses.replace(how, stand_ins=stand_ins), cooccurrence=1.0, text=0.5 if text else 0.0)
         for how in (USUAL, basket)
     ]
-    start = max(starts, key=trial.value)
-    return ascend(trial.value, start, grid, ("text",) if text else ())
+    beside = trial.recent_text() if text else None
+
+    def value(score: Score) -> float:
+        return trial.value(score, None, beside)
+
+    return ascend(value, max(starts, key=value), grid, ("text",) if text else ())
 
 
 def ascend(

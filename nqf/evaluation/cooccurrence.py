@@ -68,23 +68,32 @@ class Cooccurrence:
     Attributes:
       pairs: float32 [I, I], sparse; row: an item of the history, column: a candidate.
       how: How they were counted.
+      counts_as: float32 [N, I], sparse, the items whose counts each of N items has: its own, or a mean of others'. None
+        if N is I and each has its own.
     """
 
     pairs: scipy.sparse.csr_matrix
     how: Counting
+    counts_as: scipy.sparse.csr_matrix | None = None
 
     def scores(self, newest_BxH: np.ndarray) -> scipy.sparse.csr_matrix:
-        """Sums over the newest history items, older ones weighing less: float32 [B, I], sparse.
+        """Sums over the newest history items, older ones weighing less: float32 [B, N], sparse.
 
         Args:
           newest_BxH: int, the newest item first, -1 for none; H is at most `how.newest`.
         """
         row, column = np.nonzero(newest_BxH >= 0)
         # What is inferred of scipy, which has no annotations, may be None.
-        items, _ = cast(tuple[int, int], self.pairs.shape)
-        shape = len(newest_BxH), items
-        weights = self.how.weights[column]
-        return scipy.sparse.csr_matrix((weights, (row, newest_BxH[row, column])), shape=shape) @ self.pairs
+        items, _ = cast(tuple[int, int], (self.pairs if self.counts_as is None else self.counts_as).shape)
+        weights = self.how.weights[column], (row, newest_BxH[row, column])
+        found = scipy.sparse.csr_matrix(weights, shape=(len(newest_BxH), items))
+        if self.counts_as is None:
+            return found @ self.pairs
+        return found @ self.counts_as @ self.pairs @ self.counts_as.T
+
+    def all_pairs(self) -> scipy.sparse.csr_matrix:
+        """The pairs of all N items, float32 [N, N], sparse: larger than both of its parts."""
+        return self.pairs if self.counts_as is None else (self.counts_as @ self.pairs @ self.counts_as.T).tocsr()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -162,7 +171,9 @@ def near_pairs(interactions: Interactions, counted: np.ndarray, items: int, how:
     )
 
 
-def stand_in(memory: Cooccurrence, text_NxT: np.ndarray) -> Cooccurrence:
+def stand_in(
+    memory: Cooccurrence, text_NxT: np.ndarray, before: tuple[np.ndarray, scipy.sparse.csr_matrix | None] | None = None
+) -> Cooccurrence:
     """Lets items without a count take those of the items whose texts are nearest.
 
     Counts push what has none down, however well its text fits. A mean of ten neighbors' counts, weighed by the softmax
@@ -172,19 +183,26 @@ def stand_in(memory: Cooccurrence, text_NxT: np.ndarray) -> Cooccurrence:
     Args:
       memory: Counts of the first I items.
       text_NxT: Text vectors of all items, unit rows, zero where there is none; N is at least I.
-
-    Returns:
-      Counts of all N items.
+      before: Texts and `counts_as` of the same counts and fewer or other items; whose text is the same is not compared
+        with all others again.
     """
-    pairs, count = memory.pairs.copy(), len(text_NxT)
-    pairs.resize(count, count)
-    counted = (np.diff(pairs.indptr) + np.bincount(pairs.indices, minlength=count)) > 0
+    count, (items, _) = len(text_NxT), cast(tuple[int, int], memory.pairs.shape)
+    counted = np.diff(memory.pairs.indptr) + np.bincount(memory.pairs.indices, minlength=items) > 0
     there = np.any(text_NxT != 0, axis=1)
-    known, new = np.flatnonzero(counted & there), np.flatnonzero(~counted & there)
+    known, wanting = np.flatnonzero(counted & there[:items]), there.copy()
+    wanting[:items] &= ~counted
     near = min(memory.how.stand_ins, len(known))
-    if not near or not len(new):
-        return dataclasses.replace(memory, pairs=pairs)
-    parts = []
+    wanting &= near > 0
+    own = np.flatnonzero(~wanting[:items])
+    # Weights, items, and whose counts they have.
+    parts = [(np.ones(len(own), np.float32), own, own)]
+    if before is not None and before[1] is not None:
+        size = min(count, len(before[0]))
+        same = np.flatnonzero(wanting[:size] & (text_NxT[:size] == before[0][:size]).all(axis=1))
+        kept = before[1][same].tocoo()
+        parts.append((kept.data, same[kept.row], kept.col))
+        wanting[same] = False
+    new = np.flatnonzero(wanting)
     for start in range(0, len(new), _ROWS):
         rows = new[start : start + _ROWS]
         cosine = text_NxT[rows] @ text_NxT[known].T
@@ -192,11 +210,10 @@ def stand_in(memory: Cooccurrence, text_NxT: np.ndarray) -> Cooccurrence:
         cosine = np.take_along_axis(cosine, best, axis=1)
         weight = np.exp((cosine - cosine.max(axis=1, keepdims=True)) / _STAND_IN_TEMPERATURE)
         weight /= weight.sum(axis=1, keepdims=True)
-        parts.append((weight.ravel(), known[best].ravel(), np.repeat(rows, near)))
-    weight, nearest, of = (np.concatenate(part) for part in zip(*parts, strict=True))
-    taken = scipy.sparse.csr_matrix((weight.astype(np.float32), (nearest, of)), shape=(count, count))
-    pairs = pairs + pairs @ taken
-    return dataclasses.replace(memory, pairs=(pairs + taken.T @ pairs).tocsr())
+        parts.append((weight.astype(np.float32).ravel(), np.repeat(rows, near), known[best].ravel()))
+    weights, rows, columns = (np.concatenate(part) for part in zip(*parts, strict=True))
+    counts_as = scipy.sparse.csr_matrix((weights, (rows, columns)), shape=(count, items))
+    return dataclasses.replace(memory, counts_as=counts_as)
 
 
 def _falling(distance: np.ndarray, decay: float) -> np.ndarray:

@@ -82,7 +82,7 @@ class Recommender:
         module = self._items[0]
         self._read_items = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
         self.score, self.memory = score or Score(), memory
-        self._counted_of: tuple[Stock, Cooccurrence] | None = None
+        self._counted_of: tuple[Stock, np.ndarray, Cooccurrence] | None = None
         self._known = known_of(run)
         self._short = open_short_users(run.folder / "data")
         self._filters = Filters(run.dataset.catalogue)
@@ -460,7 +460,7 @@ class Recommender:
         stock = self._stock
         if self.memory is None:
             return scipy.sparse.csr_matrix((stock.count, stock.count), dtype=np.float32)
-        return self._counted(stock, self.memory).pairs * np.float32(self.score.cooccurrence)
+        return self._counted(stock, self.memory).all_pairs() * np.float32(self.score.cooccurrence)
 
     @property
     def repeats(self) -> bool:
@@ -836,16 +836,20 @@ class Recommender:
         if self.memory is None:
             return scipy.sparse.csr_matrix((len(histories), stock.count), dtype=np.float32)
         newest_BxH = np.stack([newest(history, self.memory.how.newest)[::-1] for history in histories])
-        if spoken is None:
-            return self.score.cooccurrence * self._counted(stock, self.memory).scores(newest_BxH)
-        memory = stand_in(self.memory, unit_rows(np.concatenate([stock.text, spoken.text])))
+        memory = self._counted(stock, self.memory, spoken)
         return (self.score.cooccurrence * memory.scores(newest_BxH))[:, : stock.count]
 
-    def _counted(self, stock: Stock, memory: Cooccurrence) -> Cooccurrence:
+    def _counted(self, stock: Stock, memory: Cooccurrence, spoken: ItemTables | None = None) -> Cooccurrence:
         """Counts of all items: those beyond the catalogue, which were in no training event, have those of others."""
-        if self._counted_of is None or self._counted_of[0] is not stock:
-            self._counted_of = stock, stand_in(memory, unit_rows(stock.text))
-        return self._counted_of[1]
+        known = self._counted_of
+        if known is not None and known[0] is stock and spoken is None:
+            return known[2]
+        texts = unit_rows(stock.text if spoken is None else np.concatenate([stock.text, spoken.text]))
+        before = None if known is None else (known[1], known[2].counts_as)
+        made = stand_in(memory, texts, before)
+        if spoken is None:
+            self._counted_of = stock, texts, made
+        return made
 
     def _rows(self, stock: Stock, history: Sequence[str], *, empty: bool = False) -> np.ndarray:
         """Rows of a history's items, int64, oldest first."""

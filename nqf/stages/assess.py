@@ -14,7 +14,7 @@ from nqf.config import load_config
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
 from nqf.evaluation.choice import Score, choose_weights, text_rows
-from nqf.evaluation.cooccurrence import add_cooccurrence, stand_in
+from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
 from nqf.stages.artifacts import status
@@ -22,7 +22,7 @@ from nqf.stages.folder import claim
 from nqf.stages.graph import JOINT, SASREC, USER, run_stage
 from nqf.stages.records import StageError
 from nqf.stages.run import Run
-from nqf.stages.score import counts_of, memory_of, read_text, score_of, trial_of, with_text
+from nqf.stages.score import counts_of, memory_of, score_of, trial_of, with_text
 from nqf.stages.stage import Stage
 
 
@@ -139,7 +139,6 @@ def with_pairs(run: Run, cases: Cases, vectors: tuple[np.ndarray, np.ndarray], s
     if not score.cooccurrence:
         return vectors
     memory = memory_of(run, cases, score.counting)
-    memory = stand_in(memory, read_text(run)) if score.counting.stand_ins else memory
     return add_cooccurrence(*vectors, score.cooccurrence, memory, run.dataset.interactions, cases)
 
 
@@ -150,11 +149,8 @@ def sasrec_score(run: Run) -> Score:
         return Score(counting=counting, cooccurrence=given or 0.0)
     trial = trial_of(run)
     users, items = vectors_of(run, SASREC, run.dataset.split.valid[trial.which])
-
-    def value(score: Score) -> float:
-        return trial.value(score, lambda span: users[span] @ items.T)
-
-    return choose_weights(value, Score(counting=counting), ["cooccurrence"])
+    base_NxI = users @ items.T
+    return choose_weights(lambda score: trial.value(score, base_NxI, None), Score(counting=counting), ["cooccurrence"])
 
 
 def command_line() -> str:

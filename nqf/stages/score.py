@@ -16,7 +16,7 @@ from nqf.data.interactions import MISSING_TIME
 from nqf.data.splits import Cases
 from nqf.evaluation.baselines import known_events
 from nqf.evaluation.choice import Score, Trial, choose_counting, choose_weights, text_rows
-from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs
+from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs, stand_in
 from nqf.fields.encoder import unit_rows
 from nqf.stages.artifacts import status
 from nqf.stages.joint import joint_vectors, load_joint
@@ -89,15 +89,13 @@ def make_score(run: Run) -> dict[str, Any]:
                 highlight=False,
             )
         return dataclasses.asdict(start)
-    # Its texts stand in for counts; their cosine is in the vectors.
     trial = trial_of(run, read_text(run))
-    cases = run.dataset.split.valid[trial.which]
-    users, items = joint_vectors(run, cases)
-    learned = run.config.candidates.width
+    users, items = joint_vectors(run, run.dataset.split.valid[trial.which])
+    base_NxI, learned = users @ items.T, candidates.width
+    text_NxI = unit_rows(users[:, learned:]) @ items[:, learned:].T if texts else None
 
     def value(score: Score) -> float:
-        scored = with_text(users, learned, score.text)
-        return trial.value(dataclasses.replace(score, text=0.0), lambda span: scored[span] @ items.T)
+        return trial.value(score, base_NxI, text_NxI)
 
     alone = value(Score())
     chosen = choose_weights(value, start, free)
@@ -146,9 +144,10 @@ def read_text(run: Run) -> np.ndarray:
 
 
 def memory_of(run: Run, cases: Cases, how: Counting) -> Cooccurrence:
-    """Pairs of items in the events that are known before some cases."""
+    """Pairs of items in the events that are known before some cases, those that stand in included."""
     interactions, split = run.dataset.interactions, run.dataset.split
-    return count_pairs(interactions, known_events(interactions, split, cases), len(split.cold), how)
+    memory = count_pairs(interactions, known_events(interactions, split, cases), len(split.cold), how)
+    return stand_in(memory, read_text(run)) if how.stand_ins else memory
 
 
 def with_text(users_NxD: np.ndarray, learned: int, weight: float) -> np.ndarray:
@@ -160,8 +159,7 @@ def with_text(users_NxD: np.ndarray, learned: int, weight: float) -> np.ndarray:
       weight: How much.
     """
     text = users_NxD[:, learned:]
-    length = np.linalg.norm(text, axis=1, keepdims=True)
-    return np.concatenate([users_NxD[:, :learned], text * (1 + weight / np.maximum(length, 1e-6))], axis=1)
+    return np.concatenate([users_NxD[:, :learned], text + weight * unit_rows(text)], axis=1)
 
 
 def _record(run: Run, stage: Stage) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_what_fits_is_chosen() -> None:
         known[cases.cuts] = False
         trial = Trial(found, known, cases, 60, repeats=True)
         chosen[name] = choose_counting(trial, ties=True, text=False)
-        usual[name] = trial.value(Score(cooccurrence=1.0))
+        usual[name] = trial.value(Score(cooccurrence=1.0), None, None)
     assert chosen["chains"].ndcg == usual["chains"] == 1.0 and chosen["chains"].counting.ties == "sequence"
     assert chosen["baskets"].ndcg > usual["baskets"] + 0.05 and chosen["baskets"].counting != Counting()
 
@@ -268,12 +268,19 @@ def test_new_items_take_the_counts_of_their_neighbors() -> None:
     memory = count_pairs(found, np.ones(5, bool), 3, Counting(stand_ins=1))
     pairs = memory.pairs.toarray()
     # Item 3 is new and reads as item 1; item 4 has no text.
-    all_pairs = stand_in(memory, text).pairs.toarray()
+    all_pairs = stand_in(memory, text).all_pairs().toarray()
     np.testing.assert_array_equal(all_pairs[:3, :3], pairs)
     np.testing.assert_allclose(all_pairs[:3, 3], pairs[:, 1], rtol=1e-6)
     np.testing.assert_allclose(all_pairs[3, :3], pairs[1], rtol=1e-6)
     assert not all_pairs[4].any() and not all_pairs[:, 4].any()
-    none = stand_in(dataclasses.replace(memory, how=Counting()), text).pairs.toarray()
+    # Whose text is the same is not compared again: here with what would else be found.
+    before = text.copy(), stand_in(memory, text).counts_as.copy()
+    before[1].data[before[1].indptr[3]] = 0.5
+    changed = text.copy()
+    changed[4] = text[2]
+    again = stand_in(memory, changed, before).counts_as.toarray()
+    np.testing.assert_array_equal(again, [*np.eye(3), [0, 0.5, 0], [0, 0, 1]])
+    none = stand_in(dataclasses.replace(memory, how=Counting()), text).all_pairs().toarray()
     np.testing.assert_array_equal(none, np.pad(pairs, ((0, 2), (0, 2))))
 
 

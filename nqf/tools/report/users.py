@@ -9,14 +9,14 @@ import numpy as np
 
 from nqf.data.splits import Cases, pasts, rankable
 from nqf.evaluation.choice import Score
-from nqf.evaluation.cooccurrence import newest_of_cases, stand_in
+from nqf.evaluation.cooccurrence import newest_of_cases
 from nqf.evaluation.ranking import raise_some, top_k
 from nqf.evaluation.results import Results, model_ranks
 from nqf.stages.artifacts import status
 from nqf.stages.graph import stage_of
 from nqf.stages.joint import load_joint
 from nqf.stages.run import Run
-from nqf.stages.score import memory_of, read_text, score_of
+from nqf.stages.score import memory_of, score_of
 from nqf.stages.user import load_users
 from nqf.tools.report.cards import item_cards
 from nqf.tools.report.page import User
@@ -53,7 +53,7 @@ def sample_users(run: Run, results: Results, count: int) -> tuple[list[User], di
     left_out = [[]] * len(before) if results.repeats else before
     best = top_k(vectors, item_vectors, _SHOWN, left_out)
     if score.cooccurrence:
-        memory = stand_in(memory_of(run, cases, score.counting), read_text(run))
+        memory = memory_of(run, cases, score.counting)
         pairs = score.cooccurrence * memory.scores(newest_of_cases(interactions, cases, which, memory.how.newest))
         best = raise_some(best, vectors, item_vectors, pairs, left_out)
     users = [
