@@ -130,7 +130,7 @@ def history_dataset(
     tables: ItemTables | None,
     given: np.ndarray | None = None,
     shard: tuple[int, int] = (0, 1),
-    batch_slots: int = 0,
+    even_slots: bool = False,
 ) -> TrainingData:
     """Batches of the user and joint stages, each from histories of about one length.
 
@@ -149,7 +149,7 @@ def history_dataset(
       tables: Host tables to gather from; None if they are on the device.
       given: int32 [events, K], negatives of each event's item alone, -1 for none.
       shard: Which of how many slices of every batch is built here; all processes draw the same batches.
-      batch_slots: Slots per batch, which then has the fewer windows the longer they are; 0 for `batch_size` windows.
+      even_slots: Whether a batch has the fewer windows the longer they are, `batch_size` of the mean length.
 
     Raises:
       ValueError: No window is left to train on, or the batch has no such slices.
@@ -162,7 +162,10 @@ def history_dataset(
     positions = positions if loss.positions == "all" else 1
     longest = int(min(max_history, windows.slots().max()))
     buckets = slot_buckets(longest)
-    sizes = [max(1, batch_slots // slots) * shard[1] if batch_slots else batch_size for slots in buckets]
+    sizes = [batch_size] * len(buckets)
+    if even_slots:
+        whole = batch_size * np.minimum(windows.slots(), longest).mean() / shard[1]
+        sizes = [max(1, int(whole // slots)) * shard[1] for slots in buckets]
     groups = _merge_small(bucket_of(windows.slots(), buckets), sizes)
 
     def build(element: tuple[int, int, np.ndarray], rng: np.random.Generator) -> HistoryBatch:

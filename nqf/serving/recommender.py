@@ -278,7 +278,7 @@ class Recommender:
         row = self._rows(stock, checked_ids([item_id], "item_id"))[0]
         allowed = self._allowed(stock, only, where)
         allowed[np.append(self._known_rows(stock, exclude, "exclude"), row)] = False
-        scores, rows = _first(_unit(stock.vectors) @ _unit(stock.vectors[[row]])[0], allowed, k)
+        scores, rows = _first(unit_rows(stock.vectors) @ unit_rows(stock.vectors[[row]])[0], allowed, k)
         return self._frame(stock, scores[None], rows[None], None).drop("basis")
 
     def profile(
@@ -334,7 +334,7 @@ class Recommender:
         seen, targets = [self._rows(stock, history) for history in histories], self._rows(stock, item_ids)
         vectors = self._encode(stock, given_pasts(self._run, self._known, seen, {}))
         if self.memory is None:
-            return rank_vectors(_unit(vectors), stock.vectors, targets, rows)
+            return rank_vectors(unit_rows(vectors), stock.vectors, targets, rows)
         pairs, ranks = self._pairs(stock, seen), []
         for span in dense_batches(len(targets), stock.count, self._ranker.batch_size):
             scores = vectors[span] @ stock.vectors.T + pairs[span].toarray()
@@ -432,7 +432,7 @@ class Recommender:
         """
         stock = self._stock
         rows = [self._rows(stock, history) for history in _lists(histories)]
-        return _unit(self._encode(stock, given_pasts(self._run, self._known, rows, {})))
+        return unit_rows(self._encode(stock, given_pasts(self._run, self._known, rows, {})))
 
     def encode_all_users(self) -> tuple[list[str], np.ndarray]:
         """The users that were trained on and the vectors of their whole histories.
@@ -441,7 +441,7 @@ class Recommender:
           Ids and float32 [users, dim], rows of unit norm.
         """
         users, vectors, _ = self.user_side()
-        return users, _unit(vectors)
+        return users, unit_rows(vectors)
 
     def user_side(self) -> tuple[list[str], np.ndarray, list[np.ndarray]]:
         """What the score reads of the users that were trained on.
@@ -812,7 +812,7 @@ class Recommender:
         spoken: ItemTables | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the best items, given user vectors as encoded and the users' whole histories."""
-        unit = _unit(vectors)
+        unit = unit_rows(vectors)
         best = stock.best(unit, k, allowed, left_out)
         if self.memory is None:
             return best
@@ -956,7 +956,3 @@ def _first(scores: np.ndarray, allowed: np.ndarray, k: int) -> tuple[np.ndarray,
     rows = np.argsort(-scores, kind="stable")[:k]
     rows = rows[scores[rows] > -np.inf]
     return scores[rows].astype(np.float32), rows
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -135,7 +135,7 @@ def history_data(
     positions: int,
     item_dropout: float = 0.0,
     given: Any = None,
-    batch_slots: int = 0,
+    even_slots: bool = False,
 ) -> Any:
     """Training batches of a stage that ranks.
 
@@ -149,7 +149,7 @@ def history_data(
       positions: Supervised positions of a history, counted from the newest slot.
       item_dropout: Probability that an item of a history is hidden.
       given: int32 [events, K], negatives of each event's item alone; None without.
-      batch_slots: Slots per batch in place of the optimizer's number of windows; 0 for that.
+      even_slots: Whether longer windows come in smaller batches.
     """
     from nqf.pipelines.datasets import history_dataset
     from nqf.training.mesh import batch_shard
@@ -175,7 +175,7 @@ def history_data(
         tables=tables,
         given=given,
         shard=batch_shard(config.training.mesh),
-        batch_slots=batch_slots,
+        even_slots=even_slots,
     )
 
 

@@ -48,8 +48,7 @@ def sasrec_program(run: Run, abstract: bool = False) -> Program:
     loss = LossConfig(negatives="full")
     windows = training_windows(run.dataset.interactions, run.dataset.split, options.max_history)
     slots = np.minimum(windows.slots(), options.max_history)
-    most = options.max_history
-    lengths = {"max_history": most, "positions": most, "batch_slots": options.batch_positions}
+    lengths = {"max_history": options.max_history, "positions": options.max_history, "even_slots": True}
     optim = OptimConfig(
         batch_size=max(1, round(options.batch_positions / max(1.0, slots.mean()))) if len(slots) else 1,
         epochs=options.epochs,

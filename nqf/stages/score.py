@@ -19,9 +19,10 @@ from nqf.evaluation.choice import Score, Trial, choose_counting, choose_weights,
 from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs, stand_in
 from nqf.fields.encoder import unit_rows
 from nqf.stages.artifacts import status
+from nqf.stages.folder import owned
 from nqf.stages.joint import joint_vectors, load_joint
 from nqf.stages.rank import Trained
-from nqf.stages.records import read_artifact
+from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import Run
 from nqf.stages.stage import Stage
 
@@ -65,11 +66,16 @@ def _counting(run: Run) -> Counting:
 
 
 def counts_of(run: Run) -> dict[str, Score]:
-    """The training-free scores by name, `plain` and `text`, as chosen; without the stage, `plain` with the constants
-    of versions before 0.3 alone."""
-    if status(run.config, COUNTS, run.folder):
+    """The training-free scores by name, `plain` and `text`, as chosen; where the stage was never run, `plain` with the
+    constants of versions before 0.3 alone.
+
+    Raises:
+      StageError: The stage is stale, or its record is gone.
+    """
+    record = _record(run, COUNTS)
+    if record is None:
         return {"plain": Score(cooccurrence=1.0)}
-    return {name: Score.of(_record(run, COUNTS)[name]) for name in ("plain", "text")}
+    return {name: Score.of(record[name]) for name in ("plain", "text")}
 
 
 def make_score(run: Run) -> dict[str, Any]:
@@ -116,16 +122,21 @@ SCORE = Stage(
 def score_of(run: Run) -> Score:
     """What the run's score adds to the joint stage's vectors.
 
-    Where the stage has not been run, as in a run of a version before 0.3, weights that the configuration gives count.
+    Where the stage was never run, as in a run of a version before 0.3, weights that the configuration gives count.
+
+    Raises:
+      StageError: A weight is to be chosen, and the stage is stale, or its record is gone.
     """
     evaluation = run.config.evaluation
     given = {"cooccurrence": evaluation.cooccurrence_weight, "text": evaluation.text_weight}
     given = {name: weight for name, weight in given.items() if weight is not None}
-    # By the saved configuration: weights that are tried in place of it are given.
-    if not status(load_config(run.folder / "config.yaml"), SCORE, run.folder):
-        record = {name: value for name, value in _record(run, SCORE).items() if name in Score.__dataclass_fields__}
-        return dataclasses.replace(Score.of(record), **given)
-    return Score(counting=_counting(run), **given)
+    if len(given) == 2 and _unusable(run, SCORE):
+        return Score(counting=_counting(run), **given)
+    record = _record(run, SCORE)
+    if record is None:
+        return Score(counting=_counting(run), **given)
+    record = {name: value for name, value in record.items() if name in Score.__dataclass_fields__}
+    return dataclasses.replace(Score.of(record), **given)
 
 
 def load_scored(run: Run) -> tuple[Trained, Score, Cooccurrence | None]:
@@ -162,7 +173,20 @@ def with_text(users_NxD: np.ndarray, learned: int, weight: float) -> np.ndarray:
     return np.concatenate([users_NxD[:, :learned], text + weight * unit_rows(text)], axis=1)
 
 
-def _record(run: Run, stage: Stage) -> dict[str, Any]:
+def _unusable(run: Run, stage: Stage) -> str:
+    # By the saved configuration: what is tried in place of it, as seen items kept, changes nothing that was chosen.
+    return status(load_config(run.folder / "config.yaml"), stage, run.folder)
+
+
+def _record(run: Run, stage: Stage) -> dict[str, Any] | None:
+    """What a stage chose, None if it was never run."""
+    if reason := _unusable(run, stage):
+        if stage.name in owned(run.folder):
+            raise StageError(
+                f"{run.folder}: stage '{stage.name}' cannot be used: {reason}. "
+                f"Run python -m nqf.train --run {run.folder} --stage all."
+            )
+        return None
     artifact = read_artifact(run.folder, stage.name)
     assert artifact is not None, "its status was asked for"
     return artifact.result

@@ -127,7 +127,7 @@ def outcome(folder: Path, stage: str) -> dict[str, object]:
     """All that a stage leaves, for comparison with another run."""
     if stage == "fields":
         return {"files": files(folder, "data", "fields"), "result": result(folder, stage)}
-    if stage == "tokens":
-        return {"files": files(folder, "tokens"), "result": result(folder, stage)}
+    if stage in ("counts", "tokens", "score"):
+        return {"files": files(folder, stage), "result": result(folder, stage)}
     left = {"state": states(folder, stage), "metrics": metrics(folder, stage), "result": result(folder, stage)}
     return left | ({"files": files(folder, "joint/tokenizer")} if stage == "joint" else {})

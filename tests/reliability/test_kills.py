@@ -11,7 +11,7 @@ import pytest
 from run_folders import STAGES, checkpoint_steps, copy_run, finish, outcome, start
 
 # Kills per stage; with those below at least 20 in all.
-KILLS = {"fields": 4, "item": 5, "tokens": 3, "user": 5, "joint": 5}
+KILLS = {"fields": 4, "counts": 2, "item": 5, "tokens": 3, "user": 5, "joint": 5, "score": 2}
 SEED = 5
 
 
@@ -24,7 +24,7 @@ def killed(process: subprocess.Popen, folder: Path, stage: str, moment: random.R
     begun = folder / stage / "started.json"
     while not begun.exists() and process.poll() is None:
         time.sleep(0.005)
-    if stage in ("fields", "tokens") or moment.random() < 0.2:
+    if stage in ("fields", "counts", "tokens", "score") or moment.random() < 0.2:
         delay = moment.uniform(0, 1.0)
     else:
         done = max(checkpoint_steps(folder, stage), default=0)
