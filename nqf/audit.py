@@ -45,15 +45,14 @@ def main(arguments: list[str]) -> None:
     import tempfile
 
     from nqf.data.load import prepare
-    from nqf.data.unirec import read_samples
+    from nqf.data.unirec import read_samples, test_file
     from nqf.tools.audit import audit
 
     console = terminal()
     samples = []
     if data.format == "unirec":
-        path = Path(data.interactions or "")
-        paths = {path, path.with_name(path.name.replace("_train", "_test"))}
-        samples = [sample for path in sorted(paths) if path.is_file() for sample in read_samples(path)]
+        train = Path(data.interactions or "")
+        samples = [sample for path in sorted({train, test_file(train)}) for sample in read_samples(path)]
     with tempfile.TemporaryDirectory() as folder:
         # With the fields that are known only after the fact: they are judged, whether they are used or not.
         dataset = prepare(dataclasses.replace(data, use_after_the_fact=True), Path(folder) / "data")

@@ -81,9 +81,9 @@ class ExportArguments:
     Attributes:
       run: Run folder.
       format: `peft`: the adapter of a pretrained backbone. `huggingface`: the whole backbone, adapters merged in
-        float32, for transformers and sentence-transformers. `index`: item vectors and ids, for a nearest-neighbor
-        index by inner product, without what co-occurrence adds to the score. `parquet`: item vectors and the users'
-        vectors as tables. `vllm`: all that recommends without nqf: the adapter or the backbone, item tables, Q-Formers,
+        float32, for transformers and sentence-transformers. `index`: vectors and ids, for a nearest-neighbor index by
+        inner product, and what co-occurrence adds as sparse matrices. `parquet`: item vectors and the users' vectors
+        as tables. `vllm`: all that recommends without nqf: the adapter or the backbone, item tables, Q-Formers,
         projections and head, a builder of prompts in numpy, and golden files. `stablehlo`: both towers as programs
         that jax.export reads without nqf (`nqf.serving.stablehlo`).
       output: Folder to make.
@@ -307,21 +307,24 @@ def _export_scores(recommender: Recommender, folder: Path) -> None:
     users, vectors, histories = recommender.user_side()
     np.save(folder / "users.npy", vectors)
     (folder / "user_ids.json").write_text(json.dumps(users), encoding="utf-8")
-    kept, score = np.flatnonzero(recommender.available), recommender.score
-    items, pairs = len(recommender.available), recommender.pairs
-    newest = [history[::-1][: score.counting.newest] for history in histories]
-    rows = np.repeat(np.arange(len(users)), [len(history) for history in newest])
-    weights = np.concatenate([np.zeros(0, np.float32), *(score.counting.weights[: len(history)] for history in newest)])
-    columns = np.concatenate([np.zeros(0, np.int64), *newest])
-    shape = len(users), items
-    newest = scipy.sparse.csr_matrix((weights, (rows, columns)), shape=shape)
-    rows = np.repeat(np.arange(len(users)), [len(history) for history in histories])
-    past = np.concatenate([np.zeros(0, np.int64), *histories])
-    seen = scipy.sparse.csr_matrix((np.ones(len(past), bool), (rows, past)), shape=shape)
+    kept, counting = np.flatnonzero(recommender.available), recommender.score.counting
+
+    def matrix(rows: list[np.ndarray], values: list[np.ndarray], dtype: type) -> scipy.sparse.csr_matrix:
+        ends = np.cumsum([0, *map(len, rows)])
+        entries = np.concatenate([np.zeros(0, dtype), *values]), np.concatenate([np.zeros(0, np.int64), *rows]), ends
+        return scipy.sparse.csr_matrix(entries, shape=(len(users), len(recommender.available)))
+
+    newest = [history[::-1][: counting.newest] for history in histories]
+    past = [np.unique(history) for history in histories]
     if recommender.repeats:
-        seen = scipy.sparse.csr_matrix(shape, dtype=bool)
-    for name, matrix in (("newest", newest), ("pairs", pairs[:, kept]), ("seen", seen[:, kept])):
-        scipy.sparse.save_npz(folder / f"{name}.npz", matrix)
+        past = [np.zeros(0, np.int64)] * len(users)
+    matrices = {
+        "newest": matrix(newest, [counting.weights[: len(history)] for history in newest], np.float32),
+        "pairs": recommender.pairs[:, kept],
+        "seen": matrix(past, [np.ones(len(history), bool) for history in past], bool)[:, kept],
+    }
+    for name, entries in matrices.items():
+        scipy.sparse.save_npz(folder / f"{name}.npz", entries)
     (folder / "README.md").write_text(_INDEX, encoding="utf-8")
 
 

@@ -41,12 +41,7 @@ def qwen3_folder(folder: Path, genuine: bool = False, **sizes: Any) -> Path:
             **sizes,
         }
     )
-    model = transformers.Qwen3Model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spread = 0.03 if parameter.shape[0] == config.vocab_size else 0.2
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, spread)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    save_random(config, folder)
     # As the published embedding models have them: the last token's vector, of unit norm.
     (folder / "1_Pooling").mkdir(exist_ok=True)
     pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_lasttoken": True, "include_prompt": True}
@@ -63,6 +58,22 @@ def qwen3_folder(folder: Path, genuine: bool = False, **sizes: Any) -> Path:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     (folder / "modules.json").write_text(json.dumps(modules))
     return folder
+
+
+def save_random(config: transformers.Qwen3Config, folder: Path) -> None:
+    """Random weights: embeddings as small as the published ones, projections that mix tokens although it is small."""
+    model = transformers.Qwen3Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.03 if parameter.shape[0] == config.vocab_size else 0.2
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, spread)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def model_options(base: Path, clip: Path) -> list[str]:
+    """Options that put models of these folders in place of the published ones."""
+    keys = {"fields.text-encoder": base, "fields.image-encoder": clip, "joint.backbone.path": base}
+    return [word for key, path in keys.items() for word in (f"--{key}", str(path))]
 
 
 def clip_folder(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from flax import struct
 
 from nqf.config import CandidatesConfig, PromptConfig, UserConfig
 from nqf.models.qwen3 import Qwen3, Qwen3Config
-from nqf.models.user_qformer import Interactions, UserQFormer
+from nqf.models.user_qformer import InteractionFeatures, UserQFormer
 from nqf.ops.losses import unit
 from nqf.ops.pins import over_all, over_batch, take_rows
 from nqf.pipelines.batches import Array, History, ItemTables
@@ -277,7 +277,7 @@ class RankModel(nn.Module):
         if reader.reads_items:
             self.candidate = nn.Dense(self.tower_config.width)
         if reader.prompt.interactions:
-            self.interactions = Interactions(
+            self.interactions = InteractionFeatures(
                 width=width, ratings=user.ratings, times=user.times, reviews=user.reviews, dtype=self.dtype
             )
 

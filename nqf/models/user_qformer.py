@@ -90,7 +90,7 @@ def interaction_features(
     return cast(jax.Array, sum(parts)) if parts else None
 
 
-class Interactions(nn.Module):
+class InteractionFeatures(nn.Module):
     """`interaction_features` as a module of its own; zero where nothing is read."""
 
     width: int

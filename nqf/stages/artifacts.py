@@ -17,6 +17,7 @@ from nqf import __version__, files
 from nqf.config import Config, to_tree
 from nqf.data.recbole import benchmark_files
 from nqf.data.schema import load_schema
+from nqf.data.unirec import test_file
 from nqf.stages.records import RECORD, StageError, check_files, fingerprint, read_artifact, read_record
 from nqf.stages.stage import Stage
 from nqf.training.checkpoint import restore_params
@@ -53,11 +54,11 @@ def _source_files(name: str | None) -> list[Path]:
 
 def _test_samples(config: Config) -> str | None:
     """SHA-256 of UniRec's test samples, which the reader takes from beside the training samples."""
-    path = Path(config.data.interactions or "")
-    path = path.with_name(path.name.replace("_train", "_test")) if "_train" in path.name else path
-    if config.data.format != "unirec" or str(path) == config.data.interactions or not path.is_file():
+    if config.data.format != "unirec" or not config.data.interactions:
         return None
-    return files.sha256(path)
+    train = Path(config.data.interactions)
+    test = test_file(train)
+    return None if test == train else files.sha256(test)
 
 
 def pictures_digest(run: Path) -> str | None:

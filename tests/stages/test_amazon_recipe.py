@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import unirec_files  # noqa: E402
-from published import TOKENIZER, clip_folder, qwen3_folder  # noqa: E402
+from published import TOKENIZER, clip_folder, model_options, qwen3_folder  # noqa: E402
 
 from nqf import train  # noqa: E402
 from nqf.serving.recommender import Recommender  # noqa: E402
@@ -54,16 +54,8 @@ def test_from_files_to_recommendations(tmp_path: Path, monkeypatch: pytest.Monke
         with gzip.open(downloads / f"{name}.jsonl.gz", "wt") as file:
             file.writelines(f"{json.dumps(row)}\n" for row in rows)
     base, clip = qwen3_folder(tmp_path / "base", bool(TOKENIZER)), clip_folder(tmp_path / "clip")
-    models = [
-        "--fields.text-encoder",
-        str(base),
-        "--fields.image-encoder",
-        str(clip),
-        "--joint.backbone.path",
-        str(base),
-    ]
     monkeypatch.chdir(tmp_path)
-    train.main(["--config", "amazon-2023-qwen3", "--run", "run", *models, *SMALL])
+    train.main(["--config", "amazon-2023-qwen3", "--run", "run", *model_options(base, clip), *SMALL])
     run = open_run(tmp_path / "run")
     assert run.cache.modalities["main_image"] == "image" and run.cache.reviews is not None
     assert len(run.dataset.split.test.users) and (run.folder / "eval" / "results.json").is_file()

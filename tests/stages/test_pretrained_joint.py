@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 import transformers  # noqa: E402
+from published import save_random  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from test_export_vllm import IN_VLLM, check, serve  # noqa: E402
 
@@ -60,13 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=32,
         tie_word_embeddings=True,
     )
-    model = transformers.Qwen3Model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Embeddings as small as the published ones; projections that mix tokens although the model is small.
-            spread = 0.03 if parameter.shape[0] == config.vocab_size else 0.2
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, spread)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    save_random(config, folder)
     train_byte_bpe(["a lamp for the deep sea", "the old garden chair"] * 3, 300).save(folder)
     return folder
 

@@ -14,7 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import unirec_files  # noqa: E402
-from published import TOKENIZER, clip_folder, qwen3_folder  # noqa: E402
+from published import TOKENIZER, clip_folder, model_options, qwen3_folder  # noqa: E402
 
 from nqf import embed, evaluate, train  # noqa: E402
 from nqf.data.errors import DataError  # noqa: E402
@@ -42,15 +42,7 @@ def trained(folder: Path, genuine: bool, samples: Any, patch: pytest.MonkeyPatch
     items = data / "dict" / "All_Beauty_item_triplet_dict.json"
     embeddings = data / "embeddings" / "all_beauty_item_embedding_qwen3_0.6B.json"
     embed.main(["--model", str(base), "--input", str(items), "--output", str(embeddings)])
-    models = [
-        "--fields.text-encoder",
-        str(base),
-        "--fields.image-encoder",
-        str(clip),
-        "--joint.backbone.path",
-        str(base),
-    ]
-    train.main(["--config", "unirec", "--run", "run", *models, *SMALL])
+    train.main(["--config", "unirec", "--run", "run", *model_options(base, clip), *SMALL])
     return open_run(folder / "run"), data
 
 
