@@ -83,9 +83,9 @@ class ExportArguments:
       format: `peft`: the adapter of a pretrained backbone. `huggingface`: the whole backbone, adapters merged in
         float32, for transformers and sentence-transformers. `index`: vectors and ids, for a nearest-neighbor index by
         inner product, and what co-occurrence adds as sparse matrices. `parquet`: item vectors and the users' vectors
-        as tables. `vllm`: all that recommends without nqf: the adapter or the backbone, item tables, Q-Formers,
-        projections and head, a builder of prompts in numpy, and golden files. `stablehlo`: both towers as programs
-        that jax.export reads without nqf (`nqf.serving.stablehlo`).
+        as tables, without what co-occurrence adds. `vllm`: all that recommends without nqf: the adapter or the
+        backbone, item tables, Q-Formers, projections and head, a builder of prompts in numpy, and golden files.
+        `stablehlo`: both towers as programs that jax.export reads without nqf (`nqf.serving.stablehlo`).
       output: Folder to make.
       debug: Show the traceback of an error.
     """
@@ -266,7 +266,8 @@ def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder
     `user_ids.json`, `newest.npz` (scipy's sparse format, float32 [users, items], what a user's newest items weigh),
     `pairs.npz` (float32 [items of histories, items], what each of them adds), `seen.npz` (bool [users, items], what is
     left out), `index.json` (what they are) and `README.md` with a reader.
-    `parquet`: `items.parquet` (item_id, vector) and `users.parquet` (user_id, vector: of each user's whole history).
+    `parquet`: `items.parquet` (item_id, vector) and `users.parquet` (user_id, vector: of each user's whole history),
+      without what counts add to the score.
     """
     import polars as pl
 

@@ -4,6 +4,7 @@ Adapters of a pretrained backbone: tests/training/test_pretrained_joint.py.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import subprocess
@@ -40,10 +41,16 @@ def test_index_ranks_as_the_recommender(tiny_run: Path, recommender: Recommender
     assert (
         vectors.dtype == np.float32 and vectors.shape == (about["items"], about["width"]) and len(ids) == len(vectors)
     )
-    history = ids[3:6]
-    order = np.argsort(-(recommender.encode_users([history]) @ vectors.T)[0])
-    best = [ids[row] for row in order if ids[row] not in history][:5]
-    assert best == recommender.recommend(history=history, k=5)["item_id"].to_list()
+    np.testing.assert_array_equal(vectors, recommender.item_vectors)
+    assert ids == recommender.item_ids
+    # The program of its page, for the first user: vectors and counts, without what the user has.
+    program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(program, {})
+    user = recommender.user_ids[0]
+    expected = recommender.recommend(user=user, k=10)["item_id"].to_list()
+    assert printed.getvalue() == f"{user} {expected}\n"
 
 
 def test_index_leaves_removed_items_out(
@@ -64,7 +71,9 @@ def test_parquet_holds_items_and_users(tiny_run: Path, recommender: Recommender,
     items, users = (pl.read_parquet(folder / f"{name}.parquet") for name in ("items", "users"))
     assert items["item_id"].to_list() == recommender.item_ids and items.schema["vector"].inner == pl.Float32
     np.testing.assert_allclose(items["vector"].to_numpy(), recommender.item_vectors, atol=1e-6)
-    # What a known user is recommended follows from the two tables.
+    # What a known user is recommended follows from the two tables, where counts add nothing.
+    recommender = Recommender.load(tiny_run)
+    recommender.score = dataclasses.replace(recommender.score, cooccurrence=0.0)
     scores = users["vector"].to_numpy()[7] @ items["vector"].to_numpy().T
     frame = recommender.recommend(user=users["user_id"][7], k=5, repeats=True)
     assert [recommender.item_ids[row] for row in np.argsort(-scores)[:5]] == frame["item_id"].to_list()
