@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,6 +24,7 @@ from rich.console import Console
 from nqf import files
 from nqf.config import EvaluationConfig
 from nqf.data.interactions import Interactions
+from nqf.data.parquet import checked
 from nqf.data.splits import Cases, Split, pasts, rankable, repeated
 from nqf.evaluation.legacy import LEGACY_WARNING, legacy_ranks
 from nqf.evaluation.metrics import mean_intervals, per_user
@@ -171,10 +173,13 @@ def model_ranks(frame: pl.DataFrame) -> dict[str, np.ndarray]:
 
 
 def write_results(results: Results, folder: Path, into: str = "eval") -> None:
-    """Writes results.json and per_user.parquet into a folder of a run, each whole."""
-    with files.whole(folder / into / "per_user.parquet") as file:
+    """Writes results.json and per_user.parquet into a folder of a run, each whole, and bound to each other."""
+    table, tree = folder / into / "per_user.parquet", results.tree()
+    with files.whole(table) as file:
         results.frame.write_parquet(file)
-    files.write_text(folder / into / "results.json", json.dumps(results.tree(), indent=1) + "\n")
+    files.write_text(
+        folder / into / "results.json", json.dumps(tree | {"digest": _digest(tree, table)}, indent=1) + "\n"
+    )
 
 
 def read_results(folder: Path, into: str = "eval") -> Results:
@@ -182,14 +187,26 @@ def read_results(folder: Path, into: str = "eval") -> Results:
 
     Raises:
       FileNotFoundError: The run was never evaluated.
+      ValueError: The files were changed since, or are damaged.
     """
     target = folder / into
-    if not (target / "results.json").is_file():
-        raise FileNotFoundError(f"{target / 'results.json'} does not exist; run python -m nqf.evaluate {folder} first")
-    tree = json.loads((target / "results.json").read_text(encoding="utf-8"))
+    path, table, command = target / "results.json", target / "per_user.parquet", f"run python -m nqf.evaluate {folder}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {command} first")
+    tree = files.read_json(path)
+    # Those of version 0.2 and before have none.
+    digest = tree.pop("digest", None)
+    if not table.is_file() or digest not in (None, _digest(tree, table)):
+        raise ValueError(f"{path} and {table.name} are not what was evaluated; {command} again")
     if "mask_seen" in tree:
         tree |= {"repeats": not tree.pop("mask_seen"), "repeated": None}
-    return Results(frame=pl.read_parquet(target / "per_user.parquet", glob=False), **tree)
+    return Results(frame=pl.read_parquet(checked(table), glob=False), **tree)
+
+
+def _digest(tree: dict[str, Any], table: Path) -> str:
+    """SHA-256 of both files of an evaluation."""
+    content = json.dumps(tree, sort_keys=True) + files.sha256(table)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def print_results(results: Results, console: Console, *, k: int | None = None) -> None:

@@ -45,7 +45,7 @@ class Tokenizer:
         Raises:
           ValueError: No end token, or one that the vocabulary does not have.
         """
-        self._backend, self._settings = backend, settings
+        self._backend, self._settings, self._where = backend, settings, where
         self._backend.no_padding()
         self._backend.no_truncation()
         self.rows = rows or len(self)
@@ -77,13 +77,13 @@ class Tokenizer:
           add_eos: Whether the end token follows, exactly once.
 
         Raises:
-          ValueError: `max_length` leaves no room for the end token.
+          ValueError: `max_length` leaves no room for the end token, or the tokenizer cannot read a text.
         """
         if max_length is not None and max_length < add_eos:
             raise ValueError(f"max_length {max_length} leaves no room for 1 special token, the end token")
         end = [self.eos_id] if add_eos else []
         stop = None if max_length is None else max_length - len(end)
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = _encoded(self._backend, texts, self._where, add_special_tokens=False)
         return [encoding.ids[:stop] + end for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -142,14 +142,20 @@ class Tokenizer:
 
 
 @contextlib.contextmanager
-def _readable(where: Path) -> Iterator[None]:
+def _readable(where: str | Path, what: str = "not readable as a tokenizer") -> Iterator[None]:
     try:
         yield
     except BaseException as error:
         # A damaged file may raise anything; where `tokenizers` panics, it is no `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{where}: not readable as a tokenizer ({error!s:.500})") from error
+        raise ValueError(f"{where}: {what} ({error!s:.500})") from error
+
+
+def _encoded(backend: Any, texts: Sequence[str], where: str | Path, **options: Any) -> list[Any]:
+    # A pattern of tokenizer.json that goes back and forth too often over a text ends in a panic there.
+    with _readable(where, "its tokenizer cannot read a text"):
+        return backend.encode_batch_fast(list(texts), **options)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -222,7 +228,8 @@ def text_encoder(tokenizer: Any, max_length: int, *, where: Path) -> Callable[[S
     """Texts to token ids as `tokenizer(texts, truncation=True, max_length=max_length)` gives them, but faster.
 
     Raises:
-      ValueError: `max_length` leaves no room for a text between the special tokens.
+      ValueError: `max_length` leaves no room for a text between the special tokens; from what is returned, the
+        tokenizer cannot read a text.
     """
     backend = tokenizer.backend_tokenizer
     special = backend.num_special_tokens_to_add(is_pair=False)
@@ -231,7 +238,7 @@ def text_encoder(tokenizer: Any, max_length: int, *, where: Path) -> Callable[[S
     backend.no_padding()
     backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
+    return lambda texts: [encoding.ids for encoding in _encoded(backend, texts, where)]
 
 
 def train_byte_bpe(

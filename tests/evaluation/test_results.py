@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from hand_made import random_interactions
 from rich.console import Console
@@ -92,6 +93,29 @@ def test_written_results_read_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["per_user.parquet", "results.json"]
     with pytest.raises(FileNotFoundError, match=r"python -m nqf\.evaluate"):
         read_results(tmp_path / "absent")
+    # Of version 0.2, which did not bind its files to each other.
+    path = tmp_path / "eval" / "results.json"
+    tree.pop("digest")
+    path.write_text(json.dumps(tree))
+    assert read_results(tmp_path).tree() == results.tree()
+
+
+def test_changed_results_are_refused(tmp_path: Path) -> None:
+    results = run()
+    table, path = (tmp_path / "eval" / name for name in ("per_user.parquet", "results.json"))
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match=r"per_user\.parquet are not what was evaluated; run python -m nqf"):
+            read_results(tmp_path)
+
+    write_results(results, tmp_path)
+    results.frame.with_columns(pl.col("rank:popular") + 1).write_parquet(table)
+    refused()
+    table.unlink()
+    refused()
+    write_results(results, tmp_path)
+    path.write_text(path.read_text().replace('"popular": {', '"best": {', 1))
+    refused()
 
 
 @pytest.mark.parametrize("protocol", ["full", "legacy"])

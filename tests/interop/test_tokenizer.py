@@ -7,7 +7,15 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from nqf.interop.tokenizer import END_TOKEN, SPARE_TOKENS, Tokenizer, load_tokenizer, train_byte_bpe
+from nqf.interop.tokenizer import (
+    END_TOKEN,
+    SPARE_TOKENS,
+    Tokenizer,
+    load_text_tokenizer,
+    load_tokenizer,
+    text_encoder,
+    train_byte_bpe,
+)
 
 TEXTS = ["The deep sea lamp", "deep deep sea", "a lamp for the deep sea, it's 1234", "Größe 日本\n\n  two  spaces"]
 
@@ -125,3 +133,18 @@ def test_agrees_with_transformers(folder: Path, model_type: str | None) -> None:
     cut = theirs(texts, truncation=True, max_length=4)["input_ids"]
     assert cut == ours.encode(texts, max_length=4, add_eos=True)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
+
+
+def test_a_pattern_without_end_is_refused(folder: Path) -> None:
+    """A Split pattern that goes back and forth panics in `tokenizers`, which is no `Exception`."""
+    path = folder / "tokenizer.json"
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": pattern}))
+    text = "a" * 60 + "b"
+    with pytest.raises(ValueError, match=r"its tokenizer cannot read a text .*retry-limit") as raised:
+        load_tokenizer(folder).encode([text])
+    assert str(raised.value).startswith(str(folder))
+    pytest.importorskip("transformers")
+    encode = text_encoder(load_text_tokenizer(folder, options={}, max_length=99, lower_case=False), 99, where=folder)
+    with pytest.raises(ValueError, match=r"its tokenizer cannot read a text"):
+        encode([text])
