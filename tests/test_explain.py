@@ -12,13 +12,13 @@ import numpy as np
 import polars as pl
 import pytest
 import scipy.sparse
+from faithfulness import faithfulness
 
 from nqf.config import QFormerConfig, load_config
 from nqf.data.synthetic import draw_world, next_topic
 from nqf.models.qformer import QFormer, cross_attention
 from nqf.serving.explain import _standing
 from nqf.serving.recommender import Recommender
-from nqf.tools.faithfulness import faithfulness
 
 TESTS = Path(__file__).parent
 NEW = {
