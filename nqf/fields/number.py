@@ -15,6 +15,7 @@ from nqf.fields.encoder import LightEncoder, Values, rms_scale
 KNOTS = 257
 # A field of non-negative numbers whose upper half spans this many times its lower half is read on a log scale.
 SKEW = 4.0
+_SMALLEST, _LARGEST = 1e-290, 1e150
 
 
 class Scaler:
@@ -39,6 +40,7 @@ class Scaler:
         """Fits on finite float64 values; `log` None decides by the skew of the values."""
         if not len(values):
             values = np.zeros(1)
+        values = _tame(values)
         low, median, high = np.quantile(values, [0.01, 0.5, 0.99])
         if log is None:
             log = bool(values.min() >= 0 and high - median > SKEW * (median - low) and high > 0)
@@ -64,8 +66,10 @@ class Scaler:
     def features(self, values: np.ndarray) -> np.ndarray:
         """Features of finite float64 [n], float32 [n, width], of root-mean-square norm 1 over the fitted values."""
         state = self.state
-        t = _signed_log(values) if state["log"] else values
-        scaled = _signed_log((t - state["center"]) / state["spread"])
+        t = _signed_log(_tame(values)) if state["log"] else _tame(values)
+        with np.errstate(over="ignore"):
+            standard = np.nan_to_num((t - state["center"]) / state["spread"])
+        scaled = _signed_log(standard)
         position = 2 * np.interp(t, state["knots"], state["positions"]) - 1
         octaves = np.arange(self.frequencies)
         angles = np.pi / 2 * 2.0**octaves * position[:, None]
@@ -104,3 +108,8 @@ class NumberEncoder(LightEncoder):
 
 def _signed_log(x: np.ndarray) -> np.ndarray:
     return np.sign(x) * np.log1p(np.abs(x))
+
+
+def _tame(x: np.ndarray) -> np.ndarray:
+    # So that neither squares overflow nor the inverse of a difference.
+    return np.where(np.abs(x) < _SMALLEST, 0.0, np.clip(x, -_LARGEST, _LARGEST))

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 from field_frames import DTYPES, FIELDS, random_frame
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import sparse
@@ -96,11 +96,13 @@ def test_magnitude_survives():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sample=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40),
+    sample=st.lists(st.floats(-1e6, 1e6) | st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
     log=st.sampled_from([None, True, False]),
     low=st.floats(-1e9, 1e9),
     step=st.floats(1e-3, 1e9),
 )
+@example(sample=[0.0, 2.2250738585e-313], log=None, low=0.0, step=1.0)
+@example(sample=[-1.7e308, 1.7e308], log=False, low=0.0, step=1.0)
 def test_numbers_are_finite_and_their_first_component_never_falls(sample, log, low, step):
     encoder = NumberEncoder.fit(
         lambda: iter([pl.Series(sample, dtype=pl.Float64)]),
