@@ -5,19 +5,21 @@
 `--planted` first makes a catalogue in which what comes next follows from the rating, the review or the time of the last
 interaction (a third of the interactions each, and from nothing else), and trains it in three ways in that folder: user
 tokens in the prompt alone, the interactions on the prompt's item tokens alone, and neither, which must not move at all.
-Writes docs/inputs.md.
+Writes docs/inputs.md with the rows of this call alone, and fails where a planted effect does not show.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,15 +27,16 @@ PAGE = ROOT / "docs" / "inputs.md"
 HEAD = """\
 # What times, ratings and reviews are worth
 
-Written by `python benchmarks/inputs.py`; do not edit. NDCG@10 of the validation cases with everything that is known
-of their histories, and the difference when times, ratings or reviews are hidden from these histories, with 95 %
-intervals over users; nothing is trained again, so it is what the trained model makes of them.
+Written by `python benchmarks/inputs.py`, which says how; do not edit. NDCG@10 of the validation cases with everything
+that is known of their histories, and the difference when times, ratings or reviews are hidden from these histories,
+with 95 % intervals over users; nothing is trained again, so it is what the trained model makes of them.
 
 """
 PLANTED = """\
 In the *planted* catalogue what comes next follows from the rating, the review or the time of the last interaction, a
 third each, and from nothing else: *user tokens* reads them in the User Q-Former alone, *item tokens* on the prompt's
-item tokens alone (`joint.prompt.interactions`), and *neither* in neither, where nothing may move.
+item tokens alone (`joint.prompt.interactions`), and *neither* in neither, where nothing may move. The user stage is the
+same for all three.
 
 """
 TOPICS, PER_TOPIC, USERS, EVENTS = 8, 12, 1_000, 10
@@ -132,7 +135,7 @@ def hidden(features: Any, name: str) -> Any:
     return dataclasses.replace(features, reviews=reviews)
 
 
-def worth(folder: Path, name: str) -> list[dict[str, Any]]:
+def worth(folder: Path, name: str, stages: tuple[str, ...]) -> list[dict[str, Any]]:
     """NDCG@10 on the validation cases with everything, and what is lost without each input, with 95 % intervals."""
     from nqf.data.interactions import MISSING_TIME
     from nqf.data.splits import pasts, rankable
@@ -156,7 +159,7 @@ def worth(folder: Path, name: str) -> list[dict[str, Any]]:
     }
     rows = []
     for stage, load in (("user", load_users), ("joint", load_joint)):
-        if not (folder / stage / "stage.json").is_file():
+        if stage not in stages or not (folder / stage / "stage.json").is_file():
             continue
         trained = load(run)
         items = trained.ranker.item_vectors(trained.variables)
@@ -191,19 +194,34 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def check_planted(rows: list[dict[str, Any]]) -> None:
+    """What is planted has to show where it is read, and nothing may move where it is not."""
+    for row in rows:
+        parts = [row[part] for part in ("times", "ratings", "reviews") if row["run"] in WAYS]
+        if row["run"] == "planted, neither":
+            assert all(figure == 0 for part in parts for figure in part), f"moves: {row}"
+        else:
+            assert all(low > 0 for _, low, _ in parts), f"does not move: {row}"
+
+
 def main() -> None:
     """Hides, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--planted", type=Path)
     options = parser.parse_args()
-    named = [(run, "") for run in options.runs]
+    named = [(run, "", ("user", "joint")) for run in options.runs]
     if options.planted:
-        named = [*zip(train_planted(options.planted), WAYS, strict=True), *named]
-    rows: list[dict[str, Any]] = []
-    for run, name in named:
-        rows += worth(run, name)
-        PAGE.write_text(HEAD + (PLANTED if options.planted else "") + table(rows), encoding="utf-8")
+        runs = train_planted(options.planted)
+        stages = [("user", "joint"), ("joint",), ("joint",)]
+        named = [*zip(runs, WAYS, stages, strict=True), *named]
+    rows = [row for run, name, stages in named for row in worth(run, name, stages)]
+    command = " ".join([*(["--planted FOLDER"] if options.planted else []), *(["RUN"] * len(options.runs))])
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    made = f"`python benchmarks/inputs.py {command}`: seed 0 of the planted catalogue and of the intervals, each run's "
+    made += f"own of its training; {machine('cpu')}, {date}."
+    PAGE.write_text(f"{HEAD}{PLANTED if options.planted else ''}{table(rows)}\n{made}\n", encoding="utf-8")
+    check_planted(rows)
 
 
 if __name__ == "__main__":

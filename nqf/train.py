@@ -36,7 +36,7 @@ class TrainArguments(Config):
     run: Path | None = None
     restart: bool = False
     plan: bool = False
-    device: Literal["", "v5e-8", "v6e-8", "v5p-8", "h200", "8xh200"] = ""
+    device: Literal["", "v5e-8", "v6e-8", "v5p-8", "l4", "rtx4090", "h200", "8xh200"] = ""
     memory_gib: Weight = 0.0
     profile: CountOrNone = 0
     debug: bool = False

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import load_file
 
 from nqf import export, items, train
@@ -120,10 +119,7 @@ def test_whole_backbone(tiny_run: Path, folder: Path) -> None:
 def test_cooccurrence_and_removed_items(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    path = run / "config.yaml"
-    tree = yaml.safe_load(path.read_text())
-    tree["evaluation"]["cooccurrence_weight"] = 3.0
-    path.write_text(yaml.safe_dump(tree))
+    train.main(["--run", str(run), "--stage", "score", "--evaluation.cooccurrence-weight", "3.0"])
     history = Recommender.load(run).item_ids[3:6]
     plain, raised = (Recommender.load(of).recommend(history=history)["score"].to_list() for of in (tiny_run, run))
     assert plain != raised
@@ -148,7 +144,8 @@ def test_another_prompt(tiny_run: Path, tmp_path: Path) -> None:
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     flags = ["--joint.prompt.no-user-tokens", "--joint.prompt.interactions"]
-    train.main(["--run", str(run), "--stage", "joint", *arguments, *flags])
+    for stage in ("joint", "score"):
+        train.main(["--run", str(run), "--stage", stage, *arguments, *flags])
     check(run, exported(run, tmp_path / "vllm"))
 
 
@@ -188,7 +185,8 @@ def test_whole_backbone_in_vllm(tiny_run: Path, tmp_path: Path) -> None:
     """The program of the README, in vLLM, whose kernels want heads as wide as published ones."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    train.main(["--run", str(run), "--stage", "joint", "--joint.backbone.head-dim", "32"])
+    for stage in ("joint", "score"):
+        train.main(["--run", str(run), "--stage", stage, "--joint.backbone.head-dim", "32"])
     serve(exported(run, tmp_path / "vllm"))
 
 

@@ -205,16 +205,12 @@ def print_plans(run: Run, stages: tuple[str, ...], memory: int, console: Console
       StageError: A step does not fit into a device's memory.
     """
     files = [file for file in (run.folder / "fields").rglob("*") if file.is_file()]
-    target, mesh, words = TARGETS.get(device), None, "per device"
+    target, words = TARGETS.get(device), "per device"
+    run, mesh, why = elsewhere(run, device)
     if target is not None:
-        mesh, why = mesh_of(target, run.config.training.mesh)
         words = f"for {target.count} x {target.kind}, " + (
             f"estimated from a program for {target.count} simulated CPUs ({why}), per device" if why else "per device"
         )
-        training = dataclasses.replace(
-            run.config.training, dtype="bfloat16" if run.config.training.dtype == "auto" else run.config.training.dtype
-        )
-        run = dataclasses.replace(run, config=dataclasses.replace(run.config, training=training))
     memory = memory or (device_memory() if target is None else target.memory)
     plans = [_fitting(run, stage, mesh) for stage in stages if stage_of(stage).program is not None]
     # A column per stage and not a row: eleven columns are cut off on a terminal of 80.
@@ -244,6 +240,22 @@ def print_plans(run: Run, stages: tuple[str, ...], memory: int, console: Console
         f"field cache {_size(sum(file.stat().st_size for file in files))}, item tokens {_size(tokens)} on disk; "
         "the interpreter, its libraries and the host's data come on top of the peak"
     )
+
+
+def elsewhere(run: Run, device: str) -> tuple[Run, Mesh | None, str]:
+    """A run as other devices would train it, a mesh of them, and why it is one of simulated CPUs, if it is.
+
+    Args:
+      run: A run.
+      device: A name in `TARGETS`, or empty for the devices that are here, for which there is no mesh.
+    """
+    if not device:
+        return run, None, ""
+    mesh, why = mesh_of(TARGETS[device], run.config.training.mesh)
+    # What `auto` is there, and not here.
+    dtype = "bfloat16" if run.config.training.dtype == "auto" else run.config.training.dtype
+    training = dataclasses.replace(run.config.training, dtype=dtype)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, training=training)), mesh, why
 
 
 def _fitting(run: Run, stage: str, mesh: Mesh | None) -> Plan:

@@ -43,12 +43,16 @@ def _tpu(kind: str, topology: str, count: int, gib: float, flops: float, bandwid
 
 
 # Of "System architecture" in Google Cloud's documentation of v5e, v6e and v5p (a v5p-8 is four chips of two cores; the
-# links are half of the interconnect's bandwidth in both directions), and of NVIDIA's data sheet of the H200 SXM. The
-# compiler keeps .25 GiB of a TPU's memory for itself.
+# links are half of the interconnect's bandwidth in both directions), of NVIDIA's data sheets of the H200 SXM and the L4
+# (which gives its products with sparsity: twice these), and of the RTX 4090 in NVIDIA's white paper on the Ada
+# architecture, version 2.01; the links of the last two are PCIe 4.0 x16. The compiler keeps .25 GiB of a TPU's memory
+# for itself.
 TARGETS = {
     "v5e-8": _tpu("v5e", "v5e:2x4", 8, 15.75, 197e12, 819e9, 100e9),
     "v6e-8": _tpu("v6e", "v6e:2x4", 8, 31.25, 918e12, 1_640e9, 224e9),
     "v5p-8": _tpu("v5p", "v5p:2x2x1", 4, 94.75, 459e12, 2_765e9, 300e9),
+    "l4": Target(kind="L4", count=1, memory=int(24e9), flops=121e12, bandwidth=300e9, link=32e9),
+    "rtx4090": Target(kind="RTX 4090", count=1, memory=int(24e9), flops=165.2e12, bandwidth=1_008e9, link=32e9),
     "h200": Target(kind="H200", count=1, memory=int(141e9), flops=989e12, bandwidth=4_800e9, link=450e9),
     "8xh200": Target(kind="H200", count=8, memory=int(141e9), flops=989e12, bandwidth=4_800e9, link=450e9),
 }

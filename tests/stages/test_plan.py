@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from nqf.config import ConfigError
 from nqf.stages.plan import Plan, program_of
 from nqf.stages.records import StageError
 from nqf.stages.run import open_run
-from nqf.training.devices import Target
+from nqf.training.devices import TARGETS, Target
 
 PLAN = Plan(
     stage="item",
@@ -45,6 +46,10 @@ def test_a_step_takes_as_long_as_what_it_has_least_of() -> None:
     assert PLAN.seconds(target) == (3.0, "traffic")
     assert PLAN.seconds(dataclasses.replace(target, link=1e12)) == (2.0, "memory")
     assert PLAN.seconds(dataclasses.replace(target, link=1e12, bandwidth=1e9)) == (1.0, "products")
+
+
+def test_every_target_can_be_asked_for() -> None:
+    assert set(typing.get_args(typing.get_type_hints(train.TrainArguments)["device"])) == {"", *TARGETS}
 
 
 def test_devices_that_are_not_here_are_planned_for_and_not_trained_on() -> None:

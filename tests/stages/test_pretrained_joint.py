@@ -83,7 +83,8 @@ def train_on(base: Path, tiny_run: Path, run: Path, **options: Any) -> dict[str,
     arguments = [part for name, value in options.items() for part in (f"--{name}", *str(value).split())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "fit", watched)
-        train.main(["--run", str(run), "--stage", "joint", *arguments])
+        for stage in ("joint", "score"):
+            train.main(["--run", str(run), "--stage", stage, *arguments])
     return bits
 
 
