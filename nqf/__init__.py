@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from nqf.interop.huggingface import load_qwen3
     from nqf.serving.recommender import Recommender
     from nqf.tools.fit import fit
+    from nqf.tools.report.cards import cards
 
 __version__ = "0.2.0"
 
 _LAZY = {
     "Recommender": ("nqf.serving.recommender", "Recommender"),
+    "cards": ("nqf.tools.report.cards", "cards"),
     "fit": ("nqf.tools.fit", "fit"),
     "load_qwen3": ("nqf.interop.huggingface", "load_qwen3"),
 }
 
-__all__ = ["Recommender", "fit", "interop", "load_qwen3"]
+__all__ = ["Recommender", "cards", "fit", "interop", "load_qwen3"]
 
 
 def __getattr__(name: str) -> Any:

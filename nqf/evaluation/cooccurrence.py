@@ -8,6 +8,7 @@ validation cases (`nqf.evaluation.choice`). Letters: B histories, H newest items
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -89,7 +90,41 @@ class Cooccurrence:
         found = scipy.sparse.csr_matrix(weights, shape=(len(newest_BxH), items))
         if self.counts_as is None:
             return found @ self.pairs
-        return found @ self.counts_as @ self.pairs @ self.counts_as.T
+        return found @ self.counts_as @ self.pairs @ self._counted_for
+
+    @functools.cached_property
+    def _counted_for(self) -> scipy.sparse.csr_matrix:
+        # Kept, as every product would turn it again, which takes as long as the catalogue is large.
+        assert self.counts_as is not None
+        return self.counts_as.T.tocsr()
+
+    def raises(self, history_H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The row of `scores` of one history, but for rounding, without what a product of sparse matrices costs.
+
+        Args:
+          history_H: int, item rows, oldest first.
+
+        Returns:
+          Items whose score is not zero, ascending, and the scores, float32.
+        """
+        weights: dict[int, np.float32] = {}
+        for item, weight in zip(history_H[::-1].tolist(), self.how.weights, strict=False):
+            for counted, share in self._counts_of(item):
+                weights[counted] = weights.get(counted, np.float32(0)) + weight * share
+        total, starts = np.zeros(cast(tuple[int, int], self.pairs.shape)[1], np.float32), self.pairs.indptr
+        for item, weight in weights.items():
+            span = slice(starts[item], starts[item + 1])
+            total[self.pairs.indices[span]] += weight * self.pairs.data[span]
+        total = total if self.counts_as is None else self.counts_as @ total
+        found = np.flatnonzero(total)
+        return found, total[found]
+
+    def _counts_of(self, item: int) -> list[tuple[int, np.float32]]:
+        """Whose counts an item has, and the share of each."""
+        if self.counts_as is None:
+            return [(item, np.float32(1))]
+        span = slice(self.counts_as.indptr[item], self.counts_as.indptr[item + 1])
+        return list(zip(self.counts_as.indices[span].tolist(), self.counts_as.data[span], strict=True))
 
     def all_pairs(self) -> scipy.sparse.csr_matrix:
         """The pairs of all N items, float32 [N, N], sparse: larger than both of its parts."""

@@ -251,34 +251,53 @@ def raise_some(
     if raised_NxI.data.size and raised_NxI.data.min() < 0:
         raise ValueError("scores can only be raised: a weight below zero would need all items' scores")
     scores_NxK, rows_NxK = (array.copy() for array in best)
-    k, marked = rows_NxK.shape[1], np.zeros(len(item_vectors_IxD), bool)
     for user, (left_out, start, stop) in enumerate(zip(seen, raised_NxI.indptr, raised_NxI.indptr[1:], strict=False)):
-        own, more = raised_NxI.indices[start:stop], raised_NxI.data[start:stop]
-        marked[np.asarray(left_out, np.int64)] = True
-        kept = ~marked[own]
-        marked[np.asarray(left_out, np.int64)] = False
-        own, more = own[kept], more[kept]
-        scores, rows = scores_NxK[user], rows_NxK[user]
-        marked[rows[rows >= 0]] = True
-        # Those in the list come first whatever their raise.
-        urgent = np.where(marked[own], np.inf, more)
-        marked[rows[rows >= 0]] = False
-        for most in _most_raised(urgent, k):
-            # What was not among the best was at most the last of them: a raise that cannot make up for how far the list
-            # has risen since is not worth a product. The slack is above what sums in another order differ by.
-            lowest, risen = scores_NxK[user, -1], scores[-1]
-            slack = 1e-5 * (abs(lowest) + abs(risen)) if np.isfinite(lowest) else np.inf
-            most = most[more[most] >= risen - lowest - slack] if np.isfinite(slack) else most
-            new = own[most]
-            marked[new] = True
-            others = (rows < 0) | ~marked[rows]
-            marked[new] = False
-            scores = np.concatenate([scores[others], item_vectors_IxD[new] @ user_vectors_NxD[user] + more[most]])
-            rows = np.concatenate([rows[others], new])
-            order = np.lexsort((rows, -scores))[:k]
-            scores, rows = scores[order], rows[order]
-        scores_NxK[user], rows_NxK[user] = scores, rows
+        scores_NxK[user], rows_NxK[user] = raise_one(
+            (scores_NxK[user], rows_NxK[user]),
+            user_vectors_NxD[user],
+            item_vectors_IxD,
+            raised_NxI.indices[start:stop],
+            raised_NxI.data[start:stop],
+            left_out,
+        )
     return scores_NxK, rows_NxK
+
+
+def raise_one(
+    best: tuple[np.ndarray, np.ndarray],
+    user_vector_D: np.ndarray,
+    item_vectors_IxD: np.ndarray,
+    own: np.ndarray,
+    more: np.ndarray,
+    left_out: Sequence[int] | np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`raise_some` for one user: `more`, nothing below zero, is added to the scores of the items `own`."""
+    (scores, rows), marked = best, np.zeros(len(item_vectors_IxD), bool)
+    k, lowest = len(rows), scores[-1]
+    marked[np.asarray(left_out, np.int64)] = True
+    kept = ~marked[own]
+    marked[np.asarray(left_out, np.int64)] = False
+    own, more = own[kept], more[kept]
+    listed = rows[rows >= 0]
+    marked[listed] = True
+    # Those in the list come first whatever their raise.
+    urgent = np.where(marked[own], np.inf, more)
+    marked[listed] = False
+    for most in _most_raised(urgent, k):
+        # What was not among the best was at most the last of them: a raise that cannot make up for how far the list
+        # has risen since is not worth a product. The slack is above what sums in another order differ by.
+        risen = scores[-1]
+        slack = 1e-5 * (abs(lowest) + abs(risen)) if np.isfinite(lowest) else np.inf
+        most = most[more[most] >= risen - lowest - slack] if np.isfinite(slack) else most
+        new = own[most]
+        marked[new] = True
+        others = (rows < 0) | ~marked[rows]
+        marked[new] = False
+        scores = np.concatenate([scores[others], item_vectors_IxD[new] @ user_vector_D + more[most]])
+        rows = np.concatenate([rows[others], new])
+        order = np.lexsort((rows, -scores))[:k]
+        scores, rows = scores[order], rows[order]
+    return scores, rows
 
 
 def _most_raised(more: np.ndarray, k: int) -> Iterator[np.ndarray]:

@@ -28,17 +28,17 @@ class Past:
     """What one user has met.
 
     Attributes:
-      features: Features of many events.
-      events: int64 [n], which of them are the user's, oldest first.
+      features: Features of many events; None where only the items are known.
+      events: int64 [n], which of these events are the user's, oldest first; without features the items' rows.
     """
 
-    features: EventFeatures
+    features: EventFeatures | None
     events: np.ndarray
 
     @property
     def items(self) -> np.ndarray:
-        """int32 [n], item rows, oldest first."""
-        return self.features.items[self.events]
+        """Item rows [n], oldest first."""
+        return self.events if self.features is None else self.features.items[self.events]
 
 
 def pasts_of(features: EventFeatures, interactions: Interactions, users: Sequence[int]) -> list[Past]:
@@ -72,6 +72,26 @@ def known_of(run: Run) -> Known:
         ratings=np.array([ratings.min(), ratings.max()], np.float32) if len(ratings) else ratings,
         reviews=run.features.reviews,
     )
+
+
+def events_of(run: Run) -> pl.DataFrame:
+    """The run's events as a table: see `Recommender.events`."""
+    interactions, split = run.dataset.interactions, run.dataset.split
+    ids = pl.Series(list(run.dataset.catalogue.item_ids), dtype=pl.String)
+    part = np.where(split.train, "train", "")
+    for name, cases in (("valid", split.valid), ("test", split.test)):
+        part[cases.cuts] = name
+    columns: dict[str, Any] = {
+        "user_id": pl.Series(interactions.user_ids, dtype=pl.String).gather(interactions.users),
+        "item_id": ids.gather(interactions.items),
+    }
+    if (known := interactions.times != MISSING_TIME).any():
+        columns["timestamp"] = pl.Series(interactions.times).set(pl.Series(~known), None)
+    if np.isfinite(interactions.ratings).any():
+        columns["rating"] = pl.Series(interactions.ratings, nan_to_null=True)
+    if interactions.reviews is not None:
+        columns["review"] = pl.Series(interactions.reviews, dtype=pl.String)
+    return pl.DataFrame(columns | {"part": pl.Series(part).replace("", None)})
 
 
 def features_of(run: Run, known: Known, interactions: Interactions) -> EventFeatures:
@@ -132,20 +152,19 @@ def given_pasts(
       ValueError: Lengths that differ, a value that cannot be read, a rating of another scale than those of the
         training, or something that the run's training data does not have.
     """
+    if not extras:
+        return [Past(features=None, events=history) for history in histories]
     lengths = [len(history) for history in histories]
     items = np.concatenate([np.zeros(0, np.int64), *histories])
-    if extras:
-        columns = {_COLUMNS[name][0]: _column(known, name, values, lengths) for name, values in extras.items()}
-        users = np.repeat(np.arange(len(histories)), lengths)
-        frame = pl.DataFrame({"user_id": users.astype(str), "item": items} | columns)
-        absent = [name for name, _ in _COLUMNS.values() if name not in frame.columns]
-        frame = frame.with_columns(
-            pl.lit(None, dtype=pl.String if name == "review" else pl.Int64).alias(name) for name in absent
-        )
-        # Users stand in the order of their first event; one without events has no place among them.
-        features = features_of(run, known, from_frame(frame))
-    else:
-        features = _bare_features(items, known)
+    columns = {_COLUMNS[name][0]: _column(known, name, values, lengths) for name, values in extras.items()}
+    users = np.repeat(np.arange(len(histories)), lengths)
+    frame = pl.DataFrame({"user_id": users.astype(str), "item": items} | columns)
+    absent = [name for name, _ in _COLUMNS.values() if name not in frame.columns]
+    frame = frame.with_columns(
+        pl.lit(None, dtype=pl.String if name == "review" else pl.Int64).alias(name) for name in absent
+    )
+    # Users stand in the order of their first event; one without events has no place among them.
+    features = features_of(run, known, from_frame(frame))
     ends = np.cumsum(lengths)
     return [
         Past(features=features, events=np.arange(end - length, end)) for end, length in zip(ends, lengths, strict=True)

@@ -23,18 +23,19 @@ from nqf.config import ConfigError
 from nqf.data.catalogue import canonical_items
 from nqf.data.errors import DataError
 from nqf.data.load import open_short_users
+from nqf.data.schema import Schema
 from nqf.evaluation.baselines import known_events
 from nqf.evaluation.choice import Score
 from nqf.evaluation.cooccurrence import Cooccurrence, stand_in
-from nqf.evaluation.ranking import dense_batches, raise_some, rank_vectors, ranks_from_scores
+from nqf.evaluation.ranking import dense_batches, raise_one, raise_some, rank_vectors, ranks_from_scores
 from nqf.fields.cache import encode_items
 from nqf.fields.encoder import unit_rows
-from nqf.pipelines.batches import HistoryBatch, ItemTables
-from nqf.pipelines.histories import bucket_of, gather_history, newest, number_by_rows, slot_buckets
+from nqf.pipelines.batches import ItemTables
+from nqf.pipelines.histories import bucket_of, gather_history, history_of_items, newest, slot_buckets
 from nqf.serving import overlay
 from nqf.serving.explain import Explanation, Items, explain
 from nqf.serving.filters import Filters
-from nqf.serving.histories import Past, checked_ids, features_of, given_pasts, known_of, pasts_of, some_ids
+from nqf.serving.histories import Past, checked_ids, events_of, features_of, given_pasts, known_of, pasts_of, some_ids
 from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of
 from nqf.stages import folder as folders
 from nqf.stages.graph import require, served
@@ -166,6 +167,11 @@ class Recommender:
         return self._stock.available
 
     @property
+    def schema(self) -> Schema:
+        """Fields of the items."""
+        return self._run.dataset.catalogue.schema
+
+    @property
     def titles(self) -> list[str]:
         """Titles of all items, empty where there is none."""
         return self._stock.titles[: self._stock.count]
@@ -174,6 +180,16 @@ class Recommender:
     def user_ids(self) -> list[str]:
         """The run's users, those with too few events to be trained on last."""
         return [*self._run.dataset.interactions.user_ids, *(self._short.user_ids if self._short else [])]
+
+    def events(self) -> pl.DataFrame:
+        """The events of the users that were trained on, users one after the other, each user's oldest first.
+
+        Returns:
+          Frame with user_id, item_id, timestamp (unix seconds), rating, review, where there are any, and part: `train`,
+          or `valid` and `test` for what is to be predicted there from the user's events before it; null for the rest.
+          What `evaluation.refit` trains on at last is `valid`.
+        """
+        return events_of(self._run)
 
     # Many parameters: what may be asked, by name; none is needed but for one of the first four.
     def recommend(
@@ -231,8 +247,7 @@ class Recommender:
             raise ValueError(f"k must be at least 1, got {k}")
         if fallback not in (None, "popular", "refuse"):
             raise ValueError(f"fallback {fallback!r}: use 'popular', 'refuse' or None")
-        extras = {"times": times, "ratings": ratings, "reviews": reviews}
-        extras = {name: values for name, values in extras.items() if values is not None}
+        extras = _given(times=times, ratings=ratings, reviews=reviews)
         if user is not None or users is not None:
             if extras:
                 raise ValueError(f"{next(iter(extras))}: belongs to a bare history; those of a user are known")
@@ -316,7 +331,14 @@ class Recommender:
         return self._ranked(stock, pasts, None, k, allowed, out, False, spoken)
 
     def rank(
-        self, histories: Sequence[Sequence[str]], item_ids: Sequence[str], *, left_out: Sequence[Sequence[str]]
+        self,
+        histories: Sequence[Sequence[str]],
+        item_ids: Sequence[str],
+        *,
+        left_out: Sequence[Sequence[str]],
+        times: Sequence[Sequence[Any]] | None = None,
+        ratings: Sequence[Sequence[Any]] | None = None,
+        reviews: Sequence[Sequence[Any]] | None = None,
     ) -> np.ndarray:
         """Expected rank under ties of one item after each history, float64 [histories], 1 for the best.
 
@@ -324,18 +346,23 @@ class Recommender:
           histories: Item ids, oldest first.
           item_ids: The item to rank after each.
           left_out: Item ids that are not ranked beside each.
+          times: As in `recommend`, for each history.
+          ratings: Likewise.
+          reviews: Likewise.
 
         Raises:
-          ValueError: An empty history or an unknown item id.
+          ValueError: An empty history, an unknown item id, or a value that cannot be used.
         """
         stock = self._stock
         removed = np.flatnonzero(~stock.available)
         rows = [np.append(np.unique(self._rows(stock, ids, empty=True)), removed) for ids in left_out]
-        seen, targets = [self._rows(stock, history) for history in histories], self._rows(stock, item_ids)
-        vectors = self._encode(stock, given_pasts(self._run, self._known, seen, {}))
+        targets, given = self._rows(stock, item_ids), [self._rows(stock, history) for history in histories]
+        extras = _given(times=times, ratings=ratings, reviews=reviews)
+        pasts = given_pasts(self._run, self._known, given, extras)
+        vectors = self._encode(stock, pasts)
         if self.memory is None:
             return rank_vectors(unit_rows(vectors), stock.vectors, targets, rows)
-        pairs, ranks = self._pairs(stock, seen), []
+        pairs, ranks = self._pairs(stock, [past.items for past in pasts]), []
         for span in dense_batches(len(targets), stock.count, self._ranker.batch_size):
             scores = vectors[span] @ stock.vectors.T + pairs[span].toarray()
             ranks.append(ranks_from_scores(scores, targets[span], rows[span]))
@@ -399,11 +426,11 @@ class Recommender:
 
     def fields(self, modality: str) -> list[str]:
         """Names of the schema's fields of a modality."""
-        return [field.name for field in self._run.dataset.catalogue.schema.fields if field.modality == modality]
+        return [field.name for field in self.schema.fields if field.modality == modality]
 
     def columns(self, modality: str) -> list[str]:
         """Names of the columns that these fields are read from."""
-        fields = self._run.dataset.catalogue.schema.fields
+        fields = self.schema.fields
         return [column for field in fields if field.modality == modality for column in field.columns]
 
     def marks(self, item_ids: Sequence[str]) -> list[dict[str, bool]]:
@@ -424,15 +451,25 @@ class Recommender:
         stock = self._stock
         return self._values(stock, self._rows(stock, item_ids))
 
-    def encode_users(self, histories: Sequence[Sequence[str]]) -> np.ndarray:
+    def encode_users(
+        self,
+        histories: Sequence[Sequence[str]],
+        *,
+        times: Sequence[Sequence[Any]] | None = None,
+        ratings: Sequence[Sequence[Any]] | None = None,
+        reviews: Sequence[Sequence[Any]] | None = None,
+    ) -> np.ndarray:
         """User vectors of histories of item ids, oldest first: float32 [users, dim], rows of unit norm.
 
+        Times, ratings and reviews are those of each history, as in `recommend`.
+
         Raises:
-          ValueError: An empty history or an unknown item id.
+          ValueError: An empty history, an unknown item id, or a value that cannot be used.
         """
         stock = self._stock
         rows = [self._rows(stock, history) for history in _lists(histories)]
-        return unit_rows(self._encode(stock, given_pasts(self._run, self._known, rows, {})))
+        extras = _given(times=times, ratings=ratings, reviews=reviews)
+        return unit_rows(self._encode(stock, given_pasts(self._run, self._known, rows, extras)))
 
     def encode_all_users(self) -> tuple[list[str], np.ndarray]:
         """The users that were trained on and the vectors of their whole histories.
@@ -695,7 +732,7 @@ class Recommender:
 
     def _spoken(self, text: str) -> ItemTables:
         """Item tables, one row, of an item that has these words for a title and nothing else."""
-        schema = self._run.dataset.catalogue.schema
+        schema = self.schema
         field = next(
             (field for field in schema.fields if field.modality == "text" and field.name == schema.title), None
         )
@@ -786,18 +823,24 @@ class Recommender:
             for size in sizes_of(len(members), max(1, ranker.batch_size)):
                 chunk = members[start : start + size]
                 events = fill(np.stack([newest(pasts[index].events, slots) for index in chunk]), size)
-                history = gather_history(pasts[chunk[0]].features, events)
-                none = np.full((size, 0), -1, np.int32)
-                batch = number_by_rows(HistoryBatch(history=history, targets=none, supervised=none.ravel()), None)
-                found = np.asarray(batch.rows)
+                if (features := pasts[chunk[0]].features) is None:
+                    history = history_of_items(events, self.review_width)
+                else:
+                    history = gather_history(features, events)
+                found = np.unique(history.items)
+                found = found[found >= 0]
+                there = history.items >= 0
+                history = history.replace(
+                    items=np.where(there, np.searchsorted(found, history.items), -1).astype(np.int32)
+                )
                 # As many rows as such a batch can have: one program, whatever its histories have in common.
-                most = powers(min(size * slots, stock.count + 1), 64)
-                rows = np.concatenate([found, np.full(most - len(found), -1, np.int32)])
+                rows = np.full(powers(min(size * slots, stock.count + 1), 64), -1, np.int32)
+                rows[: len(found)] = found
                 tables = stock.take(np.clip(rows, 0, stock.count - 1))
                 if spoken is not None:
                     at = np.flatnonzero(rows == stock.count)
                     tables = jax.tree.map(functools.partial(_replaced, at), tables, spoken)
-                vectors[chunk] = np.asarray(ranker.users(self._variables, tables, rows, batch.history))[: len(chunk)]
+                vectors[chunk] = np.asarray(ranker.users(self._variables, tables, rows, history))[: len(chunk)]
                 start += size
         return vectors
 
@@ -818,6 +861,12 @@ class Recommender:
             return best
         scale = 1 / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         left_out = [rows[rows < stock.count] for rows in left_out]
+        if len(seen) == 1:
+            rows, more = self._counted(stock, self.memory, spoken).raises(seen[0])
+            rows, more = rows[rows < stock.count], more[rows < stock.count] * self.score.cooccurrence * scale[0]
+            kept = allowed[rows] & (more != 0)
+            found = raise_one((best[0][0], best[1][0]), unit[0], stock.vectors, rows[kept], more[kept], left_out[0])
+            return found[0][None], found[1][None]
         raised = self._pairs(stock, seen, spoken).multiply(scale).tocsr().astype(np.float32)
         raised.data[~allowed[raised.indices]] = 0
         raised.eliminate_zeros()
@@ -919,6 +968,11 @@ def _frames(items: Sequence[Mapping[str, Any]], apart: bool) -> list[pl.DataFram
         groups.setdefault(tuple(sorted(item)) if apart else (), []).append(item)
     # Whole columns decide about their types, and numbers among texts are told by what reads them.
     return [pl.DataFrame(group, infer_schema_length=None, strict=False) for group in groups.values()]
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _lists(histories: Sequence[Sequence[str]]) -> list[Sequence[str]]:

@@ -114,6 +114,9 @@ class Stock:
         return self._gather(self.known.text, self.more.text, np.arange(self.count))
 
     def _gather(self, known: np.ndarray, more: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        if not self.used:
+            # Nothing was added or updated: most services, at most requests.
+            return known[rows]
         first, places = len(self.known.has_text), self.places[rows]
         old = places < first
         found = known[np.where(old, places, 0)]
@@ -166,6 +169,13 @@ class Stock:
                 for first, items, wide in pieces
             ]
             real = span.stop - start
+            if len(found) == 1:
+                ((best, columns), first), at = found[0], slice(0, k)
+                best, columns = np.asarray(best)[:real, at], np.asarray(columns)[:real, at]
+                at = slice(0, best.shape[1])
+                scores[span, at], rows[span, at] = best, np.where(best > -np.inf, columns + first, -1)
+                start = span.stop
+                continue
             best = np.concatenate([np.asarray(part)[:real] for (part, _), _ in found], axis=1)
             columns = np.concatenate([np.asarray(part)[:real] + first for (_, part), first in found], axis=1)
             # Of equals the lower row stands first, within a piece as among them.
@@ -255,4 +265,8 @@ def sizes_of(count: int, most: int) -> list[int]:
 
 def fill(tree: Any, size: int) -> Any:
     """Repeats the last row of every array up to `size` rows, so that batches share their programs."""
-    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]), tree)
+
+    def filled(x: np.ndarray) -> np.ndarray:
+        return x if len(x) == size else np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
+
+    return jax.tree.map(filled, tree)

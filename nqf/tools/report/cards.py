@@ -6,18 +6,21 @@ import base64
 import dataclasses
 import datetime
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from nqf.data.catalogue import Catalogue
-from nqf.data.schema import Field
+from nqf.data.schema import Field, Schema
 from nqf.fields.image import open_picture
 from nqf.tools.templates import html
+
+if TYPE_CHECKING:
+    from nqf.serving.recommender import Recommender
 
 _HERE = Path(__file__).parent
 _SIDE = 112
@@ -46,6 +49,23 @@ class Card:
     marked: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Shown:
+    """What a notebook shows of `cards`.
+
+    Attributes:
+      html: Needs no file or address outside of it.
+    """
+
+    html: Markup
+
+    def __repr__(self) -> str:
+        return "<cards>"
+
+    def _repr_html_(self) -> str:
+        return str(self.html)
+
+
 def item_cards(catalogue: Catalogue, item_ids: Sequence[str], *, lines: int = 2) -> list[Card]:
     """Cards of some items of a catalogue.
 
@@ -54,20 +74,55 @@ def item_cards(catalogue: Catalogue, item_ids: Sequence[str], *, lines: int = 2)
       item_ids: Which ones, in which order.
       lines: Categories, numbers and times that are shown at most.
     """
-    fields = catalogue.schema.fields
-    images = [field.name for field in fields if field.modality == "image"]
-    shown = [field for field in fields if field.modality in ("category", "number", "time")]
     table = pl.scan_parquet(catalogue.path, glob=False).filter(pl.col("item_id").is_in(list(item_ids)))
-    rows = {row["item_id"]: row for row in table.collect().iter_rows(named=True)}
-    cards = []
+    return _cards(table.collect(), catalogue.schema, item_ids, lines)
+
+
+def cards(
+    recommender: Recommender,
+    rows: Mapping[str, Sequence[str] | pl.DataFrame],
+    *,
+    marked: Collection[str] = (),
+    lines: int = 2,
+) -> Shown:
+    """Items as cards with pictures: a notebook shows what stands in the last line of a cell.
+
+    Args:
+      recommender: It knows the items.
+      rows: Heading to what stands under it: item ids, or a frame that the recommender gave, whose scores are shown.
+      marked: Ids of the items that stand out, in a green frame.
+      lines: Categories, numbers and times that are shown at most.
+
+    Raises:
+      ValueError: An unknown item id.
+    """
+    shown = []
+    for heading, row in rows.items():
+        ids = row["item_id"].to_list() if isinstance(row, pl.DataFrame) else list(row)
+        made = _cards(recommender.items(ids), recommender.schema, ids, lines)
+        notes = [""] * len(ids)
+        if isinstance(row, pl.DataFrame) and "score" in row.columns:
+            notes = [f"score {score:.2f}" for score in row["score"]]
+        shown.append(
+            (heading, [dataclasses.replace(card, note=note, marked=card.item_id in marked)
+                       for card, note in zip(made, notes, strict=True)])
+        )  # fmt: skip
+    return Shown(html=cards_html(shown))
+
+
+def _cards(table: pl.DataFrame, schema: Schema, item_ids: Sequence[str], lines: int) -> list[Card]:
+    images = [field.name for field in schema.fields if field.modality == "image"]
+    shown = [field for field in schema.fields if field.modality in ("category", "number", "time")]
+    rows = {row["item_id"]: row for row in table.iter_rows(named=True)}
+    made = []
     for item_id in item_ids:
         row = rows.get(item_id, {})
         values = [_value(field, row[field.name]) for field in shown if row.get(field.name) is not None]
         picture = next((uri for name in images if (uri := thumbnail(row.get(name)))), "")
-        cards.append(
+        made.append(
             Card(item_id=item_id, title=row.get("title") or item_id, picture=picture, lines=tuple(values[:lines]))
         )
-    return cards
+    return made
 
 
 def cards_html(rows: Sequence[tuple[str, Sequence[Card]]], *, style: bool = True) -> Markup:
