@@ -22,6 +22,8 @@ ORDER = (
     "pretrained_joint",
     "planned_peak",
     "topologies",
+    "serving",
+    "load",
 )
 HEAD = """\
 # Performance

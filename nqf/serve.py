@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
             "ask, and change items unless --read-only is given",
             markup=False,
         )
-    console.print(f"loading {options.run} …", markup=False)
+    console.print(f"loading {options.run} … (the first time, programs are compiled: a minute or more)", markup=False)
     service = Service(options.run, stage=options.stage, writable=not options.read_only)
     service.warm()
     names = ("localhost", "127.0.0.1", "[::1]", options.host, *options.public_name)

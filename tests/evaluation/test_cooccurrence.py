@@ -57,6 +57,23 @@ def test_pairs_count_by_distance_direction_and_popularity() -> None:
     np.testing.assert_allclose(pairs, expected, rtol=1e-6)
 
 
+def test_one_history_is_a_row_of_all_scores() -> None:
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 30, 12).tolist() for _ in range(20)]
+    found = interactions(*sequences)
+    memory = count_pairs(found, np.ones(len(found.items), bool), 40, Counting(newest=4, stand_ins=3))
+    # The last ten items of the catalogue, and five more, are in no event.
+    text = np.eye(45, 8, dtype=np.float32) + rng.normal(size=(45, 8)).astype(np.float32)
+    for counts, items in ((memory, 40), (stand_in(memory, text), 45)):
+        for _ in range(20):
+            history = rng.integers(0, items, rng.integers(1, 9))
+            expected = counts.scores(newest_events(history, 4)[::-1][None]).toarray()[0]
+            rows, scores = counts.raises(history)
+            assert scores.dtype == np.float32 and (np.diff(rows) > 0).all()
+            np.testing.assert_array_equal(rows, np.flatnonzero(expected))
+            np.testing.assert_allclose(scores, expected[rows], rtol=1e-5)
+
+
 def test_only_counted_events_matter() -> None:
     known, other = interactions([0, 1, 2], [3, 1, 4]), interactions([0, 1, 4], [3, 1, 0])
     counted = np.array([1, 1, 0, 1, 1, 0], bool)

@@ -1,6 +1,7 @@
 """The Recommender from Python: requests, filters, fallbacks, items that change, many calls at once, a long life."""
 
 import gc
+import json
 import shutil
 import threading
 import tracemalloc
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import nqf
 from nqf import Recommender
 from nqf.data.errors import DataError
 from nqf.evaluation.ranking import best_columns, place_items, top_k
@@ -175,6 +177,37 @@ def test_a_history_with_all_that_is_known_is_the_user(rec: Recommender) -> None:
     many = rec.recommend(histories=[rec.item_ids[:2], [], rec.item_ids[2:5]], ratings=[[5, 2], [], [None] * 3], k=3)
     same(many.filter(history=0), rec.recommend(history=rec.item_ids[:2], ratings=[5, 2], k=3))
     assert many["basis"].to_list() == ["history"] * 3 + ["popular"] * 3 + ["history"] * 3
+
+
+def test_events_with_all_that_is_known_give_the_ranks_of_the_run(rec: Recommender, tiny_run: Path) -> None:
+    events = rec.events()
+    assert events.columns == ["user_id", "item_id", "timestamp", "rating", "review", "part"]
+    split = rec._run.dataset.split
+    assert (events["part"] == "train").sum() == split.train.sum()
+    assert (events["part"] == "test").arg_true().to_list() == sorted(split.test.cuts.tolist())
+    names = {"times": "timestamp", "ratings": "rating", "reviews": "review"}
+    histories, targets, extras = [], [], {name: [] for name in names}
+    for own in events.partition_by("user_id", maintain_order=True):
+        if (cut := own["part"].index_of("test")) is not None:
+            histories.append(own["item_id"][:cut].to_list())
+            targets.append(own["item_id"][cut])
+            for name, column in names.items():
+                extras[name].append(own[column][:cut].to_list())
+    ranks = rec.rank(histories, targets, left_out=histories, **extras)
+    found = json.loads((tiny_run / "eval" / "results.json").read_text())["models"]["joint"]["all"]["mrr"][0]
+    np.testing.assert_allclose((1 / ranks).mean(), found, rtol=1e-3)
+    one = rec.encode_users(histories[:2], **{name: values[:2] for name, values in extras.items()})
+    assert np.abs(one - rec.encode_users(histories[:2])).max() > 1e-6
+
+
+def test_cards_show_what_is_given(changing: Recommender) -> None:
+    changing.add_items([{"item_id": "new", "title": "Oak <b>"}])
+    best = changing.recommend(history=changing.item_ids[:2], k=2)
+    shown = nqf.cards(changing, {"Best": best, "Others": ["new"]}, marked=["new"])
+    html = shown._repr_html_()
+    assert repr(shown) == "<cards>" and "Oak &lt;b&gt;" in html and f"score {best['score'][0]:.2f}" in html
+    with pytest.raises(ValueError, match="unknown item ids"):
+        nqf.cards(changing, {"None": ["never heard of"]})
 
 
 def test_similar_items_and_profiles(rec: Recommender) -> None:

@@ -143,7 +143,8 @@ function recommended(item, before) {
     buttons.push(make("button", { class: "plain", text: "Why", "aria-expanded": "false", "aria-label": `Why ${title}`,
       click: event => explain(item.item_id, why, event.currentTarget) }));
   }
-  const place = make("div", { class: "quiet", text: `${item.rank}. score ${item.score.toFixed(3)}` });
+  const said = item.basis === "popular" ? `${(100 * item.score).toFixed(1)} % of the events` : `score ${item.score.toFixed(3)}`;
+  const place = make("div", { class: "quiet", text: `${item.rank}. ${said}` });
   place.append(moved(item, before));
   return card(item.item_id, place, actions(...buttons), why);
 }
