@@ -22,6 +22,7 @@ ORDER = (
     "pretrained_joint",
     "planned_peak",
     "topologies",
+    "recipe_plan",
 )
 HEAD = """\
 # Performance
