@@ -24,6 +24,7 @@ ORDER = (
     "topologies",
     "serving",
     "load",
+    "recipe_plan",
 )
 HEAD = """\
 # Performance

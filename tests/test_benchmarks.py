@@ -65,6 +65,14 @@ def test_item_step_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert item_step.nqf_own(bench, item_step.shape(bench), "float32")[1] > 0
 
 
+def test_what_is_planned_stands_in_the_head_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import recipe_plan
+
+    for line, devices, stages in recipe_plan.PLANS:
+        assert bool(recipe_plan.variant(line)) == bool(line) and devices and stages
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_smallest_shape_runs(name: str, tmp_path: Path) -> None:
