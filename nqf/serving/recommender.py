@@ -187,7 +187,7 @@ class Recommender:
         Returns:
           Frame with user_id, item_id, timestamp (unix seconds), rating, review, where there are any, and part: `train`,
           or `valid` and `test` for what is to be predicted there from the user's events before it; null for the rest.
-          What `evaluation.refit` trains on at last is `valid`.
+          With `data.refit`, those of `valid` were trained on at last.
         """
         return events_of(self._run)
 
