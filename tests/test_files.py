@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path: Path, record: Callable[..., None]) -> None:
     code = (
         "import resource, signal, sys; from nqf import files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -34,6 +35,12 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and f"nothing was written: '{path}'" in done.stderr
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    record(
+        "a disk that is full when a file is written whole",
+        tried=1,
+        survived=1,
+        seen="an error with the file; the old one stays and nothing half written",
+    )
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:

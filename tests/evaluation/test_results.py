@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_written_results_read_back(tmp_path: Path) -> None:
     assert read_results(tmp_path).tree() == results.tree()
 
 
-def test_changed_results_are_refused(tmp_path: Path) -> None:
+def test_changed_results_are_refused(tmp_path: Path, record: Callable[..., None]) -> None:
     results = run()
     table, path = (tmp_path / "eval" / name for name in ("per_user.parquet", "results.json"))
 
@@ -116,6 +117,12 @@ def test_changed_results_are_refused(tmp_path: Path) -> None:
     write_results(results, tmp_path)
     path.write_text(path.read_text().replace('"popular": {', '"best": {', 1))
     refused()
+    record(
+        "results or their table that were changed or are gone",
+        tried=3,
+        survived=3,
+        seen="refused with both files and the command that evaluates again",
+    )
 
 
 @pytest.mark.parametrize("protocol", ["full", "legacy"])

@@ -7,6 +7,7 @@ import time
 import urllib.error
 import zlib
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -144,15 +145,23 @@ def test_an_image_that_was_cut_is_fetched_again(server, picture, tmp_path) -> No
     assert list((tmp_path / "cache").iterdir()) == [cached]
 
 
-def test_bodies_without_a_length_are_bounded(server, tmp_path) -> None:
+def test_bodies_without_a_length_are_bounded(server, tmp_path, record: Callable[..., None]) -> None:
     url, _ = server
     found = read(reader(tmp_path, attempts=1, longest=0.5), [f"{url}/endless", f"{url}/drip"])
     assert "4000 bytes" in str(found[f"{url}/endless"]) and "not complete after 0.5 s" in str(found[f"{url}/drip"])
     assert not list((tmp_path / "cache").iterdir())
+    record(
+        "pictures without a length, endless or a drop at a time",
+        tried=2,
+        survived=2,
+        seen="refused with the bytes or seconds that were the most",
+    )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]", "127.1"])
-def test_redirects_to_this_machine_are_refused(host, server, tmp_path, monkeypatch) -> None:
+def test_redirects_to_this_machine_are_refused(
+    host, server, tmp_path, monkeypatch, record: Callable[..., None]
+) -> None:
     url, requests = server
     link = f"{url}/to/http://{host}:{url.rsplit(':', 1)[1]}/secret"
     reason = read(reader(tmp_path), [link])[link]
@@ -161,15 +170,27 @@ def test_redirects_to_this_machine_are_refused(host, server, tmp_path, monkeypat
     if host == "127.0.0.1":
         monkeypatch.setenv("NQF_PRIVATE_REDIRECTS", "allow")
         assert isinstance(read(reader(tmp_path), [link])[link], np.ndarray)
+    record(
+        "the link of a picture that is redirected to this machine, in any spelling",
+        tried=1,
+        survived=1,
+        seen="refused, unless NQF_PRIVATE_REDIRECTS allows it",
+    )
 
 
 @pytest.mark.parametrize(
     "target", ["file:///etc/hostname", "ftp://127.0.0.1/x", "http://10.0.0.1/", "http://[fe80::1]/"]
 )
-def test_other_redirects_are_refused(target, server, tmp_path) -> None:
+def test_other_redirects_are_refused(target, server, tmp_path, record: Callable[..., None]) -> None:
     link = f"{server[0]}/to/{target}"
     # A scheme that urllib itself does not follow is the server's answer.
     assert isinstance(read(reader(tmp_path), [link])[link], RefusedError | urllib.error.HTTPError)
+    record(
+        "the link of a picture that is redirected to a file, another protocol or a private network",
+        tried=1,
+        survived=1,
+        seen="refused",
+    )
 
 
 def test_bombs_are_refused_before_they_are_decoded(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers: training, end token, cutting, spare ids, and agreement with transformers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_agrees_with_transformers(folder: Path, model_type: str | None) -> None:
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
 
 
-def test_a_pattern_without_end_is_refused(folder: Path) -> None:
+def test_a_pattern_without_end_is_refused(folder: Path, record: Callable[..., None]) -> None:
     """A Split pattern that goes back and forth panics in `tokenizers`, which is no `Exception`."""
     path = folder / "tokenizer.json"
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
@@ -148,3 +149,9 @@ def test_a_pattern_without_end_is_refused(folder: Path) -> None:
     encode = text_encoder(load_text_tokenizer(folder, options={}, max_length=99, lower_case=False), 99, where=folder)
     with pytest.raises(ValueError, match=r"its tokenizer cannot read a text"):
         encode([text])
+    record(
+        "a pattern in tokenizer.json that goes back and forth over a text without end",
+        tried=2,
+        survived=2,
+        seen="refused with the folder",
+    )

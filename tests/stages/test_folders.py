@@ -77,7 +77,9 @@ def test_a_shop_is_no_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["user", "data", "joint", "tokens"])
-def test_a_folder_of_ones_own_in_a_run_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_folder_of_ones_own_in_a_run_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, record: Callable[..., None]
+) -> None:
     run = tmp_path / "run"
     folders.mark_run_folder(run)
     (run / name).mkdir()
@@ -85,10 +87,18 @@ def test_a_folder_of_ones_own_in_a_run_stays(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(StageError, match=rf"{name}: not made by nqf; move it away"):
         train_with(monkeypatch, run)
     assert (run / name / "notes.txt").read_text() == "mine"
+    record(
+        "a folder of somebody's own in a run folder, under the name of a stage or of the data",
+        tried=1,
+        survived=1,
+        seen="refused with the folder; it stays",
+    )
 
 
 @pytest.mark.parametrize("name", ["data", "item"])
-def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_nothing_is_written_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, record: Callable[..., None]
+) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("mine")
@@ -98,6 +108,12 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.M
         train_with(monkeypatch, run)
     assert (elsewhere / "precious").read_text() == "mine"
     assert list(elsewhere.iterdir()) == [elsewhere / "precious"]
+    record(
+        "a link in a run folder where a stage or the data would be written",
+        tried=1,
+        survived=1,
+        seen="refused with the link; what it leads to stays",
+    )
 
 
 def test_files_of_ones_own_beside_a_stage_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +151,9 @@ def test_a_mistyped_option_costs_nothing(
 
 
 @pytest.mark.parametrize("at", range(3))
-def test_a_kill_between_the_moves_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def test_a_kill_between_the_moves_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, record: Callable[..., None]
+) -> None:
     run = tmp_path / "run"
     train_with(monkeypatch, run)
     with pytest.raises(Crash):
@@ -155,6 +173,12 @@ def test_a_kill_between_the_moves_loses_nothing(tmp_path: Path, monkeypatch: pyt
             train_with(patch, run)
     ran = train_with(monkeypatch, run)
     assert ran == [] and read_artifact(run, "item") is not None
+    record(
+        "a kill between the moves that bring a finished stage back from `previous/`",
+        tried=1,
+        survived=1,
+        seen="nothing: the same command ends with the finished stage",
+    )
 
 
 def test_a_copy_of_a_stage_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -209,11 +209,19 @@ def test_a_page_instead_of_an_archive(publisher: Publisher, tmp_path: Path) -> N
     assert not (tmp_path / "x.zip").exists()
 
 
-def test_a_full_disk_is_seen_before(publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_seen_before(
+    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
+) -> None:
     publisher.files["/x.bin"] = CONTENT
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(DataError, match="1,024,000 bytes do not fit on the disk"):
         download(f"{publisher.base}/x.bin", tmp_path / "x.bin", patience=FAST)
+    record(
+        "a download that does not fit on the disk",
+        tried=1,
+        survived=1,
+        seen="refused before a byte is written",
+    )
 
 
 def test_a_file_stays_the_one_that_was_recorded(publisher: Publisher, tmp_path: Path) -> None:
@@ -272,7 +280,7 @@ def test_a_disk_that_fills_up_names_the_file(publisher: Publisher, tmp_path: Pat
 
 
 def test_a_redirect_to_a_private_machine_is_refused(
-    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
 ) -> None:
     publisher.files |= {"/x.bin": CONTENT, "/secret": b"of this machine"}
     port = publisher.base.rpartition(":")[2]
@@ -287,6 +295,12 @@ def test_a_redirect_to_a_private_machine_is_refused(
     monkeypatch.setenv("NQF_PRIVATE_REDIRECTS", "allow")
     download(f"{publisher.base}/0", tmp_path / "0")
     assert (tmp_path / "0").read_bytes() == b"of this machine"
+    record(
+        "a download that is redirected to this machine or to a file",
+        tried=3,
+        survived=3,
+        seen="refused, unless NQF_PRIVATE_REDIRECTS allows it",
+    )
 
 
 def archive(path: Path, members: dict[str, bytes]) -> Path:
