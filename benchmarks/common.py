@@ -45,12 +45,14 @@ class Bench:
       question: The first line of its docstring.
       options: Parsed command line: `device` (cpu or gpu), `quick`, `repeats`, `seed` and the script's own.
       started: `time.perf_counter` at the start.
+      load: Load average of the machine then.
     """
 
     name: str
     question: str
     options: argparse.Namespace
     started: float
+    load: float
 
     @property
     def gpu(self) -> bool:
@@ -90,6 +92,7 @@ class Bench:
             ),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": machine(self.options.device),
+            "load_before": self.load,
             "load": os.getloadavg()[0],
             "versions": versions(),
             "commit": commit(),
@@ -149,7 +152,8 @@ def begin(
     if options.device == "auto":
         options.device = "gpu" if has_accelerator() else "cpu"
     pin(options.device, keep_memory)
-    return Bench(name=Path(file).stem, question=doc.splitlines()[0], options=options, started=started)
+    load = os.getloadavg()[0]
+    return Bench(name=Path(file).stem, question=doc.splitlines()[0], options=options, started=started, load=load)
 
 
 def has_accelerator() -> bool:

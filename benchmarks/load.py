@@ -34,7 +34,6 @@ def main() -> None:
 
     # As a process that serves, which does not keep freed memory.
     bench = begin(__file__, __doc__, arguments, keep_memory=False)
-    before = os.getloadavg()[0]
     seconds, tables, details = 1.0 if bench.options.quick else bench.options.seconds, [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for items in bench.options.items:
@@ -48,11 +47,7 @@ def main() -> None:
                 ]
                 columns = ["users at a time", "requests/s", "p50, ms", "p99, ms"]
                 tables.append({"title": f"{title}, {count:,} items", "columns": columns, "rows": cells})
-    bench.finish(
-        tables,
-        notes=[f"Load average of the machine before anything was measured: {before:.2f}."],
-        details={"load_average_before": before, **details},
-    )
+    bench.finish(tables, details=details)
 
 
 def grown(run: Path, items: int, folder: Path) -> Path:

@@ -96,10 +96,13 @@ def section(result: dict[str, Any]) -> list[str]:
         limits = "; ".join(f"{name} {shown(value)}" for name, value in result["limits"].items())
         lines += [f"Limits in the same run: {limits}.", ""]
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    # Those of before have none.
+    before = f"{shown(result['load_before'])} before and " if "load_before" in result else ""
     return [
         *lines,
         f"`{result['command']}`: {result['repeats']} repetitions, {shown(result['seconds'])} s, {result['machine']}, "
-        f"load average {shown(result['load'])} at the end, {result['date']}, commit {result['commit']}; {versions}.",
+        f"load average {before}{shown(result['load'])} at the end, {result['date']}, "
+        f"commit {result['commit']}; {versions}.",
         "",
     ]
 

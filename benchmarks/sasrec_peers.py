@@ -134,19 +134,18 @@ def figures(ranks_N: Any, ours_N: Any) -> dict[str, Any]:
 
 def page(everything: dict[str, Any]) -> str:
     """The page of all data sets."""
+    from nqf.evaluation.results import format_interval
+
     lines = []
     for data, found in everything.items():
         best = max(value for row in found["rows"].values() for _, value in row["curve"])
         for name, row in found["rows"].items():
             reached = [seconds for seconds, value in row["curve"] if value >= 0.95 * best]
-            plain, signed = (
-                lambda cell: f"{cell[0]:.4f} [{cell[1]:.4f}, {cell[2]:.4f}]",
-                lambda cell: f"{cell[0]:+.4f} [{cell[1]:+.4f}, {cell[2]:+.4f}]",
-            )
             cells = (
                 data, name if name == "nqf" else f"RecTools {name}", len(row["curve"]),
-                f"{max(value for _, value in row['curve']):.4f}", plain(row["hr@10"]), plain(row["ndcg@10"]),
-                "" if name == "nqf" else signed(row["against"]), f"{row['cpu_seconds']:,.0f}",
+                f"{max(value for _, value in row['curve']):.4f}", format_interval(row["hr@10"]),
+                format_interval(row["ndcg@10"]),
+                "" if name == "nqf" else format_interval(row["against"], signed=True), f"{row['cpu_seconds']:,.0f}",
                 f"{reached[0]:,.0f}" if reached else "–",
             )  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")

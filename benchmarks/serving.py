@@ -9,7 +9,6 @@ The compiled functions are called with what the request makes of the history: `u
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,6 @@ def main() -> None:
 
     # As a process that serves, which does not keep freed memory.
     bench = begin(__file__, __doc__, arguments, keep_memory=False)
-    before = os.getloadavg()[0]
     import jax
     import numpy as np
 
@@ -85,8 +83,7 @@ def main() -> None:
                 ],
             },
         ],
-        notes=[f"Load average of the machine before anything was measured: {before:.2f}."],
-        details={"load_average_before": before, "requests": rows},
+        details={"requests": rows},
     )
 
 

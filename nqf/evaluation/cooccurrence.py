@@ -128,7 +128,7 @@ class Cooccurrence:
 
     def all_pairs(self) -> scipy.sparse.csr_matrix:
         """The pairs of all N items, float32 [N, N], sparse: larger than both of its parts."""
-        return self.pairs if self.counts_as is None else (self.counts_as @ self.pairs @ self.counts_as.T).tocsr()
+        return self.pairs if self.counts_as is None else (self.counts_as @ self.pairs @ self._counted_for).tocsr()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -251,6 +251,7 @@ def raise_some(
     if raised_NxI.data.size and raised_NxI.data.min() < 0:
         raise ValueError("scores can only be raised: a weight below zero would need all items' scores")
     scores_NxK, rows_NxK = (array.copy() for array in best)
+    marked = np.zeros(len(item_vectors_IxD), bool)
     for user, (left_out, start, stop) in enumerate(zip(seen, raised_NxI.indptr, raised_NxI.indptr[1:], strict=False)):
         scores_NxK[user], rows_NxK[user] = raise_one(
             (scores_NxK[user], rows_NxK[user]),
@@ -259,6 +260,7 @@ def raise_some(
             raised_NxI.indices[start:stop],
             raised_NxI.data[start:stop],
             left_out,
+            marked,
         )
     return scores_NxK, rows_NxK
 
@@ -270,9 +272,13 @@ def raise_one(
     own: np.ndarray,
     more: np.ndarray,
     left_out: Sequence[int] | np.ndarray,
+    marked: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`raise_some` for one user: `more`, nothing below zero, is added to the scores of the items `own`."""
-    (scores, rows), marked = best, np.zeros(len(item_vectors_IxD), bool)
+    """`raise_some` for one user: `more`, nothing below zero, is added to the scores of the items `own`.
+
+    `marked` is room to work in, bool [I], all False before and after.
+    """
+    scores, rows = best
     k, lowest = len(rows), scores[-1]
     marked[np.asarray(left_out, np.int64)] = True
     kept = ~marked[own]

@@ -226,6 +226,16 @@ def case_events(interactions: Interactions, cases: Cases, which: np.ndarray, slo
     return np.where(at >= interactions.offsets[cases.users[which], None], at, -1)
 
 
+def distinct_of(items: np.ndarray) -> np.ndarray:
+    """The items that are there, int32 [R], ascending; below zero is none."""
+    return np.unique(items[items >= 0]).astype(np.int32)
+
+
+def places_among(distinct_R: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Places of items among those of `distinct_of`, int32 of their shape, -1 where there is none."""
+    return np.where(items >= 0, np.searchsorted(distinct_R, items), -1).astype(np.int32)
+
+
 def number_by_rows(
     batch: HistoryBatch,
     tables: ItemTables | None,
@@ -247,18 +257,15 @@ def number_by_rows(
     if batch.negatives is not None:
         parts.append(batch.negatives)
     everything = np.concatenate(parts)
-    distinct = np.unique(everything[everything >= 0]).astype(np.int32)
+    distinct = distinct_of(everything)
     size = max(64, 1 << max(len(distinct) - 1, 0).bit_length())
     rows = np.concatenate([distinct, np.full(size - len(distinct), -1, np.int32)])
 
-    def local(items: np.ndarray) -> np.ndarray:
-        return np.where(items >= 0, np.searchsorted(distinct, items), -1).astype(np.int32)
-
     return batch.replace(
-        history=batch.history.replace(items=local(batch.history.items)),
-        targets=local(batch.targets),
+        history=batch.history.replace(items=places_among(distinct, batch.history.items)),
+        targets=places_among(distinct, batch.targets),
         rows=rows,
-        negatives=None if batch.negatives is None else local(batch.negatives),
-        given=None if batch.given is None else local(batch.given),
+        negatives=None if batch.negatives is None else places_among(distinct, batch.negatives),
+        given=None if batch.given is None else places_among(distinct, batch.given),
         tables=None if tables is None else tables.take(np.maximum(np.split(rows, shard[1])[shard[0]], 0)),
     )

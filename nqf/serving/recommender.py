@@ -31,7 +31,15 @@ from nqf.evaluation.ranking import dense_batches, raise_one, raise_some, rank_ve
 from nqf.fields.cache import encode_items
 from nqf.fields.encoder import unit_rows
 from nqf.pipelines.batches import ItemTables
-from nqf.pipelines.histories import bucket_of, gather_history, history_of_items, newest, slot_buckets
+from nqf.pipelines.histories import (
+    bucket_of,
+    distinct_of,
+    gather_history,
+    history_of_items,
+    newest,
+    places_among,
+    slot_buckets,
+)
 from nqf.serving import overlay
 from nqf.serving.explain import Explanation, Items, explain
 from nqf.serving.filters import Filters
@@ -827,12 +835,8 @@ class Recommender:
                     history = history_of_items(events, self.review_width)
                 else:
                     history = gather_history(features, events)
-                found = np.unique(history.items)
-                found = found[found >= 0]
-                there = history.items >= 0
-                history = history.replace(
-                    items=np.where(there, np.searchsorted(found, history.items), -1).astype(np.int32)
-                )
+                found = distinct_of(history.items)
+                history = history.replace(items=places_among(found, history.items))
                 # As many rows as such a batch can have: one program, whatever its histories have in common.
                 rows = np.full(powers(min(size * slots, stock.count + 1), 64), -1, np.int32)
                 rows[: len(found)] = found
@@ -865,7 +869,8 @@ class Recommender:
             rows, more = self._counted(stock, self.memory, spoken).raises(seen[0])
             rows, more = rows[rows < stock.count], more[rows < stock.count] * self.score.cooccurrence * scale[0]
             kept = allowed[rows] & (more != 0)
-            found = raise_one((best[0][0], best[1][0]), unit[0], stock.vectors, rows[kept], more[kept], left_out[0])
+            first, room = (best[0][0], best[1][0]), np.zeros(stock.count, bool)
+            found = raise_one(first, unit[0], stock.vectors, rows[kept], more[kept], left_out[0], room)
             return found[0][None], found[1][None]
         raised = self._pairs(stock, seen, spoken).multiply(scale).tocsr().astype(np.float32)
         raised.data[~allowed[raised.indices]] = 0

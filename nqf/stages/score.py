@@ -130,9 +130,7 @@ def score_of(run: Run) -> Score:
     evaluation = run.config.evaluation
     given = {"cooccurrence": evaluation.cooccurrence_weight, "text": evaluation.text_weight}
     given = {name: weight for name, weight in given.items() if weight is not None}
-    if len(given) == 2 and _unusable(run, SCORE):
-        return Score(counting=_counting(run), **given)
-    record = _record(run, SCORE)
+    record = _record(run, SCORE, needed=len(given) < 2)
     if record is None:
         return Score(counting=_counting(run), **given)
     record = {name: value for name, value in record.items() if name in Score.__dataclass_fields__}
@@ -173,15 +171,11 @@ def with_text(users_NxD: np.ndarray, learned: int, weight: float) -> np.ndarray:
     return np.concatenate([users_NxD[:, :learned], text + weight * unit_rows(text)], axis=1)
 
 
-def _unusable(run: Run, stage: Stage) -> str:
+def _record(run: Run, stage: Stage, *, needed: bool = True) -> dict[str, Any] | None:
+    """What a stage chose, None if it was never run, or is stale and not needed."""
     # By the saved configuration: what is tried in place of it, as seen items kept, changes nothing that was chosen.
-    return status(load_config(run.folder / "config.yaml"), stage, run.folder)
-
-
-def _record(run: Run, stage: Stage) -> dict[str, Any] | None:
-    """What a stage chose, None if it was never run."""
-    if reason := _unusable(run, stage):
-        if stage.name in owned(run.folder):
+    if reason := status(load_config(run.folder / "config.yaml"), stage, run.folder):
+        if needed and stage.name in owned(run.folder):
             raise StageError(
                 f"{run.folder}: stage '{stage.name}' cannot be used: {reason}. "
                 f"Run python -m nqf.train --run {run.folder} --stage all."
