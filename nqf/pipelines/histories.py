@@ -12,7 +12,7 @@ import numpy as np
 from nqf.data.interactions import MISSING_TIME, Interactions
 from nqf.data.splits import Cases, Split
 from nqf.fields.cache import FieldTable
-from nqf.pipelines.batches import RATING_BUCKETS, History, HistoryBatch, ItemTables
+from nqf.pipelines.batches import RATING_BUCKETS, Array, History, HistoryBatch, ItemTables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ def gather_history(features: EventFeatures, events_BxN: np.ndarray) -> History:
     )
 
 
-def history_of_items(items_BxN: np.ndarray, review_width: int) -> History:
-    """The slots of histories of which only the items are known; int32 [B, N], -1 in padding."""
+def history_of_items(items_BxN: Array, review_width: int) -> History:
+    """The slots of histories of which only the items are known; int32 [B, N], -1 in padding, of the host or traced."""
     unknown = np.full(items_BxN.shape, -1, np.int32)
     return History(
         items=items_BxN.astype(np.int32),

@@ -797,11 +797,16 @@ class Recommender:
         ranked = np.array([len(rows) > 0 for rows in seen], bool)
         k = min(k, stock.count)
         scores, rows = np.full((len(pasts), k), -np.inf, np.float32), np.full((len(pasts), k), -1, np.int32)
+        only = pasts[0] if len(pasts) == 1 and spoken is None else None
+        alone = only is not None and only.features is None
         for start in range(0, len(at := np.flatnonzero(ranked)), SIZES[-1]):
             chunk = at[start : start + SIZES[-1]]
-            vectors = self._encode(stock, [pasts[index] for index in chunk], spoken)
             past, out = ([rows_of[index] for index in chunk] for rows_of in (seen, left_out))
-            scores[chunk], rows[chunk] = self._best(stock, vectors, past, k, allowed, out, spoken)
+            found = self._best_of_one(stock, past[0], k, allowed, out[0]) if alone else None
+            if found is None:
+                vectors = self._encode(stock, [pasts[index] for index in chunk], spoken)
+                found = vectors, stock.best(unit_rows(vectors), k, allowed, out)
+            scores[chunk], rows[chunk] = self._raised(stock, *found, past, allowed, out, spoken)
         for index in np.flatnonzero(~ranked):
             popularity = np.zeros(stock.count, np.float32)
             popularity[: len(self._popularity)] = self._popularity
@@ -848,21 +853,41 @@ class Recommender:
                 start += size
         return vectors
 
-    def _best(
+    def _best_of_one(
+        self, stock: Stock, seen: np.ndarray, k: int, allowed: np.ndarray, left_out: np.ndarray
+    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]] | None:
+        """User vector as encoded, scores and rows of the best items of one bare history; see `Stock.best_of_one`."""
+        buckets = self.lengths
+        items = newest(seen, buckets[int(bucket_of(np.array(len(seen)), buckets))])
+        kept = allowed.copy()
+        kept[left_out] = False
+        found = stock.best_of_one(self._ranker.users, self._variables, items, k, kept, self.review_width)
+        return None if found is None else (found[0][None], (found[1][None], found[2][None]))
+
+    def _raised(
         self,
         stock: Stock,
         vectors: np.ndarray,
+        best: tuple[np.ndarray, np.ndarray],
         seen: Sequence[np.ndarray],
-        k: int,
         allowed: np.ndarray,
         left_out: Sequence[np.ndarray],
         spoken: ItemTables | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the best items, given user vectors as encoded and the users' whole histories."""
-        unit = unit_rows(vectors)
-        best = stock.best(unit, k, allowed, left_out)
+        """Scores and rows of the best items with the counts of the users' whole histories.
+
+        Args:
+          stock: The items.
+          vectors: User vectors as encoded.
+          best: Scores and rows of the best items by these vectors alone.
+          seen: The histories.
+          allowed: bool [count], which items may be recommended.
+          left_out: Rows that are not recommended to each user.
+          spoken: Tables of one more item.
+        """
         if self.memory is None:
             return best
+        unit = unit_rows(vectors)
         scale = 1 / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         left_out = [rows[rows < stock.count] for rows in left_out]
         if len(seen) == 1:

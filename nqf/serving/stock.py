@@ -6,15 +6,18 @@ A change makes a new value; who holds the old one continues reading it undisturb
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
 from nqf.evaluation.ranking import best_columns, place_items
-from nqf.pipelines.batches import ItemTables
+from nqf.pipelines.batches import Array, History, ItemTables
+from nqf.pipelines.histories import history_of_items
 
 SIZES = (1, 8, 64, 512)
 """Sizes of the batches that are computed, so that few programs are compiled, each once."""
@@ -23,6 +26,12 @@ _SCORES = 1 << 26
 _FEWEST = 16
 # Items behind the catalogue whose vectors move to the devices together.
 _PIECE = 4_096
+_MOST_ALONE = 64
+# Tables of a larger catalogue stay on the host.
+_TABLES_ON_DEVICE = 1 << 30
+
+
+Users = Callable[[Any, ItemTables, Array, History], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +64,7 @@ class Stock:
       shown: Item vectors float32 [., D] and bool [.], whether an item is recommended; with spare room behind `count`.
       pieces: The vectors on the devices: of the catalogue, and of every `_PIECE` items behind it; None for a piece
         that has changed since it was last asked for.
+      on_device: `known` on the device, once it was asked for.
     """
 
     item_ids: list[str]
@@ -68,6 +78,7 @@ class Stock:
     places: np.ndarray
     shown: tuple[np.ndarray, np.ndarray]
     pieces: list[jax.Array | None]
+    on_device: list[ItemTables]
 
     @classmethod
     def of(cls, item_ids: list[str], titles: list[str], tables: ItemTables, vectors: np.ndarray) -> Stock:
@@ -87,6 +98,7 @@ class Stock:
             places=np.arange(count, dtype=np.int32),
             shown=(vectors, np.ones(count, bool)),
             pieces=[None],
+            on_device=[],
         )
 
     @property
@@ -186,6 +198,42 @@ class Stock:
             start = span.stop
         return scores, rows
 
+    def best_of_one(
+        self, users: Users, variables: Any, items_N: np.ndarray, k: int, allowed: np.ndarray, review_width: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """The best items after one history of which nothing but the items is known, by one program.
+
+        A request by itself takes about as long to be handed over as to be computed: what is gathered, encoded and
+        ranked here never leaves the device in between.
+
+        Args:
+          users: Encodes histories.
+          variables: Its variables.
+          items_N: int, rows of the history, oldest first, -1 before the oldest.
+          k: Items.
+          allowed: bool [count], which may be among the best.
+          review_width: Of the model's reviews.
+
+        Returns:
+          User vector as encoded, float32 [D], scores [k] and rows [k] as `best`; None where items or devices do not
+          stand in one piece, or too many items are wanted: there `best` is to be used.
+        """
+        alone = self.used == 0 and k <= _MOST_ALONE and jax.local_device_count() == 1
+        if not alone or sum(table.nbytes for table in jax.tree.leaves(self.known)) > _TABLES_ON_DEVICE:
+            return None
+        if not self.on_device:
+            self.on_device.append(jax.device_put(self.known))
+        ((_, stop, vectors),) = self._placed()
+        wide = np.zeros(len(vectors), bool)
+        wide[:stop] = allowed
+        found = _best_of_one(
+            variables, self.on_device[0], vectors, items_N.astype(np.int32), wide, users=users,
+            k=min(_MOST_ALONE, len(vectors)), review_width=review_width,
+        )  # fmt: skip
+        vector, best, columns = map(np.asarray, found)
+        best, columns = best[0, :k], columns[0, :k]
+        return vector, best, np.where(best > -np.inf, columns, -1)
+
     def put(self, frame: pl.DataFrame, changed: Sequence[Changed], tables: ItemTables, vectors: np.ndarray) -> Stock:
         """The next state, with new items behind the others and known ones replaced; both are recommended from now on.
 
@@ -236,6 +284,27 @@ class Stock:
         available = self.shown[1].copy()
         available[rows] = False
         return dataclasses.replace(self, shown=(self.shown[0], available))
+
+
+@functools.partial(jax.jit, static_argnames=("users", "k", "review_width"))
+def _best_of_one(
+    variables: Any,
+    tables: ItemTables,
+    vectors_CxD: jax.Array,
+    items_N: jax.Array,
+    allowed_C: jax.Array,
+    *,
+    users: Users,
+    k: int,
+    review_width: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # One history needs no numbering of its distinct items.
+    places_N = jnp.where(items_N >= 0, jnp.arange(len(items_N)), -1)
+    own = jax.tree.map(lambda table: table[jnp.maximum(items_N, 0)], tables)
+    vector_1xD = users(variables, own, items_N, history_of_items(places_N[None], review_width))
+    unit_1xD = vector_1xD / jnp.maximum(jnp.linalg.norm(vector_1xD, axis=1, keepdims=True), 1e-12)
+    none_1x0 = jnp.zeros((1, 0), jnp.int32)
+    return vector_1xD[0], *best_columns(unit_1xD, vectors_CxD, allowed_C, none_1x0, k=k)
 
 
 def _roomy(part: np.ndarray, count: int) -> np.ndarray:

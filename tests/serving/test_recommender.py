@@ -50,6 +50,32 @@ def same(left: pl.DataFrame, right: pl.DataFrame, atol: float = 1e-6) -> None:
             assert abs(right.filter(item_id=here)["score"][0] - score) < 2 * atol
 
 
+@pytest.mark.parametrize("k", [1, 7, 64, 65, 10_000])
+def test_one_bare_history_is_answered_by_one_program_with_the_lists_of_the_others(
+    rec: Recommender, monkeypatch: pytest.MonkeyPatch, k: int
+) -> None:
+    ids, kind = rec.item_ids, rec.items(rec.item_ids[:1])[rec.fields("category")[0]][0]
+    some = {"only": ids[:50]}, {"exclude": ids[5:90]}, {"where": {rec.fields("category")[0]: kind}}, {"repeats": True}
+    for length in (1, 3, 8, 9, 40, 200):
+        history = [ids[place % len(ids)] for place in range(0, 7 * length, 7)]
+        for options in ({}, *some):
+            alone = rec.recommend(history=history, k=k, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(stock.Stock, "best_of_one", lambda *arguments: None)
+                same(alone, rec.recommend(history=history, k=k, **options))
+
+
+def test_a_request_alone_after_the_catalogue_has_changed(changing: Recommender) -> None:
+    history = changing.item_ids[:5]
+    before = changing.recommend(history=history, k=3)
+    changing.remove_items(before["item_id"][:1].to_list())
+    after = changing.recommend(history=history, k=2)
+    assert after["item_id"].to_list() == before["item_id"][1:].to_list()
+    changing.add_items([{"item_id": "new", "title": "something new"}])
+    assert "new" in everything(changing, history)["item_id"].to_list()
+    assert "new" in changing.recommend(history=["new", *history], k=10, repeats=True, only=["new"])["item_id"].to_list()
+
+
 def test_batches_are_the_single_requests(rec: Recommender) -> None:
     histories = [rec.item_ids[start : start + 1 + start % 13] for start in range(70)] + [[]]
     batch = rec.recommend(histories=histories, k=7)
