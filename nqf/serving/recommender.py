@@ -44,7 +44,7 @@ from nqf.serving import overlay
 from nqf.serving.explain import Explanation, Items, explain
 from nqf.serving.filters import Filters
 from nqf.serving.histories import Past, checked_ids, events_of, features_of, given_pasts, known_of, pasts_of, some_ids
-from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of
+from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of, together
 from nqf.stages import folder as folders
 from nqf.stages.graph import require, served
 from nqf.stages.joint import title_tokens
@@ -826,12 +826,12 @@ class Recommender:
         """
         ranker = self._ranker
         buckets = slot_buckets(ranker.max_history)
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[int, dict[int, list[int]]] = {}
         for index, past in enumerate(pasts):
             bucket = int(bucket_of(np.array(len(past.events)), buckets))
-            groups.setdefault((id(past.features), bucket), []).append(index)
+            groups.setdefault(id(past.features), {}).setdefault(bucket, []).append(index)
         vectors = np.zeros((len(pasts), stock.vectors.shape[1]), np.float32)
-        for (_, bucket), members in groups.items():
+        for bucket, members in (pair for of in groups.values() for pair in together(of)):
             slots, start = buckets[bucket], 0
             for size in sizes_of(len(members), max(1, ranker.batch_size)):
                 chunk = members[start : start + size]

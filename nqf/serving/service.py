@@ -271,13 +271,18 @@ class Service:
 
 
 def _warm(recommender: Recommender, *sizes: int, ended: threading.Event | None = None) -> None:
-    """Compiles the programs of batches of some sizes and of all lengths, until `ended` is set."""
+    """Compiles the programs of batches of some sizes and of all lengths, until `ended` is set; of several, all."""
     ids = recommender.item_ids
     for size in sizes:
         for length in recommender.lengths:
             if ended is not None and ended.is_set():
                 return
             recommender.recommend(histories=[(ids * length)[:length]] * size)
+    if len(sizes) > 1:
+        # What many at a time do not share with a bare history by itself: one of a known user, or after a change.
+        for length in recommender.lengths:
+            if ended is None or not ended.is_set():
+                recommender.encode_users([(ids * length)[:length]])
 
 
 def _settle(future: asyncio.Future, answer: Any, error: Exception | None) -> None:

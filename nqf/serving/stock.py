@@ -150,6 +150,15 @@ class Stock:
                 self.pieces[number] = piece = place_items(vectors)
             yield start, stop, piece
 
+    def _pieces(self, allowed: np.ndarray) -> list[tuple[int, jax.Array, np.ndarray]]:
+        """Of each piece, the first row, the vectors, and which of them are allowed, bool [width]."""
+        pieces = []
+        for first, stop, items in self._placed():
+            wide = np.zeros(len(items), bool)
+            wide[: stop - first] = allowed[first:stop]
+            pieces.append((first, items, wide))
+        return pieces
+
     def best(
         self, users_NxD: np.ndarray, k: int, allowed: np.ndarray, left_out: Sequence[np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -161,11 +170,7 @@ class Stock:
           allowed: bool [count].
           left_out: Rows that are not recommended to each user.
         """
-        pieces = []
-        for first, stop, items in self._placed():
-            wide = np.zeros(len(items), bool)
-            wide[: stop - first] = allowed[first:stop]
-            pieces.append((first, items, wide))
+        pieces = self._pieces(allowed)
         most, width = powers(k, _FEWEST), powers(max(map(len, left_out), default=0), 64)
         largest = max(len(items) for _, items, _ in pieces)
         scores, rows = np.full((len(users_NxD), k), -np.inf, np.float32), np.full((len(users_NxD), k), -1, np.int32)
@@ -177,24 +182,11 @@ class Stock:
                 out[row, : len(own)] = own
             # What is outside of a piece is passed over.
             found = [
-                (best_columns(users, items, wide, out - first, k=min(most, len(items))), first)
+                (*best_columns(users, items, wide, out - first, k=min(most, len(items))), first)
                 for first, items, wide in pieces
             ]
-            real = span.stop - start
-            if len(found) == 1:
-                ((best, columns), first), at = found[0], slice(0, k)
-                best, columns = np.asarray(best)[:real, at], np.asarray(columns)[:real, at]
-                at = slice(0, best.shape[1])
-                scores[span, at], rows[span, at] = best, np.where(best > -np.inf, columns + first, -1)
-                start = span.stop
-                continue
-            best = np.concatenate([np.asarray(part)[:real] for (part, _), _ in found], axis=1)
-            columns = np.concatenate([np.asarray(part)[:real] + first for (_, part), first in found], axis=1)
-            # Of equals the lower row stands first, within a piece as among them.
-            order = np.argsort(-best, axis=1, kind="stable")[:, :k]
-            at = slice(0, order.shape[1])
-            scores[span, at] = np.take_along_axis(best, order, axis=1)
-            rows[span, at] = np.where(scores[span, at] > -np.inf, np.take_along_axis(columns, order, axis=1), -1)
+            best, columns = _merged(found, span.stop - start, k)
+            scores[span, : best.shape[1]], rows[span, : best.shape[1]] = best, columns
             start = span.stop
         return scores, rows
 
@@ -215,24 +207,24 @@ class Stock:
           review_width: Of the model's reviews.
 
         Returns:
-          User vector as encoded, float32 [D], scores [k] and rows [k] as `best`; None where items or devices do not
-          stand in one piece, or too many items are wanted: there `best` is to be used.
+          User vector as encoded, float32 [D], scores [k] and rows [k] as `best`; None where there are several devices,
+          many items are wanted, or one of the history was added or updated: there `best` is to be used.
         """
-        alone = self.used == 0 and k <= _MOST_ALONE and jax.local_device_count() == 1
+        unchanged = (self.places[items_N[items_N >= 0]] < len(self.known.has_text)).all()
+        alone = unchanged and k <= _MOST_ALONE and jax.local_device_count() == 1
         if not alone or sum(table.nbytes for table in jax.tree.leaves(self.known)) > _TABLES_ON_DEVICE:
             return None
         if not self.on_device:
             self.on_device.append(jax.device_put(self.known))
-        ((_, stop, vectors),) = self._placed()
-        wide = np.zeros(len(vectors), bool)
-        wide[:stop] = allowed
-        found = _best_of_one(
+        (_, vectors, wide), *more = self._pieces(allowed)
+        vector, unit, *best = _best_of_one(
             variables, self.on_device[0], vectors, items_N.astype(np.int32), wide, users=users,
             k=min(_MOST_ALONE, len(vectors)), review_width=review_width,
         )  # fmt: skip
-        vector, best, columns = map(np.asarray, found)
-        best, columns = best[0, :k], columns[0, :k]
-        return vector, best, np.where(best > -np.inf, columns, -1)
+        none = np.zeros((1, 0), np.int32)
+        found = [(*best_columns(unit, items, wide, none, k=_MOST_ALONE), first) for first, items, wide in more]
+        scores, rows = _merged([(*best, 0), *found], 1, k)
+        return np.asarray(vector), scores[0], rows[0]
 
     def put(self, frame: pl.DataFrame, changed: Sequence[Changed], tables: ItemTables, vectors: np.ndarray) -> Stock:
         """The next state, with new items behind the others and known ones replaced; both are recommended from now on.
@@ -297,14 +289,33 @@ def _best_of_one(
     users: Users,
     k: int,
     review_width: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     # One history needs no numbering of its distinct items.
     places_N = jnp.where(items_N >= 0, jnp.arange(len(items_N)), -1)
     own = jax.tree.map(lambda table: table[jnp.maximum(items_N, 0)], tables)
     vector_1xD = users(variables, own, items_N, history_of_items(places_N[None], review_width))
     unit_1xD = vector_1xD / jnp.maximum(jnp.linalg.norm(vector_1xD, axis=1, keepdims=True), 1e-12)
     none_1x0 = jnp.zeros((1, 0), jnp.int32)
-    return vector_1xD[0], *best_columns(unit_1xD, vectors_CxD, allowed_C, none_1x0, k=k)
+    return vector_1xD[0], unit_1xD, *best_columns(unit_1xD, vectors_CxD, allowed_C, none_1x0, k=k)
+
+
+def _merged(found: Sequence[tuple[jax.Array, jax.Array, int]], users: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best of all pieces, for the first `users`: scores and rows [users, k at most], -1 for none.
+
+    Args:
+      found: Of each piece the scores in falling order, the columns, and the row of its first column.
+      users: Users; the rest of a batch is padding.
+      k: Items.
+    """
+    parts = [(np.asarray(best)[:users], np.asarray(columns)[:users] + first) for best, columns, first in found]
+    if len(parts) == 1:
+        best, rows = (part[:, :k] for part in parts[0])
+    else:
+        best, rows = (np.concatenate(some, axis=1) for some in zip(*parts, strict=True))
+        # Of equals the lower row stands first, within a piece as among them.
+        order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+        best, rows = np.take_along_axis(best, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    return best, np.where(best > -np.inf, rows, -1)
 
 
 def _roomy(part: np.ndarray, count: int) -> np.ndarray:
@@ -330,6 +341,28 @@ def sizes_of(count: int, most: int) -> list[int]:
         plan.append(size)
         count -= size
     return plan
+
+
+def together(groups: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+    """Histories by their length's bucket, the few that would not fill a batch of theirs with the next longer ones.
+
+    Args:
+      groups: Bucket to which histories have its length.
+
+    Yields:
+      Bucket and histories; each of these once, in its own bucket or a longer one of those given.
+    """
+    some = sorted(groups)
+    left: list[int] = []
+    for place, bucket in enumerate(some):
+        longer = some[place + 1] if place + 1 < len(some) else None
+        members, left = [*left, *groups[bucket]], []
+        few = len(members) % SIZES[1]
+        # Below half of a batch, histories are computed one by one, and longer slots would only cost.
+        if longer is not None and few and few + len(groups[longer]) >= SIZES[1] // 2:
+            members, left = members[:-few], members[-few:]
+        if members:
+            yield bucket, members
 
 
 def fill(tree: Any, size: int) -> Any:

@@ -123,3 +123,20 @@ def test_many_changes_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> N
     # The rows of tables and vectors with their spare room (150 bytes), id, title and what was made of the item.
     assert growth < 2_000, growth
     assert len(stock.more.has_text) < 1.25 * (lives + 4) + 300
+
+
+@given(st.dictionaries(st.integers(0, 5), st.integers(1, 30), max_size=6))
+def test_every_history_is_in_one_batch_of_its_length_or_a_longer_one(counts: dict[int, int]) -> None:
+    groups = {bucket: [bucket * 100 + at for at in range(count)] for bucket, count in counts.items()}
+    made = list(module.together(groups))
+    assert sorted(one for _, members in made for one in members) == sorted(
+        one for members in groups.values() for one in members
+    )
+    assert [bucket for bucket, _ in made] == sorted({bucket for bucket, _ in made})
+    assert all(one // 100 <= bucket for bucket, members in made for one in members)
+    assert all(bucket in groups for bucket, _ in made)
+
+
+def test_few_histories_of_many_lengths_are_one_batch() -> None:
+    assert list(module.together({0: [1, 2, 3], 1: [4], 2: [5, 6, 7, 8]})) == [(2, [1, 2, 3, 4, 5, 6, 7, 8])]
+    assert list(module.together({0: [1], 2: [2]})) == [(0, [1]), (2, [2])]
