@@ -85,6 +85,26 @@ def decide(
     return Reading(formats=formats, notes=tuple(notes), **counts.collect(engine="streaming").row(0, named=True))
 
 
+def amounts_of(values: pl.Series) -> pl.Series | None:
+    """Values of texts that are prices or numbers with separators, by more than what a plain number is.
+
+    Two digits behind a comma are a fraction; fewer or more may as well be the second of two numbers in a list.
+
+    Args:
+      values: Texts that are there.
+
+    Returns:
+      Float64, null where one is something else; None where more than a hundredth is.
+    """
+    frame = _amounts(values, ()).struct.unnest()
+    listed = pl.col("sign").is_null() & pl.col("digits").str.contains(r",(\d|\d{4,})$")
+    read = (pl.col("kind").is_not_null() & ~listed).fill_null(False)
+    if not len(values) or frame.select(read.mean()).item() < 0.99:
+        return None
+    votes = frame.with_columns(count=1, pointed=pl.col("digits").str.contains(".", literal=True))
+    return _numbers(values, (), _number_formats(votes))
+
+
 def _number_formats(groups: pl.DataFrame) -> tuple[NumberFormat, ...]:
     def votes(*conditions: pl.Expr) -> int:
         return int(groups.filter(*conditions)["count"].sum())

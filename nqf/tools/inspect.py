@@ -19,6 +19,7 @@ from nqf.data.columns import CANONICAL, identify, identify_interactions
 from nqf.data.errors import DataError
 from nqf.data.load import prepare
 from nqf.data.nested import plain, unpacked
+from nqf.data.numbers import amounts_of
 from nqf.data.readers import TEXTS, Table, kind_of, open_table, parts_of
 from nqf.data.schema import Field
 from nqf.data.text import PLAIN, guess_dialect
@@ -272,6 +273,8 @@ def _suggest_string(name: str, values: pl.Series, variety: float) -> tuple[dict[
     times, _ = guessed(values)
     if share(times.is_not_null()) >= 0.99:
         return {"modality": "time"}, ""
+    if (amounts := amounts_of(values)) is not None:
+        return _suggest_number(name, amounts.drop_nulls(), variety)
     if share(values.str.contains(_NUMBERS)) >= 0.99:
         return {"modality": "vector"}, ""
     if share(values.str.contains(_IMAGE)) >= 0.8:

@@ -12,6 +12,7 @@ from nqf.config import load_config
 from nqf.data.amazon import schema_text
 from nqf.data.errors import DataError
 from nqf.data.load import prepare
+from nqf.data.numbers import amounts_of
 from nqf.data.schema import schema_from_tree
 from nqf.tools import data as command
 from nqf.tools.inspect import (
@@ -395,3 +396,46 @@ def test_markup_and_escapes_of_a_table_are_text(tmp_path: Path, capsys: pytest.C
     for text in ("[bold]x[/]", "[/red]0", "[link]Thing 0 [/b]", "\\x1b[2J0"):
         assert text in out
     assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("written", "numbers"),
+    [
+        (["12,34", "5,00", "1.234,50"], [12.34, 5.0, 1234.5]),
+        (["12,99 €", "1.299,00 €"], [12.99, 1299.0]),
+        (["$1,299.00", "$5", "$7.25"], [1299.0, 5.0, 7.25]),
+        (["CHF 5.-", "CHF 12.50"], [5.0, 12.5]),
+        (["1,234", "56", "12,345,678"], [1234.0, 56.0, 12345678.0]),
+        (["10-20 EUR", "5 EUR"], [10.0, 5.0]),
+    ],
+)
+def test_prices_as_people_write_them_are_numbers(tmp_path: Path, written: list[str], numbers: list[float]) -> None:
+    """A price with a comma was taken for a list of two categories."""
+    pandas = pytest.importorskip("pandas")
+    rows = {"sku": [f"a{row}" for row in range(60)], "Preis": (written * 60)[:60]}
+    pandas.DataFrame(rows | {"name": ["lamp", "desk", "oak chair"] * 20}).to_csv(
+        tmp_path / "items.csv", sep=";", index=False
+    )
+    source = examine(tmp_path / "items.csv")
+    (price,) = (column for column in inspect_items(source, tmp_path) if column.name == "Preis")
+    assert price.options == {"modality": "number"}
+    assert amounts_of(pl.Series(written)).to_list() == numbers
+
+
+@pytest.mark.parametrize(
+    "written",
+    [["1,2", "3,15", "7"], ["1,2,3", "4"], ["030 1234567", "040 222"], ["2020-01-02"], ["4711-12"], ["a", "5"]],
+)
+def test_lists_and_codes_are_no_prices(written: list[str]) -> None:
+    assert amounts_of(pl.Series(written)) is None
+
+
+def test_decimal_commas_of_pandas_are_read_as_written(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    prices = [round(1.37 * row + 0.25, 2) for row in range(40)]
+    frame = pandas.DataFrame({"id": [f"a{row}" for row in range(40)], "price": prices})
+    frame["price"] = frame["price"].map("{:.2f}".format).str.replace(".", ",")
+    frame.to_csv(tmp_path / "items.csv", sep=";", index=False)
+    read = pandas.read_csv(tmp_path / "items.csv", sep=";", decimal=",")["price"].to_list()
+    written = pl.read_csv(tmp_path / "items.csv", separator=";", infer_schema=False)["price"]
+    assert amounts_of(written).to_list() == read
