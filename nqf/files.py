@@ -246,6 +246,30 @@ def locked(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def claimed(path: str | Path) -> Iterator[bool]:
+    """Whether this process is the one that may make a file; the claim is the kernel's and goes with its owner.
+
+    Where the file system has no locks everybody may: for files that are the same whoever makes them.
+    """
+    path = Path(path)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0, is_singleton=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        yield False
+        return
+    except (NotImplementedError, OSError):
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        # Who has opened it meanwhile finds the file made.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def _literal(name: str) -> str:
     """A name as a pattern that matches it alone."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

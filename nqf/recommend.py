@@ -25,6 +25,7 @@ class RecommendArguments:
       item: An item id of a history, oldest first; to be given once for each.
       history_file: Text file with the item ids of a history, oldest first, one a line.
       all: Write recommendations for every user to this Parquet file.
+      parts: Write them to parts of this folder; any number of processes that are given the same share the work.
       k: Number of items.
       stage: `joint`, or `user` for the User Q-Former without the language model.
       debug: Show the traceback of an error.
@@ -36,6 +37,7 @@ class RecommendArguments:
     item: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     history_file: Path | None = None
     all: Path | None = None
+    parts: Path | None = None
     k: Count = 10
     stage: str = "joint"
     debug: bool = False
@@ -44,17 +46,18 @@ class RecommendArguments:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = parse(RecommendArguments, arguments, prog=program("recommend"))
-    chosen = (options.user, options.history, options.item or None, options.history_file, options.all)
+    chosen = (options.user, options.history, options.item or None, options.history_file, options.all, options.parts)
     if sum(value is not None for value in chosen) != 1:
         raise ValueError(
-            "give exactly one of --user ID, --history ID,ID,..., --item ID (once for each), --history-file FILE and "
-            "--all OUT.parquet"
+            "give exactly one of --user ID, --history ID,ID,..., --item ID (once for each), --history-file FILE, "
+            "--all OUT.parquet and --parts FOLDER"
         )
     history = _history(options)
     import polars as pl
 
     from nqf.evaluation.table import print_table
     from nqf.files import whole
+    from nqf.serving.parts import recommend_parts
     from nqf.serving.recommender import Recommender
 
     console = terminal()
@@ -63,6 +66,10 @@ def main(arguments: list[str]) -> None:
         with whole(options.all, "wb") as file:
             pl.concat(recommender.recommend_all(k=options.k)).write_parquet(file)
         console.print(f"wrote {options.all}", highlight=False, markup=False)
+        return
+    if options.parts is not None:
+        for line in recommend_parts(recommender, options.run, options.parts, stage=options.stage, k=options.k):
+            console.print(line, highlight=False, markup=False)
         return
     if options.user is not None:
         frame, title = recommender.recommend(user=options.user, k=options.k), f"For user {options.user}"

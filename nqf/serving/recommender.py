@@ -271,12 +271,14 @@ class Recommender:
         allowed = self._allowed(stock, only, where)
         return self._ranked(stock, pasts, head, k, allowed, self._known_rows(stock, exclude, "exclude"), repeats)
 
-    def recommend_all(self, *, k: int = 10, repeats: bool | None = None) -> Iterable[pl.DataFrame]:
-        """Recommendations for every user of the run, in frames of many users with a user_id column.
+    def recommend_all(
+        self, *, k: int = 10, repeats: bool | None = None, users: Sequence[str] | None = None
+    ) -> Iterable[pl.DataFrame]:
+        """Recommendations for every user of the run, or for some, in frames of many users with a user_id column.
 
         Users with too few events to be trained on come last.
         """
-        users = self.user_ids
+        users = self.user_ids if users is None else users
         for start in range(0, len(users), SIZES[-1]):
             yield self.recommend(users=users[start : start + SIZES[-1]], k=k, repeats=repeats)
 
