@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
     data = load_config(configuration(options.config)).data
     import tempfile
 
+    from nqf.data import addresses
     from nqf.data.load import prepare
     from nqf.data.unirec import read_samples, test_file
     from nqf.tools.audit import audit
@@ -51,8 +52,10 @@ def main(arguments: list[str]) -> None:
     console = terminal()
     samples = []
     if data.format == "unirec":
-        train = Path(data.interactions or "")
-        samples = [sample for path in sorted({train, test_file(train)}) for sample in read_samples(path)]
+        given = {"train": data.interactions}
+        with tempfile.TemporaryDirectory() as folder, addresses.local(given, Path(folder), data.format) as (paths, _):
+            train = Path(paths["train"])
+            samples = [sample for path in sorted({train, test_file(train)}) for sample in read_samples(path)]
     with tempfile.TemporaryDirectory() as folder:
         # With the fields that are known only after the fact: they are judged, whether they are used or not.
         dataset = prepare(dataclasses.replace(data, use_after_the_fact=True), Path(folder) / "data")

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import logging
 import os
 import re
 import select
@@ -250,14 +251,17 @@ def keep_compiled_programs() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps raw log lines of XLA and of absl off the terminal; what fails there is raised, too.
+    """Keeps raw log lines of XLA, absl and file systems off the terminal; what fails there is raised, too.
 
     To be called before jax is imported. `TF_CPP_MIN_LOG_LEVEL=0` in the environment shows those of XLA, `--debug` all.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from absl import logging
+    from absl import logging as absl_logging
 
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("fsspec", "gcsfs", "s3fs"):
+        # Tracebacks of what they try again.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def keep_freed_memory() -> None:

@@ -22,6 +22,8 @@ import pydantic
 import yaml
 from annotated_types import Interval, Len
 
+from nqf import files
+
 T = TypeVar("T")
 
 MISSING_WORDS = (
@@ -72,8 +74,9 @@ Temperature = Annotated[float, Interval(ge=1e-3, le=1e3)]
 LearningRate = Annotated[float, Interval(gt=0, le=10)]
 
 _PATH_KEYS = ("items", "interactions", "schema")
-_MORE_PATHS = ("inter", "reviews", "candidates")
-# As it is written and as `Path` has it, with one slash. A drive of Windows has one letter.
+DATA_PATHS = (*_PATH_KEYS, "inter", "reviews", "candidates")
+"""Keys of the data section that are paths, or addresses of the same files (`nqf.data.addresses`)."""
+# An address as `Path` has it, with one slash. A drive of Windows has one letter.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -83,7 +86,7 @@ def section(cls: type[T]) -> type[T]:
     """Makes a frozen, keyword-only dataclass that refuses what its annotations do not allow (`ConfigError`).
 
     Types are strict: no bool is a number, no text either. Ranges are those of `Interval` and `Len` in `Annotated`;
-    nan and inf are in none. Paths are local ones: a folder is never made of an address. `__post_init__` checks
+    nan and inf are in none. A `Path` is a local one: no folder is made of an address. `__post_init__` checks
     combinations.
     """
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
@@ -92,9 +95,12 @@ def section(cls: type[T]) -> type[T]:
     @functools.wraps(build)
     def checked(self: Any, **values: Any) -> None:
         for key, value in values.items():
-            if (isinstance(value, Path) or key in _PATH_KEYS) and _ADDRESS.match(str(value)):
-                problem = f"{shown(str(value))} is an address, and nqf reads and writes local paths alone: mount it "
-                raise ConfigError(problem + "(gcsfuse, mountpoint-s3, rclone) or copy it, and give that path", key=key)
+            if isinstance(value, Path) and _ADDRESS.match(str(value)):
+                # Credentials are known by the two slashes that `Path` makes one of.
+                name = files.masked(str(value).replace(":/", "://", 1))
+                problem = f"{shown(name)} is an address, which tables may have, and this path has to be a local one: "
+                advice = "mount it (gcsfuse, mountpoint-s3, rclone) or copy it, and give that path"
+                raise ConfigError(problem + advice, key=key)
         try:
             build(self, **values)
         except pydantic.ValidationError as error:
@@ -274,8 +280,8 @@ class DataConfig:
     Attributes:
       format: `synthetic`, `table` (CSV, TSV, JSON, JSONL, Parquet, Excel, folders of parts), `recbole` (.inter and
         .item), `amazon-2023` (metadata and reviews) or `unirec` (the reference system's JSON files).
-      items: Path of the item table; relative paths in a YAML file start at that file's folder, or if there is nothing
-        at the working directory.
+      items: Path of the item table, or its address (`gs://`, `s3://`, ...), as of all files of this section; relative
+        paths in a YAML file start at that file's folder, or if there is nothing at the working directory.
       interactions: Path of the interaction table.
       schema: Path of the schema YAML.
       inter: Path of an .inter file with the ratings and times of the samples' interactions (`unirec`).
@@ -344,10 +350,11 @@ class DataConfig:
                 not getattr(self, key), key, f"format '{self.format}' needs this path; give it, or format: synthetic"
             )
         for key, given in (("inter", self.inter), ("reviews", self.reviews), ("split", self.split == "samples")):
+            name = files.masked(str(getattr(self, key)))[:200]
             _refuse(
                 given and self.format != "unirec",
                 key,
-                f"{str(getattr(self, key))[:200]!r} belongs to UniRec's sample files; set format: unirec, or remove it",
+                f"{name!r} belongs to UniRec's sample files; set format: unirec, or remove it",
             )
         _refuse(
             self.valid_share + self.test_share >= 1,
@@ -952,11 +959,7 @@ def load_config(path: str | Path) -> Config:
     config = from_tree(Config, read_yaml(path) or {}, where=str(path))
     data = config.data
     try:
-        updates = {
-            key: _located(path, getattr(data, key))
-            for key in (*_PATH_KEYS, *_MORE_PATHS)
-            if getattr(data, key) is not None
-        }
+        updates = {key: _located(path, value) for key in DATA_PATHS if (value := getattr(data, key)) is not None}
     except (OSError, ValueError) as error:
         # Names with a NUL, longer than the system has them, or of links that go round.
         raise ConfigError(f"{path}: data: a path that cannot be one: {shown(str(error))}") from error
@@ -965,6 +968,8 @@ def load_config(path: str | Path) -> Config:
 
 
 def _located(config: Path, value: str) -> str:
+    if files.is_address(value):
+        return value
     places = [config.parent / value, Path(value)]
     return str(next((place for place in places if place.exists()), places[0]).resolve())
 
@@ -1011,12 +1016,15 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def to_tree(value: Any) -> Any:
-    """Turns configuration dataclasses into plain dictionaries, lists and scalars (for YAML, JSON and hashing)."""
+    """Turns configuration dataclasses into plain dictionaries, lists and scalars (for YAML, JSON and hashing).
+
+    Credentials in addresses are left out (`nqf.files.masked`): what this makes is written into files.
+    """
     if dataclasses.is_dataclass(value):
         return {field.name: to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
         return [to_tree(element) for element in value]
-    return value
+    return files.masked(value) if isinstance(value, str) else value
 
 
 def from_tree(cls: type[T], tree: Any, *, where: str = "config", base: T | None = None) -> T:

@@ -30,6 +30,15 @@ PARTIAL = ".nqf-partial"
 """End of the name of a file that is being written; a killed process leaves it, and the next writer removes it."""
 
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# What may be a credential in an address: a user with a password (in which some leave a slash as it is), any user of a
+# website, and queries. `host:9000/`, `[::1]:80` and Azure's `container@account` are none.
+_CREDENTIALS = (
+    (re.compile(r"(https?://)[^\s/]*@", re.I), r"\1***@"),
+    (re.compile(r"([a-z][a-z0-9+.-]+://)[^\s/@:\[]*:(?!\d*/)[^\s@]*@(?:[^\s/@]*@)*", re.I), r"\1***@"),
+    (re.compile(r"(https?://[^\s?#'\"]*[?#])[^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$))", re.I), r"\1***"),
+    (re.compile(r"([a-z][a-z0-9+.-]+://[^\s?'\"]*\?)(?=[^\s]*=)[^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$))", re.I), r"\1***"),
+)
 # A file that changed a moment ago may change again within the tick of the file system's clock.
 _SETTLED_NS = 2_000_000_000
 _digests_lock = threading.RLock()
@@ -43,6 +52,18 @@ def shipped() -> Path:
     """The folder of the configurations that come with nqf: a wheel has it inside the package, a checkout beside it."""
     package = Path(__file__).parent
     return next(root for root in (package / "configs", package.parent / "configs") if root.is_dir())
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is an address, as `gs://bucket/items.parquet`. Neither `C:/x` nor `gs:/x` is one."""
+    return _ADDRESS.match(path) is not None
+
+
+def masked(text: str) -> str:
+    """A text with `***` in place of what may be credentials in its addresses: passwords, keys, signatures."""
+    for pattern, place in _CREDENTIALS if "://" in text else ():
+        text = pattern.sub(place, text)
+    return text
 
 
 @contextlib.contextmanager
@@ -239,7 +260,7 @@ def locked(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
             f"{folder} and set NQF_LOCKS=off in the environment, or use a folder on a local disk"
         ) from error
     try:
-        write_text(owner, f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.orig_argv)})"[:900])
+        write_text(owner, f"process {os.getpid()} on {socket.gethostname()} ({masked(' '.join(sys.orig_argv))})"[:900])
         yield
     finally:
         owner.unlink(missing_ok=True)

@@ -24,14 +24,14 @@ class ItemsArguments:
       action: `add` items that the run does not know; `update` known ones (columns that FILE lacks stay as they are);
         `remove` known ones from all recommendations (they stay known in histories).
       run: Run folder.
-      file: Item table of any kind that `python -m nqf.data inspect` reads; column item_id and those of the schema.
-        To remove, item_id is enough.
+      file: Item table of any kind that `python -m nqf.data inspect` reads, or its address; column item_id and those of
+        the schema. To remove, item_id is enough.
       debug: Show the traceback of an error.
     """
 
     action: Annotated[Literal["add", "update", "remove"], tyro.conf.Positional]
     run: Annotated[Path, tyro.conf.Positional]
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[str, tyro.conf.Positional]
     debug: bool = False
 
 
@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> None:
     options = parse(ItemsArguments, arguments, prog=program("items"))
     import polars as pl
 
+    from nqf.data import addresses
     from nqf.data.errors import DataError
     from nqf.data.schema import some
     from nqf.serving import overlay
@@ -49,25 +50,27 @@ def main(arguments: list[str]) -> None:
     console = terminal()
     run = open_run(options.run, console)
     catalogue, cache, folder = run.dataset.catalogue, run.cache, run.folder / "items"
-    with tempfile.TemporaryDirectory() as scratch:
-        source = examine(options.file, run.config.data.columns)
+    given = {"file": options.file}
+    with tempfile.TemporaryDirectory() as scratch, addresses.local(given, Path(scratch)) as (paths, told):
+        path = Path(paths["file"])
+        source = examine(path, run.config.data.columns)
         if source.id is None:
             raise DataError(source.notes[-1])
         table = open_items(source, Path(scratch))
         names = table.collect_schema().names()
         columns = [column for field in catalogue.schema.fields for column in field.columns if column in names]
         if not columns and options.action != "remove":
-            raise DataError(f"{options.file}: none of its columns is in the schema: {some(names)}")
+            raise DataError(f"{path}: none of its columns is in the schema: {some(names)}")
         frame = table.select(pl.col(source.id).alias("item_id"), *columns).collect()
     for note in source.notes:
-        console.print(note, markup=False)
+        console.print(told(note), markup=False)
     with overlay.locked(folder):
         old = overlay.read_overlay(folder, catalogue, cache)
         if options.action == "remove":
             new = overlay.remove(old, catalogue, frame["item_id"].cast(pl.String).to_list())
         else:
             change = overlay.add if options.action == "add" else overlay.update
-            new = change(old, catalogue, cache, frame, options.file.parent)
+            new = change(old, catalogue, cache, frame, addresses.beside(path, told))
         overlay.write_overlay(folder, new, cache)
     passed_over = [name for name in names if name not in (source.id, *columns)]
     if passed_over and options.action != "remove":

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from nqf import cli
 from nqf.cli import configuration, guard, keep_freed_memory, program, terminal
-from nqf.config import Config, ConfigError, CountOrNone, Weight, load_config, section
+from nqf.config import Config, ConfigError, CountOrNone, DataConfig, Weight, from_tree, load_config, section, to_tree
 from nqf.data.schema import nearest
 
 
@@ -74,6 +74,8 @@ def _help(default: TrainArguments, topic: str) -> None:
     """
     import tyro
 
+    # Without the credentials of addresses.
+    default = dataclasses.replace(default, data=from_tree(DataConfig, to_tree(default.data)))
     sections = {
         field.name: (type(getattr(default, field.name)).__doc__ or "").split("\n")[0]
         for field in dataclasses.fields(default)

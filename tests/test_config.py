@@ -19,6 +19,7 @@ from nqf import cli
 from nqf.config import (
     Config,
     ConfigError,
+    DataConfig,
     MeshConfig,
     OptimConfig,
     QFormerConfig,
@@ -364,11 +365,20 @@ def test_no_folder_is_made_of_an_address(address: str, tmp_path: Path, monkeypat
     train, recommend = (importlib.import_module(f"nqf.{name}") for name in ("train", "recommend"))
     with pytest.raises(ConfigError, match=r"run.*is an address.*mount it"):
         train.main(["--config", "quickstart", "--run", address])
-    with pytest.raises(ConfigError, match=r"data\.items.*is an address"):
-        train.main(["--config", "quickstart", "--data.items", address])
     with pytest.raises(ConfigError, match=r"run.*is an address"):
         recommend.main([address, "--user", "u"])
-    (tmp_path / "x.yaml").write_text(f"data: {{format: tables, interactions: '{address}'}}")
-    with pytest.raises(ConfigError, match=r"x\.yaml: data\.interactions.*is an address"):
-        load_config(tmp_path / "x.yaml")
+    # Tables may be there, and their addresses stay as they are.
+    assert train.parse(["--config", "quickstart", "--data.items", address]).data.items == address
+    (tmp_path / "x.yaml").write_text(f"data: {{interactions: '{address}'}}")
+    assert load_config(tmp_path / "x.yaml").data.interactions == address
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
+
+
+def test_credentials_of_a_refused_address_are_not_shown() -> None:
+    recommend = importlib.import_module("nqf.recommend")
+    with pytest.raises(ConfigError, match=r"'https://\*\*\*@h/r\?\*\*\*' is an address") as error:
+        recommend.main(["https://me:hush@h/r?signature=hush", "--user", "u"])
+    assert "hush" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"'s3://\*\*\*@h/x' belongs to UniRec") as error:
+        DataConfig(inter="s3://me:hush@h/x")
+    assert "hush" not in str(error.value)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import polars as pl
 import pytest
@@ -243,3 +244,19 @@ def test_damage_is_refused(run: Path, tmp_path: Path) -> None:
     (run / "items" / "items.json").write_text("{")
     with pytest.raises(CacheError, match=r"delete .* and add the items again"):
         read(opened)
+
+
+def test_items_at_an_address(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/shop/new.jsonl", "".join(json.dumps(row) + "\n" for row in NEW).encode())
+    try:
+        items.main(["add", str(run), "memory://shop/new.jsonl"])
+        assert "add: 3 items" in capsys.readouterr().out
+        assert set(read(open_run(run)).frame["item_id"]) == {row["item_id"] for row in NEW}
+        with pytest.raises(DataError, match=r"^memory://shop/none\.jsonl: no such file or folder"):
+            items.main(["add", str(run), "memory://shop/none.jsonl"])
+        memory.pipe_file("/shop/other.csv", b"item_id,weight\na,1\n")
+        with pytest.raises(DataError, match=r"^memory://shop/other\.csv: none of its columns is in the schema"):
+            items.main(["add", str(run), "memory://shop/other.csv"])
+    finally:
+        memory.store.clear()

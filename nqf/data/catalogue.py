@@ -53,7 +53,7 @@ class Catalogue:
             yield table.slice(start, rows).collect()
 
 
-def canonical_items(frame: pl.DataFrame, schema: Schema, *, folder: Path | None = None) -> pl.DataFrame:
+def canonical_items(frame: pl.DataFrame, schema: Schema, *, folder: Path | str | None = None) -> pl.DataFrame:
     """Brings a few items into canonical form, all values readable or an error.
 
     Args:
@@ -226,13 +226,15 @@ def _unreadable(table: pl.LazyFrame, field: Field, words: Sequence[str], reading
     )
 
 
-def canonical(table: pl.LazyFrame, schema: Schema, folder: Path, *, ids: Sequence[str] = ("item_id",)) -> pl.LazyFrame:
+def canonical(
+    table: pl.LazyFrame, schema: Schema, folder: Path | str, *, ids: Sequence[str] = ("item_id",)
+) -> pl.LazyFrame:
     """Expressions from a source table to canonical columns; only columns without a format are read, to decide it.
 
     Args:
       table: Columns `ids` and all columns of the schema.
       schema: The fields.
-      folder: Where relative image paths start.
+      folder: Where relative image paths start; a text, as of an address, stands before them as it is.
       ids: Columns that are kept as they are, as String.
 
     Returns:
@@ -293,7 +295,7 @@ def vector_lengths(table: pl.LazyFrame, schema: Schema) -> dict[str, list[int]]:
     }
 
 
-def _value(field: Field, dtypes: pl.Schema, folder: Path, words: Sequence[str]) -> pl.Expr:
+def _value(field: Field, dtypes: pl.Schema, folder: Path | str, words: Sequence[str]) -> pl.Expr:
     column, dtype = pl.col(field.columns[0]), dtypes[field.columns[0]]
     if field.modality == "text":
         return values.decoded(values.text(column, dtype, words))
@@ -305,7 +307,7 @@ def _value(field: Field, dtypes: pl.Schema, folder: Path, words: Sequence[str]) 
         return times.seconds(column, dtype, words, field.format)
     if field.modality == "image":
         path = values.text(column, dtype, words)
-        local = pl.concat_str(pl.lit(f"{folder.resolve()}/"), path)
+        local = pl.concat_str(pl.lit(f"{folder.resolve() if isinstance(folder, Path) else folder}/"), path)
         return pl.when(path.str.contains(URL) | path.str.starts_with("/")).then(path).otherwise(local)
     if field.modality == "vector":
         return _vector(column, dtype, words)

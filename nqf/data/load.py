@@ -18,7 +18,7 @@ import yaml
 
 from nqf import files
 from nqf.config import ColumnsConfig, DataConfig
-from nqf.data import amazon, recbole, splits, synthetic, unirec
+from nqf.data import addresses, amazon, recbole, splits, synthetic, unirec
 from nqf.data.catalogue import (
     BAD,
     Catalogue,
@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 _INTERACTION_COLUMNS = {"user_id": None, "item_id": None, "timestamp": None, "rating": None, "review": None}
 _SHORT = "short.parquet"
+_READ = ("items", "interactions", "schema", "inter", "reviews")
 # Rows that a reader of the canonical file decodes at least.
 _ROW_GROUP = 16_384
 
@@ -68,7 +69,7 @@ class _Tables:
       items: Column item_id and the columns of the schema.
       interactions: The interaction columns.
       schema: All fields, those known only after the fact included.
-      folder: Where relative image paths start.
+      folder: Where relative image paths start; text of an item table at an address.
       items_path: Named in errors.
       interactions_path: Named in errors.
       notes: What was guessed and what is not used, in words.
@@ -77,7 +78,7 @@ class _Tables:
     items: pl.LazyFrame
     interactions: pl.LazyFrame
     schema: Schema
-    folder: Path
+    folder: Path | str
     items_path: Path
     interactions_path: Path
     notes: list[str]
@@ -91,7 +92,7 @@ def prepare(config: DataConfig, directory: Path) -> Dataset:
       directory: Folder to write; what it held is replaced, once everything has been written.
 
     Raises:
-      DataError: Tables, schema or options that cannot be used.
+      DataError: Tables, schema or options that cannot be used, or an address that cannot be read.
     """
     directory = Path(os.path.abspath(directory))
     building = directory.with_name(f".{directory.name}-preparing")
@@ -99,8 +100,11 @@ def prepare(config: DataConfig, directory: Path) -> Dataset:
     scratch, target = building / "scratch", building / "data"
     scratch.mkdir(parents=True)
     target.mkdir()
+    # Made by nqf, or copied into the scratch folder where they are at addresses.
+    given = {key: getattr(config, key) for key in _READ} if config.format != "synthetic" else {}
     try:
-        _write(config, target, scratch, directory)
+        with addresses.local(given, scratch, config.format) as (paths, told):
+            _write(dataclasses.replace(config, **paths), target, scratch, directory, told)
         if directory.exists():
             files.publish(directory, building / "replaced")
         files.publish(target, directory)
@@ -151,8 +155,8 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
         ) from error
 
 
-def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None:
-    tables = _open_tables(config, target, scratch, final)
+def _write(config: DataConfig, target: Path, scratch: Path, final: Path, told: Callable[[str], str]) -> None:
+    tables = _open_tables(config, target, scratch, final, told)
     known = [field.name for field in tables.schema.fields]
     if unknown := set(config.without) - set(known):
         raise DataError(f"data.without: no field {', '.join(sorted(unknown))}; the schema has {', '.join(known)}")
@@ -185,7 +189,7 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path) -> None
     else:
         split = splits.leave_one_out(interactions, **options)
     warnings = [*tables.notes, *item_report.pop("warnings"), *event_report.pop("warnings")]
-    split = dataclasses.replace(split, warnings=(*warnings, *split.warnings))
+    split = dataclasses.replace(split, warnings=(*map(told, warnings), *split.warnings))
     report = {
         "format": config.format,
         "items": item_report,
@@ -227,7 +231,7 @@ def _sample_split(
     return splits.of_samples(interactions, *found, valid_share=config.valid_share, **options)
 
 
-def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -> _Tables:
+def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path, told: Callable[[str], str]) -> _Tables:
     if config.format == "synthetic":
         source = target / "source"
         source.mkdir()
@@ -239,7 +243,7 @@ def _open_tables(config: DataConfig, target: Path, scratch: Path, final: Path) -
         folder = final / "source"
     else:
         items, interactions, schema_path = (Path(getattr(config, key)) for key in ("items", "interactions", "schema"))
-        folder = items.parent
+        folder = addresses.beside(items, told)
     schema = load_schema(schema_path)
     columns: Columns = {"item_id": None} | {column: field for field in schema.fields for column in field.columns}
     events: Columns = _INTERACTION_COLUMNS

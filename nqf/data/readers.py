@@ -158,10 +158,10 @@ def kind_of(path: Path) -> str:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The files of a folder that Spark, pandas or polars wrote, without their notes (. and _); of a file itself."""
+    """The files of a folder that Spark, pandas or polars wrote, without their notes (`is_part`); of a file itself."""
     if not folder.is_dir():
         return [folder]
-    entries = sorted(entry for entry in folder.iterdir() if entry.name[0] not in "._")
+    entries = sorted(entry for entry in folder.iterdir() if is_part(entry.name))
     if inner := [entry for entry in entries if entry.is_dir()]:
         raise DataError(
             f"{folder}: has folders in it, such as {some([inner[0].name])}; columns that are names of folders are not "
@@ -171,6 +171,11 @@ def parts_of(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: the folder has no files in it")
     # A part without rows may be empty.
     return [entry for entry in entries if entry.stat().st_size] or entries[:1]
+
+
+def is_part(name: str) -> bool:
+    """Whether a name in a folder of parts is that of a part: no note such as `_SUCCESS`, checksum or hidden file."""
+    return name[0] not in "._" and not name.endswith(".crc")
 
 
 def join(path: Path, tables: Sequence[Table]) -> Table:

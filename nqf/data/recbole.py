@@ -59,11 +59,14 @@ def open_interactions(path: Path, dialect: DialectConfig, columns: ColumnsConfig
 
 def benchmark_files(path: Path) -> list[Path]:
     """The train, valid and test files that belong to one of them; any other file alone."""
-    match = _BENCHMARK.fullmatch(path.name)
-    if not match:
-        return [path]
-    parts = [path.with_name(f"{match[1]}{part}{match[3]}") for part in ("train", "valid", "test")]
+    parts = [path.with_name(name) for name in benchmark_names(path.name)]
     return [part for part in parts if part.is_file()] or [path]
+
+
+def benchmark_names(name: str) -> list[str]:
+    """The names of the train, valid and test files that belong to one of them; none of any other file."""
+    match = _BENCHMARK.fullmatch(name)
+    return [f"{match[1]}{part}{match[3]}" for part in ("train", "valid", "test")] if match else []
 
 
 def _events(table: Table, names: Sequence[str], listed: Sequence[str]) -> Iterator[list[Any]]:

@@ -68,8 +68,13 @@ def read_samples(path: Path) -> list[Sample]:
 
 def test_file(path: Path) -> Path:
     """The test samples beside training samples; the same path where there are none."""
-    test = path.with_name(path.name.replace("_train", "_test"))
+    test = path.with_name(test_name(path.name))
     return test if test.is_file() else path
+
+
+def test_name(name: str) -> str:
+    """The name of the test samples that belong to a name of training samples; any other name as it is."""
+    return name.replace("_train", "_test")
 
 
 def read_interactions(

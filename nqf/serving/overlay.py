@@ -138,7 +138,7 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def add(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.DataFrame, folder: Path) -> Overlay:
+def add(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.DataFrame, folder: Path | str) -> Overlay:
     """Adds items that are not known, or that were removed.
 
     Args:
@@ -160,7 +160,9 @@ def add(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.Dat
     return _put(overlay, cache, frame)
 
 
-def update(overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.DataFrame, folder: Path) -> Overlay:
+def update(
+    overlay: Overlay, catalogue: Catalogue, cache: FieldCache, items: pl.DataFrame, folder: Path | str
+) -> Overlay:
     """Replaces fields of known items; a field of which no column is given stays as it is.
 
     Raises:

@@ -14,7 +14,8 @@ from typing import Any
 import polars as pl
 
 from nqf import __version__, files
-from nqf.config import Config, to_tree
+from nqf.config import DATA_PATHS, Config, to_tree
+from nqf.data import addresses
 from nqf.data.recbole import benchmark_files
 from nqf.data.schema import load_schema
 from nqf.data.unirec import test_file
@@ -29,23 +30,23 @@ STARTED = "started.json"
 # Parts that records of before version 0.2 lack.
 _LATER = ("pictures", "test samples")
 _SOURCES = ("data files", *_LATER)
+VERSION = "version of data."
+"""Head of the parts that tell the versions of tables at addresses."""
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def source_digest(config: Config) -> str | None:
-    """SHA-256 of the source files' contents; that of nothing for the synthetic catalogue, None where all are gone."""
+    """SHA-256 of the local source files' contents; None where all are gone, that of nothing where there are none."""
     data, digest = config.data, hashlib.sha256()
-    names = (data.items, data.interactions, data.schema, data.inter, data.reviews, data.candidates)
+    names = [name for key in DATA_PATHS if (name := getattr(data, key)) and not files.is_address(name)]
     # A missing file is reported by the reader, with advice.
     found = [path for name in names for path in _source_files(name)]
     for path in found:
         digest.update(bytes.fromhex(files.sha256(path)))
-    return digest.hexdigest() if found or not any(names) else None
+    return digest.hexdigest() if found or not names else None
 
 
-def _source_files(name: str | None) -> list[Path]:
-    if name is None:
-        return []
+def _source_files(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
@@ -54,9 +55,10 @@ def _source_files(name: str | None) -> list[Path]:
 
 def _test_samples(config: Config) -> str | None:
     """SHA-256 of UniRec's test samples, which the reader takes from beside the training samples."""
-    if config.data.format != "unirec" or not config.data.interactions:
+    name = config.data.interactions
+    if config.data.format != "unirec" or not name or files.is_address(name):
         return None
-    train = Path(config.data.interactions)
+    train = Path(name)
     test = test_file(train)
     return None if test == train else files.sha256(test)
 
@@ -97,8 +99,15 @@ def model_digest(name: str) -> str | None:
     return digest.hexdigest()
 
 
-def parts_of(config: Config, stage: Stage, run: Path) -> dict[str, Any]:
-    """What a stage depends on: its configuration, its inputs' fingerprints, the data and the code format."""
+def parts_of(config: Config, stage: Stage, run: Path, *, ask: bool = True) -> dict[str, Any]:
+    """What a stage depends on: its configuration, its inputs' fingerprints, the data and the code format.
+
+    Args:
+      config: The configuration.
+      stage: The stage.
+      run: Run folder.
+      ask: Whether addresses are asked for the versions of their tables; without, these are left out.
+    """
     parts: dict[str, Any] = {"code_format": CODE_FORMAT, "stage": stage.name}
     for key in stage.reads:
         parts[key] = to_tree(_value(config, key))
@@ -112,6 +121,7 @@ def parts_of(config: Config, stage: Stage, run: Path) -> dict[str, Any]:
             "test samples": _test_samples(config),
         }
         parts |= {key: found for key, found in sources.items() if found is not None}
+        parts |= {VERSION + key: found for key, found in addresses.versions(config.data).items()} if ask else {}
     for key in stage.model_folders:
         digest = model_digest(_value(config, key))
         if digest is not None:
@@ -181,9 +191,9 @@ def cut_off(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def status(config: Config, stage: Stage, run: Path) -> str:
-    """Empty if the stage is finished and fresh; else the reason why it has to run."""
-    reasons = stale(read_record(run / stage.name), parts_of(config, stage, run), stage)
+def status(config: Config, stage: Stage, run: Path, *, ask: bool = True) -> str:
+    """Empty if the stage is finished and fresh; else the reason why it has to run. `ask` is that of `parts_of`."""
+    reasons = stale(read_record(run / stage.name), parts_of(config, stage, run, ask=ask), stage)
     return "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
 
 
@@ -203,7 +213,8 @@ def comparable(stored: dict[str, Any], stage: Stage, wanted: dict[str, Any]) -> 
     # The number of workers was once a part and changes nothing; of model folders, the first bytes of files were.
     stored = {key: value for key, value in stored.items() if key != "workers" and not key.startswith("files of ")}
     # A run is served without the tables, pictures and models that it was made of, also on another machine.
-    gone = [key for key in stored.keys() - wanted.keys() if key in _SOURCES or key.startswith("weights of ")]
+    heads = ("weights of ", VERSION)
+    gone = [key for key in stored.keys() - wanted.keys() if key in _SOURCES or key.startswith(heads)]
     stored = {key: value for key, value in stored.items() if key not in gone}
     for key in wanted:
         if key not in stored and (key in _LATER or key.startswith("weights of ")):
@@ -226,6 +237,6 @@ def differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
         return lines
     if stored == wanted:
         return []
-    if path.startswith(("input ", "weights of ")) or path in _SOURCES:
+    if path.startswith(("input ", "weights of ", VERSION)) or path in _SOURCES:
         return [f"{path} changed"]
     return [f"{path} was {stored!r} and is {wanted!r}"]

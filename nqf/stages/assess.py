@@ -17,6 +17,7 @@ from nqf.evaluation.choice import Score, choose_weights, text_rows
 from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
+from nqf.files import masked
 from nqf.stages.artifacts import status
 from nqf.stages.folder import claim
 from nqf.stages.graph import JOINT, SASREC, USER, run_stage
@@ -154,8 +155,8 @@ def sasrec_score(run: Run) -> Score:
 
 
 def command_line() -> str:
-    """The command of this process, as a person would type it, for the record."""
+    """The command of this process, as a person would type it, for the record; without credentials."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     head = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-    return " ".join([head, *sys.argv[1:]])
+    return masked(" ".join([head, *sys.argv[1:]]))

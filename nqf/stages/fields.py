@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.markup import escape
 
+from nqf.data import addresses
 from nqf.data.load import prepare
 from nqf.fields.build import build
 from nqf.interop.encoders import encoder_factories
@@ -19,12 +23,8 @@ from nqf.training.writer import Encoding
 def build_fields(run: Run) -> dict[str, Any]:
     """Runs the stage; its record holds the sizes, the fields' modalities and widths, and the report on the data."""
     dataset, given = prepare(run.config.data, run.folder / "data"), None
-    if path := run.config.data.candidates:
-        vectors, there = catalogue_embeddings(path, dataset.catalogue.item_ids)
-        table = pl.DataFrame({"vector": vectors, "there": there})
-        given = table.select(pl.when("there").then(pl.col("vector").cast(pl.List(pl.Float32)))).to_series()
-        if count := int((~there).sum()):
-            run.console.print(f"[yellow]warning[/yellow]  {escape(path)}: {count} items have no embedding in it")
+    if run.config.data.candidates:
+        given = _candidates(run, dataset.catalogue.item_ids)
     with Encoding(run.console) as encoding:
         cache = build(
             dataset.catalogue,
@@ -45,6 +45,18 @@ def build_fields(run: Run) -> dict[str, Any]:
         "fields": {name: {"modality": cache.modalities[name], "width": cache.widths[name]} for name in cache.names},
         "data": dataset.report,
     }
+
+
+def _candidates(run: Run, item_ids: Sequence[str]) -> pl.Series:
+    """The vectors of `data.candidates`, List(Float32), null of items that have none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with addresses.local({"candidates": run.config.data.candidates}, Path(scratch)) as (paths, told):
+            vectors, there = catalogue_embeddings(paths["candidates"], item_ids)
+            name = told(paths["candidates"])
+    if count := int((~there).sum()):
+        run.console.print(f"[yellow]warning[/yellow]  {escape(name)}: {count} items have no embedding in it")
+    table = pl.DataFrame({"vector": vectors, "there": there})
+    return table.select(pl.when("there").then(pl.col("vector").cast(pl.List(pl.Float32)))).to_series()
 
 
 FIELDS = Stage(

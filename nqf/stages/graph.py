@@ -13,10 +13,12 @@ from typing import Any
 from rich.console import Console
 
 from nqf import files
-from nqf.config import Config, config_text, load_config
+from nqf.config import DATA_PATHS, Config, config_text, load_config
+from nqf.data import addresses
 from nqf.stages import folder as folders
 from nqf.stages.artifacts import (
     STARTED,
+    VERSION,
     comparable,
     cut_off,
     differences,
@@ -98,9 +100,10 @@ def open_for_training(
       StageError: The folder is somebody else's, or one of the stages was cut off under other settings; nothing changes.
     """
     paths = {key: getattr(config.data, key) for key in ("items", "interactions", "schema")}
-    paths = {key: str(Path(path).resolve()) for key, path in paths.items() if path is not None}
+    paths = {key: str(Path(path).resolve()) for key, path in paths.items() if path and not files.is_address(path)}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
     folders.check_run_folder(folder)
+    addresses.forget()
     if not restart:
         for name in stages:
             _refuse_other_settings(config, folder, stage_of(name))
@@ -108,8 +111,11 @@ def open_for_training(
         folders.mark_run_folder(folder)
         files.write_text(folder / "config.yaml", config_text(config))
     barrier("config")
-    # Read back, so that training sees exactly what later commands will see.
-    return Run(folder=folder, config=load_config(folder / "config.yaml"), console=console)
+    # Read back, so that training sees exactly what later commands will see, but for the credentials of addresses.
+    saved = load_config(folder / "config.yaml")
+    given = {key: path for key in DATA_PATHS if (path := getattr(config.data, key)) and files.is_address(path)}
+    saved = dataclasses.replace(saved, data=dataclasses.replace(saved.data, **given))
+    return Run(folder=folder, config=saved, console=console)
 
 
 def run_stage(run: Run, name: str, *, restart: bool = False) -> bool:
@@ -159,8 +165,7 @@ def run_stage(run: Run, name: str, *, restart: bool = False) -> bool:
     result["wall_seconds"] = round(time.perf_counter() - begun, 1)
     result["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if is_primary():
-        # Which pictures the catalogue names is known now.
-        write_artifact(run.folder, stage, parts if stage.after else parts_of(run.config, stage, run.folder), result)
+        write_artifact(run.folder, stage, parts if stage.after else _as_read(run, stage, parts), result)
         folders.remove_stage(run.folder / folders.PREVIOUS / name, stage.writes)
     barrier(f"{name} ends")
     run.console.print(f"[bold]{name}[/bold]  done in {result['wall_seconds']:.1f} s", highlight=False)
@@ -192,6 +197,23 @@ def _make(run: Run, stage: Stage) -> dict[str, Any]:
         "items_per_second": round(result.items_per_second, 1),
         **program.report(result.params, result.metrics),
     }
+
+
+def _as_read(run: Run, stage: Stage, before: dict[str, Any]) -> dict[str, Any]:
+    """Parts of a stage that has read the sources, with the pictures that the catalogue names, which are known now.
+
+    Raises:
+      StageError: A source is not what it was when the stage began, so that it is unknown which of both was read.
+    """
+    addresses.forget()
+    parts = parts_of(run.config, stage, run.folder)
+    kept = {key: value for key, value in before.items() if key != "pictures" and key in parts}
+    if changed := differences(kept, {key: parts[key] for key in kept}):
+        raise StageError(
+            f"{run.folder}: {'; '.join(changed)} while stage '{stage.name}' was reading; run the command again"
+        )
+    # What does not answer any more was read all the same.
+    return {key: value for key, value in before.items() if key.startswith(VERSION)} | parts
 
 
 def _begun(run: Path, stage: Stage, parts: dict[str, Any], folder: Path) -> list[str] | None:
@@ -289,7 +311,8 @@ def require(run: Run, name: str) -> dict[str, Any]:
       StageError: It, or a stage that it builds on, is missing, stale or altered.
     """
     for stage in up_to(name):
-        if reason := status(run.config, stage, run.folder):
+        # What was made is used without whom it was made of: a service asks no address, and needs no credentials.
+        if reason := status(run.config, stage, run.folder, ask=False):
             raise StageError(
                 f"{run.folder}: stage '{stage.name}' cannot be used: {_because(reason)}. "
                 f"Run python -m nqf.train --run {run.folder} --stage all."

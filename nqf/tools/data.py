@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,14 +47,14 @@ class InspectArguments:
     Attributes:
       table: Item table: CSV, TSV, JSON, JSONL (plain or .gz), Parquet, Excel, a folder of parts, RecBole's .item,
         Amazon 2023 metadata, or the reference system's item dictionary.
-      interactions: Interaction table, of the same kinds.
+      interactions: Interaction table, of the same kinds. Both may be addresses (gs://, s3://, ...).
       output: Write the suggested schema.yaml, and with interactions a config.yaml that was tried, into this folder.
       force: Replace the schema.yaml and config.yaml that are there.
       debug: Show the traceback of an error.
     """
 
-    table: Annotated[Path, tyro.conf.Positional]
-    interactions: Path | None = None
+    table: Annotated[str, tyro.conf.Positional]
+    interactions: str | None = None
     output: Path | None = None
     force: bool = False
     debug: bool = False
@@ -113,20 +114,22 @@ def run_inspect(options: InspectArguments, console: Console) -> None:
     """Prints what the tables hold, what was guessed and what schema fits."""
     import polars as pl
 
+    from nqf.data import addresses
     from nqf.evaluation.table import print_table
-    from nqf.files import write_text
+    from nqf.files import is_address, masked, write_text
     from nqf.tools import inspect
 
     names = ["schema.yaml"] if options.interactions is None else ["schema.yaml", "config.yaml"]
     for path in [options.output / name for name in names] if options.output is not None else ():
         if path.exists() and not options.force:
             raise FileExistsError(f"{path}: there already; --force replaces it, or give another --output")
-    with tempfile.TemporaryDirectory() as folder:
+    given = {"items": options.table, "interactions": options.interactions}
+    with tempfile.TemporaryDirectory() as folder, addresses.local(given, Path(folder)) as (paths, told):
         scratch = Path(folder)
-        source = inspect.examine(options.table)
+        source = inspect.examine(Path(paths["items"]))
         columns = inspect.inspect_items(source, scratch)
-        _print_columns(columns, options.table, console)
-        _print_notes(source.notes, console)
+        _print_columns(columns, told(paths["items"]), console)
+        _print_notes(map(told, source.notes), console)
         schema = inspect.suggest_schema(source, columns)
         texts = {"schema.yaml": schema}
         if options.interactions is not None:
@@ -135,14 +138,17 @@ def run_inspect(options: InspectArguments, console: Console) -> None:
                 ids = (
                     inspect.open_items(source, scratch).select(pl.col(source.id).cast(pl.String)).collect().to_series()
                 )
-            events = inspect.open_events(options.interactions, scratch, source)
+            events = inspect.open_events(Path(paths["interactions"]), scratch, source)
             console.print()
             lines = inspect.inspect_interactions(events, ids)
-            print_table(console, [(["interactions", ""], lines)], title=str(options.interactions), left=(0, 1))
-            _print_notes(events.notes, console)
+            print_table(console, [(["interactions", ""], lines)], title=told(paths["interactions"]), left=(0, 1))
+            _print_notes(map(told, events.notes), console)
             # Nothing is written that was not tried.
             data, decided = inspect.suggest_config(source, events, schema, scratch)
-            _print_notes(decided, console)
+            _print_notes(map(told, decided), console)
+            data |= {key: masked(path) for key, path in given.items() if path and is_address(path)}
+            if any(path and path != masked(path) for path in given.values()):
+                _print_notes(["credentials are not written into config.yaml; leave them to the environment"], console)
             texts["config.yaml"] = inspect.config_text(data, options.output or Path())
     console.print(f"\nA schema to start from:\n\n{schema}", markup=False)
     if options.output is not None:
@@ -151,7 +157,7 @@ def run_inspect(options: InspectArguments, console: Console) -> None:
             console.print(f"wrote {options.output / name}", markup=False)
 
 
-def _print_columns(columns: list[Column], path: Path, console: Console) -> None:
+def _print_columns(columns: list[Column], title: str, console: Console) -> None:
     from nqf.evaluation.table import print_table
 
     header = ["column", "type", "filled", "distinct", "suggested", "example"]
@@ -167,9 +173,9 @@ def _print_columns(columns: list[Column], path: Path, console: Console) -> None:
         for column in columns
     ]
     short = (header[:-1], [row[:-1] for row in rows])
-    print_table(console, [(header, rows), short], title=str(path), left=(0, 1, 4, 5))
+    print_table(console, [(header, rows), short], title=title, left=(0, 1, 4, 5))
 
 
-def _print_notes(notes: list[str], console: Console) -> None:
+def _print_notes(notes: Iterable[str], console: Console) -> None:
     for note in notes:
         console.print(f"note  {note}", markup=False)

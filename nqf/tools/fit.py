@@ -15,7 +15,8 @@ from rich.console import Console
 
 from nqf import files
 from nqf.cli import keep_compiled_programs, quiet_libraries, terminal
-from nqf.config import ColumnsConfig, Config, DataConfig, from_tree, load_config, to_tree
+from nqf.config import DATA_PATHS, ColumnsConfig, Config, DataConfig, from_tree, load_config, to_tree
+from nqf.data import addresses
 from nqf.data.errors import DataError
 from nqf.data.schema import Schema, load_schema, schema_from_tree, schema_to_tree
 from nqf.tools import inspect
@@ -51,7 +52,8 @@ def fit(
     and nothing else, and a call that was cut off is resumed.
 
     Args:
-      items: DataFrame of polars or pandas, Arrow table, or path of any table that `nqf data inspect` reads.
+      items: DataFrame of polars or pandas, Arrow table, or path or address (`gs://`, `s3://`, ...) of any table that
+        `nqf data inspect` reads.
       events: Likewise; a row for everything that a user did with an item.
       user: Column of the users in `events`; by default one of a usual name, likewise the next four.
       item: Column of the items.
@@ -60,7 +62,8 @@ def fit(
       review: Column of the texts.
       item_id: Column of the ids in `items`; by default that of `item`, or one of a usual name.
       run: Run folder.
-      schema: Fields of the items, as a value, a tree as in schema.yaml, or a path; by default they are guessed.
+      schema: Fields of the items, as a value, a tree as in schema.yaml, or a path or address; by default they are
+        guessed.
       config: Everything else, as a value or path; of its data section, tables, columns and split are replaced. By
         default sizes and epochs follow from the size of the data.
       split: How events are held out; by default by time where there are times and that leaves cases, else each user's
@@ -94,6 +97,8 @@ def fit(
         elif not isinstance(config, Config):
             config = load_config(config)
         tree = {key: value for key, value in to_tree(config.data).items() if key not in ("synthetic", "columns")}
+        # With the credentials of addresses.
+        tree |= {key: getattr(config.data, key) for key in DATA_PATHS}
         config = dataclasses.replace(config, name=folder.name, data=from_tree(DataConfig, tree | data))
         stages = wanted(config)
         opened = open_for_training(config, folder, console, stages=stages)
@@ -126,7 +131,7 @@ def scaled(items: int, users: int, events: int) -> dict[str, Any]:
 
 
 def _data(
-    paths: list[Path],
+    tables: list[str],
     columns: ColumnsConfig,
     schema: Schema | Mapping[str, Any] | str | Path | None,
     schema_path: Path,
@@ -136,11 +141,14 @@ def _data(
 
     def say(notes: list[str]) -> None:
         for note in notes:
-            console.print(note, markup=False)
+            console.print(told(note), markup=False)
 
-    with tempfile.TemporaryDirectory() as scratch_folder:
-        scratch = Path(scratch_folder)
-        source = inspect.examine(paths[0], columns)
+    given = {"items": tables[0], "interactions": tables[1]}
+    # A schema that is a value has no path.
+    named = {"schema": str(schema)} if isinstance(schema, (str, Path)) else {}
+    with tempfile.TemporaryDirectory() as folder, addresses.local(given | named, Path(folder)) as (paths, told):
+        scratch = Path(folder)
+        source = inspect.examine(Path(paths["items"]), columns)
         if source.id is None:
             raise DataError(source.notes[-1])
         say(source.notes)
@@ -155,11 +163,13 @@ def _data(
             text = inspect.suggest_schema(source, found)
         else:
             if not isinstance(schema, Schema):
-                schema = schema_from_tree(dict(schema)) if isinstance(schema, Mapping) else load_schema(schema)
+                tree = dict(schema) if isinstance(schema, Mapping) else None
+                schema = load_schema(Path(paths["schema"])) if tree is None else schema_from_tree(tree)
             text = yaml.safe_dump(schema_to_tree(schema), sort_keys=False)
-        events = inspect.open_events(paths[1], scratch, source, columns)
+        events = inspect.open_events(Path(paths["interactions"]), scratch, source, columns)
         say(events.notes)
         data, decided = inspect.suggest_config(source, events, text, scratch)
+        data |= {key: path for key, path in given.items() if files.is_address(path)}
         say(decided)
         count = inspect.open_items(source, scratch).select(pl.len()).collect().item()
         sizes = count, events.frame["user_id"].n_unique(), len(events.frame)
@@ -167,15 +177,17 @@ def _data(
     return data | {"schema": str(schema_path.absolute())}, sizes
 
 
-def _on_disk(table: Any, path: Path) -> Path:
-    """The path of a table, which is written if it is in memory."""
+def _on_disk(table: Any, path: Path) -> str:
+    """The path or address of a table, which is written if it is in memory."""
+    if isinstance(table, Path) and files.is_address(str(table).replace(":/", "://", 1)) and not table.exists():
+        raise DataError(f"{table}: no such file; an address is given as text, as Path makes one slash of two")
     if isinstance(table, (str, Path)):
-        return Path(table)
+        return str(table)
     frame = _frame(table)
     path = path.with_suffix(".parquet")
     with files.whole(path) as file:
         frame.write_parquet(file)
-    return path
+    return str(path)
 
 
 def _frame(table: Any) -> pl.DataFrame:

@@ -24,6 +24,7 @@ from nqf.data.readers import TEXTS, Table, kind_of, open_table, parts_of
 from nqf.data.schema import Field
 from nqf.data.text import PLAIN, guess_dialect
 from nqf.data.times import guessed
+from nqf.files import is_address
 
 SAMPLE = 10_000
 """Rows that a modality is guessed from; counts are over all rows."""
@@ -551,7 +552,8 @@ def _changed(opened: Source | Events) -> dict[str, Any]:
 
 def config_text(data: dict[str, Any], folder: Path) -> str:
     """A configuration YAML for a folder that also holds its schema.yaml."""
-    where = {key: os.path.relpath(data[key], folder.absolute()) for key in ("items", "interactions")}
+    local = [key for key in ("items", "interactions") if not is_address(data[key])]
+    where = {key: os.path.relpath(data[key], folder.absolute()) for key in local}
     tree = {"name": folder.resolve().name or "shop", "data": {**data, **where, "schema": "schema.yaml"}}
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=10_000)
     return f"# Train with: python -m nqf.train --config THIS_FILE\n{text}"
