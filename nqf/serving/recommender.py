@@ -62,6 +62,8 @@ tags: [recommendation, sequential-recommendation, jax, flax]
 """
 # New items that are encoded at a time.
 _ITEMS = 64
+# Items of the lists by vectors alone, to which counts are added.
+_WIDE = 64
 Fallback = Literal["popular", "refuse"]
 Frame = pl.DataFrame | Sequence[Mapping[str, Any]]
 
@@ -799,14 +801,16 @@ class Recommender:
         scores, rows = np.full((len(pasts), k), -np.inf, np.float32), np.full((len(pasts), k), -1, np.int32)
         only = pasts[0] if len(pasts) == 1 and spoken is None else None
         alone = only is not None and only.features is None
+        # What a longer list does not hold needs the more of a raise, so that fewer items need a product.
+        wide = max(k, min(_WIDE, stock.count)) if self.memory is not None else k
         for start in range(0, len(at := np.flatnonzero(ranked)), SIZES[-1]):
             chunk = at[start : start + SIZES[-1]]
             past, out = ([rows_of[index] for index in chunk] for rows_of in (seen, left_out))
-            found = self._best_of_one(stock, past[0], k, allowed, out[0]) if alone else None
+            found = self._best_of_one(stock, past[0], wide, allowed, out[0]) if alone else None
             if found is None:
                 vectors = self._encode(stock, [pasts[index] for index in chunk], spoken)
-                found = vectors, stock.best(unit_rows(vectors), k, allowed, out)
-            scores[chunk], rows[chunk] = self._raised(stock, *found, past, allowed, out, spoken)
+                found = vectors, stock.best(unit_rows(vectors), wide, allowed, out)
+            scores[chunk], rows[chunk] = self._raised(stock, *found, k, past, allowed, out, spoken)
         for index in np.flatnonzero(~ranked):
             popularity = np.zeros(stock.count, np.float32)
             popularity[: len(self._popularity)] = self._popularity
@@ -869,6 +873,7 @@ class Recommender:
         stock: Stock,
         vectors: np.ndarray,
         best: tuple[np.ndarray, np.ndarray],
+        k: int,
         seen: Sequence[np.ndarray],
         allowed: np.ndarray,
         left_out: Sequence[np.ndarray],
@@ -879,7 +884,8 @@ class Recommender:
         Args:
           stock: The items.
           vectors: User vectors as encoded.
-          best: Scores and rows of the best items by these vectors alone.
+          best: Scores and rows of the best items by these vectors alone, `k` or more.
+          k: Items per user.
           seen: The histories.
           allowed: bool [count], which items may be recommended.
           left_out: Rows that are not recommended to each user.
@@ -895,12 +901,14 @@ class Recommender:
             rows, more = rows[rows < stock.count], more[rows < stock.count] * self.score.cooccurrence * scale[0]
             kept = allowed[rows] & (more != 0)
             first, room = (best[0][0], best[1][0]), np.zeros(stock.count, bool)
-            found = raise_one(first, unit[0], stock.vectors, rows[kept], more[kept], left_out[0], room)
+            raised = rows[kept], more[kept]
+            found = raise_one(first, unit[0], stock.vectors, raised, left_out[0], room, k=k)
             return found[0][None], found[1][None]
-        raised = self._pairs(stock, seen, spoken).multiply(scale).tocsr().astype(np.float32)
+        raised = scipy.sparse.csr_matrix(self._pairs(stock, seen, spoken), dtype=np.float32)
+        raised.data *= np.repeat(scale[:, 0], np.diff(raised.indptr))
         raised.data[~allowed[raised.indices]] = 0
         raised.eliminate_zeros()
-        return raise_some(best, unit, stock.vectors, raised, left_out)
+        return raise_some(best, unit, stock.vectors, raised, left_out, k=k)
 
     def _pairs(
         self, stock: Stock, histories: Sequence[np.ndarray], spoken: ItemTables | None = None
