@@ -13,6 +13,7 @@ ORDER = (
     "joint_step",
     "text_encoding",
     "ranking",
+    "search",
     "loader",
     "fields_memory",
     "growth",

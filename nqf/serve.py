@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,6 +26,7 @@ class ServeArguments:
       host: Address to listen on; by default this machine alone.
       port: Port to listen on, which has to be free.
       stage: `joint`, or `user` for the User Q-Former without the language model.
+      index: `exact`, or `approximate` for an index of the items, which pays from some hundred thousand items on.
       read_only: Refuse to add, update and remove items.
       public_name: Name by which the service is reached, where it is not that of this machine; to be given once for
         each.
@@ -36,6 +37,7 @@ class ServeArguments:
     host: str = "127.0.0.1"
     port: Count = 8000
     stage: str = "joint"
+    index: Literal["exact", "approximate"] = "exact"
     read_only: bool = False
     public_name: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     debug: bool = False
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> None:
             markup=False,
         )
     console.print(f"loading {options.run} … (the first time, programs are compiled: a minute or more)", markup=False)
-    service = Service(options.run, stage=options.stage, writable=not options.read_only)
+    service = Service(options.run, stage=options.stage, writable=not options.read_only, index=options.index)
     service.warm()
     names = ("localhost", "127.0.0.1", "[::1]", options.host, *options.public_name)
     names = names if local or options.public_name else ("*",)

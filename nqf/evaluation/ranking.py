@@ -230,17 +230,24 @@ def raise_some(
     item_vectors_IxD: np.ndarray,
     raised_NxI: scipy.sparse.csr_matrix,
     seen: Seen,
+    *,
+    k: int | None = None,
+    certain: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The top-k lists after some items' scores have been raised.
 
     Exact: whatever is among the best k and was not raised was among the best k before.
 
     Args:
-      best: Scores, float32 [N, K], and rows, int32 [N, K], of `top_k` for these vectors.
+      best: Scores, float32 [N, K], and rows, int32 [N, K], of `top_k` for these vectors. The longer they are, the lower
+        is what they do not hold, and the fewer of the raised items need a product.
       user_vectors_NxD: float32.
       item_vectors_IxD: float32.
       raised_NxI: What is added to the inner products, sparse, nothing below zero.
       seen: Items of each user that were left out.
+      k: Items per user, at most K, which is the default.
+      certain: Whether the lists are the best for certain. In those of an approximate search better items may be
+        missing: every item that is raised is then scored, so that none but items that are not raised can be missing.
 
     Returns:
       Scores and rows as `top_k` returns them.
@@ -250,17 +257,18 @@ def raise_some(
     """
     if raised_NxI.data.size and raised_NxI.data.min() < 0:
         raise ValueError("scores can only be raised: a weight below zero would need all items' scores")
-    scores_NxK, rows_NxK = (array.copy() for array in best)
+    scores_NxK, rows_NxK = (array[:, :k].copy() for array in best)
     marked = np.zeros(len(item_vectors_IxD), bool)
     for user, (left_out, start, stop) in enumerate(zip(seen, raised_NxI.indptr, raised_NxI.indptr[1:], strict=False)):
         scores_NxK[user], rows_NxK[user] = raise_one(
-            (scores_NxK[user], rows_NxK[user]),
+            (best[0][user], best[1][user]),
             user_vectors_NxD[user],
             item_vectors_IxD,
-            raised_NxI.indices[start:stop],
-            raised_NxI.data[start:stop],
+            (raised_NxI.indices[start:stop], raised_NxI.data[start:stop]),
             left_out,
             marked,
+            k=scores_NxK.shape[1],
+            certain=certain,
         )
     return scores_NxK, rows_NxK
 
@@ -269,17 +277,20 @@ def raise_one(
     best: tuple[np.ndarray, np.ndarray],
     user_vector_D: np.ndarray,
     item_vectors_IxD: np.ndarray,
-    own: np.ndarray,
-    more: np.ndarray,
+    raised: tuple[np.ndarray, np.ndarray],
     left_out: Sequence[int] | np.ndarray,
     marked: np.ndarray,
+    *,
+    k: int,
+    certain: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`raise_some` for one user: `more`, nothing below zero, is added to the scores of the items `own`.
+    """`raise_some` for one user: `raised` are items and what is added to their scores.
 
     `marked` is room to work in, bool [I], all False before and after.
     """
-    scores, rows = best
-    k, lowest = len(rows), scores[-1]
+    (scores, rows), (own, more) = best, raised
+    # Of what is missing in a list that is not certain, nothing bounds the score.
+    lowest = scores[-1] if certain else -np.inf
     marked[np.asarray(left_out, np.int64)] = True
     kept = ~marked[own]
     marked[np.asarray(left_out, np.int64)] = False
@@ -289,12 +300,12 @@ def raise_one(
     # Those in the list come first whatever their raise.
     urgent = np.where(marked[own], np.inf, more)
     marked[listed] = False
-    for most in _most_raised(urgent, k):
-        # What was not among the best was at most the last of them: a raise that cannot make up for how far the list
-        # has risen since is not worth a product. The slack is above what sums in another order differ by.
-        risen = scores[-1]
+    for most in _most_raised(urgent, len(rows) + 4 * k):
+        # What was not among the best was at most the last of them: a raise that cannot make up for how far that is from
+        # the list as it has become is not worth a product. The slack is above what sums in another order differ by.
+        risen = scores[k - 1]
         slack = 1e-5 * (abs(lowest) + abs(risen)) if np.isfinite(lowest) else np.inf
-        most = most[more[most] >= risen - lowest - slack] if np.isfinite(slack) else most
+        most = most[(more[most] >= risen - lowest - slack) | np.isinf(urgent[most])] if np.isfinite(slack) else most
         new = own[most]
         marked[new] = True
         others = (rows < 0) | ~marked[rows]
@@ -303,12 +314,11 @@ def raise_one(
         rows = np.concatenate([rows[others], new])
         order = np.lexsort((rows, -scores))[:k]
         scores, rows = scores[order], rows[order]
-    return scores, rows
+    return scores[:k], rows[:k]
 
 
-def _most_raised(more: np.ndarray, k: int) -> Iterator[np.ndarray]:
-    """Places of the largest raises, some for each place of a list, and then of the others."""
-    first = min(len(more), 4 * k + 64)
+def _most_raised(more: np.ndarray, first: int) -> Iterator[np.ndarray]:
+    """Places of the `first` largest raises, and then of the others."""
     if first < len(more):
         order = np.argpartition(-more, first)
         yield order[:first]

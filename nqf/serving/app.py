@@ -144,6 +144,7 @@ class _Site:
                 "items": int(recommender.available.sum()),
                 "users": len(recommender.user_ids),
                 "reload_failed": service.failed,
+                "search": recommender.search,
                 "nqf": __version__,
             }
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import re
 import shutil
 import tempfile
@@ -44,6 +45,7 @@ from nqf.serving import overlay
 from nqf.serving.explain import Explanation, Items, explain
 from nqf.serving.filters import Filters
 from nqf.serving.histories import Past, checked_ids, events_of, features_of, given_pasts, known_of, pasts_of, some_ids
+from nqf.serving.index import SAMPLE, TARGET, Kind, load_faiss
 from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of, together
 from nqf.stages import folder as folders
 from nqf.stages.graph import require, served
@@ -62,6 +64,9 @@ tags: [recommendation, sequential-recommendation, jax, flax]
 """
 # New items that are encoded at a time.
 _ITEMS = 64
+# Items of the lists by vectors alone, to which counts are added.
+_WIDE = 64
+_log = logging.getLogger(__name__)
 Fallback = Literal["popular", "refuse"]
 Frame = pl.DataFrame | Sequence[Mapping[str, Any]]
 
@@ -101,14 +106,20 @@ class Recommender:
         self._stock = Stock.of(item_ids, titles, self._ranker.tables, self._ranker.item_vectors(self._variables))
 
     @classmethod
-    def load(cls, run: str | Path, *, stage: str = "joint") -> Recommender:
+    def load(cls, run: str | Path, *, stage: str = "joint", index: Kind = "exact") -> Recommender:
         """Restores a run's checkpoints, whatever number of devices wrote them, and its changed items (`nqf.items`).
 
         Args:
           run: Run folder, what `save` wrote, or `owner/name` of a repository that `push_to_hub` wrote.
           stage: `joint`, or `user` for the User Q-Former without the language model.
+          index: `exact` compares every item. `approximate` builds an index of the items (`nqf[index]`) that finds most
+            of the best ones for a fraction of the work, which pays from some hundred thousand items on; filters and
+            changes of items are exact with it, and so are `rank`, `explain`, `similar_items` and evaluation. Where it
+            does not find 95 % of the exact lists of a sample of the run's users, a warning is logged and all items are
+            compared.
 
         Raises:
+          RuntimeError: An index is wanted and faiss is not installed.
           StageError: The run or the stage is missing or stale.
           CheckpointError: The checkpoint does not fit the run's configuration.
           CacheError: The changed items cannot be used.
@@ -118,6 +129,11 @@ class Recommender:
         opened = open_run(run)
         if stage not in ("joint", "user"):
             raise ConfigError(f"stage {stage!r} ranks nothing; use 'joint' or 'user'")
+        if index not in ("exact", "approximate"):
+            raise ConfigError(f"index {index!r}: use 'exact' or 'approximate'")
+        if index == "approximate":
+            # Before minutes are spent on what could not be used.
+            load_faiss()
         require(opened, stage)
         if stage == "joint":
             trained, score, memory = load_scored(opened)
@@ -127,7 +143,27 @@ class Recommender:
         changed = overlay.read_overlay(opened.folder / "items", opened.dataset.catalogue, opened.cache)
         recommender._put(changed.frame, changed.encoded)
         recommender._remove(changed.removed)
+        if index == "approximate":
+            recommender._build_index()
         return recommender
+
+    def _build_index(self) -> None:
+        """Searches approximately from now on, if that finds enough of the exact lists of some users."""
+        stock, interactions = self._stock, self._run.dataset.interactions
+        users = np.unique(np.linspace(0, len(interactions.user_ids) - 1, SAMPLE).astype(np.int64))
+        pasts = pasts_of(self._run.features, interactions, users.tolist())
+        left_out = [np.zeros(0, np.int64) if self.repeats else past.items for past in pasts]
+        indexed = stock.indexed(unit_rows(self._encode(stock, pasts)), left_out)
+        assert indexed.index is not None, "it was just built"
+        if not indexed.index.recall >= TARGET:
+            _log.warning(
+                "the index finds too little of the exact lists of %d users (%s); all items are compared",
+                len(users),
+                indexed.index,
+            )
+            return
+        _log.info("index of %s items: %s", f"{indexed.index.held:,}", indexed.index)
+        self._stock = indexed
 
     def __repr__(self) -> str:
         stock = self._stock
@@ -138,7 +174,8 @@ class Recommender:
         users = len(self._run.dataset.interactions.user_ids) + (len(self._short.user_ids) if self._short else 0)
         return (
             f"<nqf.Recommender of {self._run.folder}: stage {self._stage}, {stock.count:,} items"
-            f"{''.join(f' {change}' for change in changes)}, {users:,} users, vectors of {stock.vectors.shape[1]}>"
+            f"{''.join(f' {change}' for change in changes)}, {users:,} users, vectors of {stock.vectors.shape[1]}"
+            f"{f'; search {stock.index}' if stock.index else ''}>"
         )
 
     @property
@@ -173,6 +210,19 @@ class Recommender:
     def available(self) -> np.ndarray:
         """bool [items], False for items that were removed."""
         return self._stock.available
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """How the best items are found: `kind`, `exact` or `approximate`.
+
+        With `approximate` there is what is known of the index: the `recall@10` of exact lists that was measured when it
+        was made, `lists` and how many of them are read for the best 10 and 100, `items` in it and `behind` it (changed
+        since, which are compared one by one), `seconds` that making it took, and its `bytes`.
+        """
+        stock = self._stock
+        if stock.index is None:
+            return {"kind": "exact"}
+        return {"kind": "approximate", **stock.index.facts(), "behind": len(stock.behind)}
 
     @property
     def schema(self) -> Schema:
@@ -799,16 +849,19 @@ class Recommender:
         ranked = np.array([len(rows) > 0 for rows in seen], bool)
         k = min(k, stock.count)
         scores, rows = np.full((len(pasts), k), -np.inf, np.float32), np.full((len(pasts), k), -1, np.int32)
-        only = pasts[0] if len(pasts) == 1 and spoken is None else None
+        only = pasts[0] if len(pasts) == 1 and spoken is None and stock.index is None else None
         alone = only is not None and only.features is None
+        # What a longer list does not hold needs the more of a raise, so that fewer items need a product. An index would
+        # have to be asked for as many.
+        wide = max(k, min(_WIDE, stock.count)) if self.memory is not None and stock.index is None else k
         for start in range(0, len(at := np.flatnonzero(ranked)), SIZES[-1]):
             chunk = at[start : start + SIZES[-1]]
             past, out = ([rows_of[index] for index in chunk] for rows_of in (seen, left_out))
-            found = self._best_of_one(stock, past[0], k, allowed, out[0]) if alone else None
+            found = self._best_of_one(stock, past[0], wide, allowed, out[0]) if alone else None
             if found is None:
                 vectors = self._encode(stock, [pasts[index] for index in chunk], spoken)
-                found = vectors, stock.best(unit_rows(vectors), k, allowed, out)
-            scores[chunk], rows[chunk] = self._raised(stock, *found, past, allowed, out, spoken)
+                found = vectors, stock.best(unit_rows(vectors), wide, allowed, out)
+            scores[chunk], rows[chunk] = self._raised(stock, *found, k, past, allowed, out, spoken)
         for index in np.flatnonzero(~ranked):
             popularity = np.zeros(stock.count, np.float32)
             popularity[: len(self._popularity)] = self._popularity
@@ -871,6 +924,7 @@ class Recommender:
         stock: Stock,
         vectors: np.ndarray,
         best: tuple[np.ndarray, np.ndarray],
+        k: int,
         seen: Sequence[np.ndarray],
         allowed: np.ndarray,
         left_out: Sequence[np.ndarray],
@@ -881,7 +935,8 @@ class Recommender:
         Args:
           stock: The items.
           vectors: User vectors as encoded.
-          best: Scores and rows of the best items by these vectors alone.
+          best: Scores and rows of the best items by these vectors alone, `k` or more.
+          k: Items per user.
           seen: The histories.
           allowed: bool [count], which items may be recommended.
           left_out: Rows that are not recommended to each user.
@@ -897,12 +952,16 @@ class Recommender:
             rows, more = rows[rows < stock.count], more[rows < stock.count] * self.score.cooccurrence * scale[0]
             kept = allowed[rows] & (more != 0)
             first, room = (best[0][0], best[1][0]), np.zeros(stock.count, bool)
-            found = raise_one(first, unit[0], stock.vectors, rows[kept], more[kept], left_out[0], room)
+            raised = rows[kept], more[kept]
+            found = raise_one(
+                first, unit[0], stock.vectors, raised, left_out[0], room, k=k, certain=stock.index is None
+            )
             return found[0][None], found[1][None]
-        raised = self._pairs(stock, seen, spoken).multiply(scale).tocsr().astype(np.float32)
+        raised = scipy.sparse.csr_matrix(self._pairs(stock, seen, spoken), dtype=np.float32)
+        raised.data *= np.repeat(scale[:, 0], np.diff(raised.indptr))
         raised.data[~allowed[raised.indices]] = 0
         raised.eliminate_zeros()
-        return raise_some(best, unit, stock.vectors, raised, left_out)
+        return raise_some(best, unit, stock.vectors, raised, left_out, k=k, certain=stock.index is None)
 
     def _pairs(
         self, stock: Stock, histories: Sequence[np.ndarray], spoken: ItemTables | None = None

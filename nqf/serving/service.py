@@ -18,6 +18,7 @@ import polars as pl
 from PIL import Image, ImageOps
 
 from nqf.fields.image import open_picture
+from nqf.serving.index import Kind
 from nqf.serving.recommender import Recommender
 from nqf.serving.requests import Change, Explain, Lookup, Recommend, Remove, Search, Similar
 from nqf.stages.graph import served
@@ -46,9 +47,10 @@ class Service:
       batches: Number of requests to how often so many were answered by one call.
     """
 
-    def __init__(self, folder: Path, *, stage: str = "joint", writable: bool = True) -> None:
+    def __init__(self, folder: Path, *, stage: str = "joint", writable: bool = True, index: Kind = "exact") -> None:
         self.folder, self.stage, self.writable = folder, stage, writable
-        self.recommender = Recommender.load(folder, stage=stage)
+        self.index: Kind = index
+        self.recommender = Recommender.load(folder, stage=stage, index=index)
         self.failed = False
         # A program that is being compiled when the process ends would take it down with a fault.
         self.ended = threading.Event()
@@ -90,7 +92,7 @@ class Service:
         # A stage that is being made again has no record: what is loaded is good until there is one.
         if found == self._seen or len(found) < len(self._stages):
             return
-        recommender = Recommender.load(self.folder, stage=self.stage)
+        recommender = Recommender.load(self.folder, stage=self.stage, index=self.index)
         # The one before answers until this one need not compile anything.
         _warm(recommender, 1, 8, LARGEST_BATCH, ended=self.ended)
         self.recommender, self._seen, self._stages = recommender, found, served(self.stage, self.folder)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
-from nqf.evaluation.ranking import best_columns, place_items
+from nqf.evaluation.ranking import best_columns, place_items, top_k
 from nqf.pipelines.batches import Array, History, ItemTables
 from nqf.pipelines.histories import history_of_items
+from nqf.serving.index import DEPTHS, Index, build, ranked, tuned
 
 SIZES = (1, 8, 64, 512)
 """Sizes of the batches that are computed, so that few programs are compiled, each once."""
@@ -29,6 +30,10 @@ _PIECE = 4_096
 _MOST_ALONE = 64
 # Tables of a larger catalogue stay on the host.
 _TABLES_ON_DEVICE = 1 << 30
+# So many items are compared with every user sooner than an index is asked.
+_COMPARED = 4_096
+# Items that are left out of one user's list are looked for with the others up to so many, and filtered out beyond.
+_FETCHED = 256
 
 
 Users = Callable[[Any, ItemTables, Array, History], jax.Array]
@@ -65,6 +70,8 @@ class Stock:
       pieces: The vectors on the devices: of the catalogue, and of every `_PIECE` items behind it; None for a piece
         that has changed since it was last asked for.
       on_device: `known` on the device, once it was asked for.
+      index: What `best` asks in place of comparing all items; None for none.
+      behind: int64, ascending: rows that were added or updated since the index was made.
     """
 
     item_ids: list[str]
@@ -79,6 +86,8 @@ class Stock:
     shown: tuple[np.ndarray, np.ndarray]
     pieces: list[jax.Array | None]
     on_device: list[ItemTables]
+    index: Index | None = None
+    behind: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
     def of(cls, item_ids: list[str], titles: list[str], tables: ItemTables, vectors: np.ndarray) -> Stock:
@@ -164,12 +173,90 @@ class Stock:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best `k` items of each user, as `nqf.evaluation.ranking.top_k`; they are masked before they are ranked.
 
+        With an index most of them: items that are better than the last one may be missing, and nothing else differs.
+
         Args:
           users_NxD: float32.
           k: Items per user.
           allowed: bool [count].
           left_out: Rows that are not recommended to each user.
         """
+        if self.index is None:
+            return self._exact(users_NxD, k, allowed, left_out)
+        left_out = [out[out < self.count] for out in left_out]
+        many = np.array([len(out) > _FETCHED for out in left_out], bool)
+        if many.any() and len(users_NxD) > 1:
+            scores, rows = np.zeros((len(users_NxD), k), np.float32), np.zeros((len(users_NxD), k), np.int32)
+            for at in filter(len, (np.flatnonzero(~many), *np.flatnonzero(many)[:, None])):
+                scores[at], rows[at] = self.best(users_NxD[at], k, allowed, [left_out[user] for user in at])
+            return scores, rows
+        if many.any():
+            allowed = allowed.copy()
+            allowed[left_out[0]] = False
+            left_out = [left_out[0][:0]]
+        found = self._found(self.index, users_NxD, k, allowed, left_out)
+        if found is None:
+            return self._exact(users_NxD, k, allowed, left_out)
+        scores, rows, whole = found
+        # Of those who have too few, there may be more than were found.
+        if not whole and len(at := np.flatnonzero(rows[:, -1] < 0)):
+            scores[at], rows[at] = self._exact(users_NxD[at], k, allowed, [left_out[user] for user in at])
+        return scores, rows
+
+    def _found(
+        self, index: Index, users_NxD: np.ndarray, k: int, allowed: np.ndarray, left_out: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        """Scores and rows as `best`, of what the index finds and of all that has changed since it was made.
+
+        Returns:
+          They, and whether every allowed item was compared; None where that has to be done without the index.
+        """
+        inside = allowed[: index.count]
+        if len(self.behind):
+            inside = inside.copy()
+            inside[self.behind[self.behind < index.count]] = False
+        shared = self.behind[allowed[self.behind]]
+        whole = int(np.count_nonzero(inside)) + len(shared) <= _COMPARED
+        if whole:
+            shared, own = np.flatnonzero(allowed), np.zeros((len(users_NxD), 0), np.int64)
+        elif len(shared) > max(_COMPARED, self.count // 16):
+            return None
+        else:
+            # Some more than are wanted: bytes tell neighbors apart less well than their vectors do.
+            wanted = 2 * k + 16 + max(map(len, left_out), default=0)
+            own = index.search(users_NxD, k, min(wanted, index.count), inside)
+            if own is None:
+                return None
+        return *ranked(users_NxD, self.vectors, own, shared, left_out, k), whole
+
+    def indexed(self, users_NxD: np.ndarray, left_out: Sequence[np.ndarray]) -> Stock:
+        """The same state with an index of its items: see `nqf.serving.index`.
+
+        Args:
+          users_NxD: float32, unit rows, users like those who will ask: the index is to find their exact lists.
+          left_out: Rows that are not recommended to each.
+
+        Raises:
+          RuntimeError: faiss is not installed.
+          ValueError: A vector is not finite.
+        """
+        place, held = np.cumsum(self.available) - 1, self.vectors
+        held = held if self.available.all() else held[self.available]
+        # Its scores say what is found, whatever the rows are called.
+        best_NxK, _ = top_k(users_NxD, held, DEPTHS[-1], [place[out[self.available[out]]] for out in left_out])
+        state = dataclasses.replace(self, behind=np.zeros(0, np.int64))
+
+        def search(index: Index, k: int, some: slice) -> np.ndarray:
+            found = state._found(index, users_NxD[some], k, state.available, left_out[some])
+            assert found is not None, "nothing is behind it"
+            return found[0]
+
+        return dataclasses.replace(state, index=tuned(build(self.vectors, self.available), best_NxK, search))
+
+    def _exact(
+        self, users_NxD: np.ndarray, k: int, allowed: np.ndarray, left_out: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `best`, by all items' inner products."""
         pieces = self._pieces(allowed)
         most, width = powers(k, _FEWEST), powers(max(map(len, left_out), default=0), 64)
         largest = max(len(items) for _, items, _ in pieces)
@@ -207,11 +294,12 @@ class Stock:
           review_width: Of the model's reviews.
 
         Returns:
-          User vector as encoded, float32 [D], scores [k] and rows [k] as `best`; None where there are several devices,
-          many items are wanted, or one of the history was added or updated: there `best` is to be used.
+          User vector as encoded, float32 [D], scores [k] and rows [k] as `best`; None where there is an index or
+          are several devices, many items are wanted, or one of the history was added or updated: there `best` is to be
+          used.
         """
         unchanged = (self.places[items_N[items_N >= 0]] < len(self.known.has_text)).all()
-        alone = unchanged and k <= _MOST_ALONE and jax.local_device_count() == 1
+        alone = unchanged and self.index is None and k <= _MOST_ALONE and jax.local_device_count() == 1
         if not alone or sum(table.nbytes for table in jax.tree.leaves(self.known)) > _TABLES_ON_DEVICE:
             return None
         if not self.on_device:
@@ -265,8 +353,9 @@ class Stock:
                 self.titles.append(title or "")
             self.titles[row], self.changed[row] = title or "", change
         state = dataclasses.replace(
-            self, count=count, more=more, used=used + len(rows), places=places, shown=shown, pieces=pieces
-        )
+            self, count=count, more=more, used=used + len(rows), places=places, shown=shown, pieces=pieces,
+            behind=self.behind if self.index is None else np.union1d(self.behind, rows),
+        )  # fmt: skip
         # Last: an id that is found belongs to items that are there.
         self.rows.update(zip(frame["item_id"], rows.tolist(), strict=True))
         return state

@@ -178,6 +178,19 @@ def test_raised_lists_are_those_of_the_sums(seed: int) -> None:
     if raised.nnz:
         with pytest.raises(ValueError, match="only be raised"):
             raise_some((scores, rows), user_vectors, item_vectors, -raised, seen)
+    # From longer lists, fewer products; from lists that miss some, all that is raised.
+    given = user_vectors, item_vectors, raised, seen
+    for longer in (k + 1, 5 * k, items):
+        found = raise_some(top_k(user_vectors, item_vectors, longer, seen), *given, k=min(k, items))
+        np.testing.assert_array_equal(found[1], expected[1])
+        np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    lost = [np.append(out, at[::2][at[::2] >= 0]) for out, at in zip(seen, rows, strict=True)]
+    poor = top_k(user_vectors, item_vectors, k, lost)
+    found = raise_some(poor, *given, certain=False)
+    for user, (own, best) in enumerate(zip(found[1], expected[1], strict=True)):
+        there = set(raised[user].indices) - set(seen[user])
+        missing = (set(best) - {-1}) - set(own)
+        assert not missing & there, "an item that is raised is missing"
 
 
 def test_a_weight_is_added_to_the_inner_products() -> None:

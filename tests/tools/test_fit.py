@@ -13,7 +13,8 @@ import nqf
 from nqf import train
 from nqf.config import Config, ConfigError, from_tree, load_config
 from nqf.data.errors import DataError
-from nqf.tools.fit import _frame, scaled
+from nqf.data.frames import frame_of
+from nqf.tools.fit import scaled
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -85,9 +86,9 @@ def as_pandas(frame: pl.DataFrame) -> pd.DataFrame:
 def test_tables_of_all_kinds_are_the_same() -> None:
     items, events = shop()
     for frame in (items, events):
-        assert _frame(frame.lazy()).equals(frame)
-        assert _frame(frame) is frame
-        read = _frame(as_pandas(frame))
+        assert frame_of(frame.lazy()).equals(frame)
+        assert frame_of(frame) is frame
+        read = frame_of(as_pandas(frame))
         assert read.columns == frame.columns
         assert read.cast({"ordered_at": pl.Datetime("us")} if "ordered_at" in read.columns else {}).equals(frame)
 
@@ -95,15 +96,15 @@ def test_tables_of_all_kinds_are_the_same() -> None:
         def __arrow_c_stream__(self, requested_schema: object = None) -> object:
             return items.__arrow_c_stream__(requested_schema)
 
-    assert _frame(Arrow()).equals(items)
+    assert frame_of(Arrow()).equals(items)
     odd = pd.DataFrame(
         {"a": pd.array([1, None], "Int64"), "b": pd.Categorical(["x", None]), "c": ["y", np.nan], 4: [0, 1]}
     )
-    assert _frame(odd).to_dict(as_series=False) == {"a": [1, None], "b": ["x", None], "c": ["y", None], "4": [0, 1]}
+    assert frame_of(odd).to_dict(as_series=False) == {"a": [1, None], "b": ["x", None], "c": ["y", None], "4": [0, 1]}
     with pytest.raises(DataError, match="a dict is no table; give a DataFrame"):
-        _frame({"a": [1]})
+        frame_of({"a": [1]})
     with pytest.raises(DataError, match="two columns of one name"):
-        _frame(pd.DataFrame([[1, 2]], columns=["a", "a"]))
+        frame_of(pd.DataFrame([[1, 2]], columns=["a", "a"]))
 
 
 def test_what_cannot_be_fitted(tmp_path: Path) -> None:
