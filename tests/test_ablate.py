@@ -113,6 +113,7 @@ def files_in(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
+@pytest.mark.ci
 def test_a_kill_while_a_stage_is_taken_over(runs: Path, record: Callable[..., None]) -> None:
     """Wherever it comes, the next study resumes, and no half stage is ever taken for a whole one."""
     code = (

@@ -75,6 +75,7 @@ def test_what_is_planned_stands_in_the_head_of_the_recipe(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", NEEDS)
 def test_smallest_shape_runs(name: str, tmp_path: Path) -> None:
     if name not in FAST and not os.environ.get("NQF_BENCHMARKS"):

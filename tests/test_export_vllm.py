@@ -18,7 +18,7 @@ from nqf.serving.recommender import Recommender
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
 # Runs in a process of its own, in the folder: what it knows of the run is the folder and the histories asked for.
 PROGRAM = """

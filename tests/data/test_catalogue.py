@@ -48,6 +48,7 @@ def test_numbers() -> None:
     assert read(pl.Series([1, None]), "number")[0] == [1.0, None]
 
 
+@pytest.mark.ci
 @settings(deadline=None)
 @given(st.datetimes(datetime.datetime(1973, 6, 1), datetime.datetime(2200, 1, 1)))
 def test_every_spelling_of_a_time_is_the_same_second(moment: datetime.datetime) -> None:
