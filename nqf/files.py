@@ -243,7 +243,7 @@ def locked(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
     owner = folder / ".lock-owner"
     lock = filelock.FileLock(folder / ".lock", timeout=-1 if wait else 0, is_singleton=False)
     try:
-        lock.acquire()
+        error = _acquire(lock)
     except filelock.Timeout:
         with contextlib.suppress(OSError):
             named = " ".join(owner.read_text(encoding="utf-8", errors="replace")[:1_000].split())
@@ -252,9 +252,7 @@ def locked(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
                 "goes with it"
             ) from None
         raise InUseError(f"{folder}: in use by another process; wait until it has finished, or end it") from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
+    if error is not None:
         raise InUseError(
             f"{folder / '.lock'}: its file system has no locks ({error}); make sure that nothing else works on "
             f"{folder} and set NQF_LOCKS=off in the environment, or use a folder on a local disk"
@@ -271,16 +269,19 @@ def locked(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
 def claimed(path: str | Path) -> Iterator[bool]:
     """Whether this process is the one that may make a file; the claim is the kernel's and goes with its owner.
 
-    Where the file system has no locks everybody may: for files that are the same whoever makes them.
+    Where there are no locks (`locked`) everybody may: for files that are the same whoever makes them.
     """
+    if os.environ.get("NQF_LOCKS") == "off":
+        yield True
+        return
     path = Path(path)
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0, is_singleton=False)
     try:
-        lock.acquire()
+        lacking = _acquire(lock) is not None
     except filelock.Timeout:
         yield False
         return
-    except (NotImplementedError, OSError):
+    if lacking:
         yield True
         return
     try:
@@ -289,6 +290,24 @@ def claimed(path: str | Path) -> Iterator[bool]:
         # Who has opened it meanwhile finds the file made.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def _acquire(lock: filelock.BaseFileLock) -> Exception | None:
+    """Takes a lock; where the file system has none, what it said.
+
+    Raises:
+      filelock.Timeout: Another process holds it.
+      OSError: It cannot be taken for another reason.
+    """
+    try:
+        lock.acquire()
+    except NotImplementedError as error:
+        return error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return error
+    return None
 
 
 def _literal(name: str) -> str:

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
         console.print(f"wrote {options.all}", highlight=False, markup=False)
         return
     if options.parts is not None:
-        for line in recommend_parts(recommender, options.run, options.parts, stage=options.stage, k=options.k):
+        for line in recommend_parts(recommender, options.parts, k=options.k):
             console.print(line, highlight=False, markup=False)
         return
     if options.user is not None:

@@ -17,7 +17,7 @@ import polars as pl
 import yaml
 
 from nqf import files
-from nqf.config import ColumnsConfig, DataConfig
+from nqf.config import DATA_PATHS, ColumnsConfig, DataConfig
 from nqf.data import addresses, amazon, recbole, splits, synthetic, unirec
 from nqf.data.catalogue import (
     BAD,
@@ -39,7 +39,8 @@ T = TypeVar("T")
 
 _INTERACTION_COLUMNS = {"user_id": None, "item_id": None, "timestamp": None, "rating": None, "review": None}
 _SHORT = "short.parquet"
-_READ = ("items", "interactions", "schema", "inter", "reviews")
+# The candidates' embeddings are read with the fields.
+_READ = tuple(key for key in DATA_PATHS if key != "candidates")
 # Rows that a reader of the canonical file decodes at least.
 _ROW_GROUP = 16_384
 

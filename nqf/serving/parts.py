@@ -22,14 +22,12 @@ USERS = 8_192
 _RECORD = "parts.json"
 
 
-def recommend_parts(recommender: Recommender, run: Path, folder: Path, *, stage: str, k: int) -> Iterator[str]:
+def recommend_parts(recommender: Recommender, folder: Path, *, k: int) -> Iterator[str]:
     """Makes those parts `part-00000.parquet`, ... that are not there and that no other process is at.
 
     Args:
       recommender: What recommends.
-      run: Its run folder.
       folder: The folder, which is made if missing; parts.json in it says what the parts are of.
-      stage: The recommender's stage.
       k: Items of each user.
 
     Yields:
@@ -38,8 +36,14 @@ def recommend_parts(recommender: Recommender, run: Path, folder: Path, *, stage:
     Raises:
       StageError: The folder holds something else, or parts of another run, of what the run was before, or of another k.
     """
-    users = recommender.user_ids
-    record = {"run": _version(run, stage), "stage": stage, "k": k, "users": len(users), "users_of_a_part": USERS}
+    users, stage = recommender.user_ids, recommender.stage
+    record = {
+        "run": _version(recommender.folder, stage),
+        "stage": stage,
+        "k": k,
+        "users": len(users),
+        "users_of_a_part": USERS,
+    }
     parts = [folder / f"part-{number:05d}.parquet" for number in range(-(-len(users) // USERS))]
     with files.locked(folder, wait=True):
         # The lock itself is in the folder.

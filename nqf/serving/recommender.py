@@ -179,6 +179,16 @@ class Recommender:
         )
 
     @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self._run.folder
+
+    @property
+    def stage(self) -> str:
+        """The stage that ranks."""
+        return self._stage
+
+    @property
     def trained(self) -> Trained:
         """The restored stage, with the item tables as they are now."""
         stock = self._stock
@@ -849,7 +859,7 @@ class Recommender:
         ranked = np.array([len(rows) > 0 for rows in seen], bool)
         k = min(k, stock.count)
         scores, rows = np.full((len(pasts), k), -np.inf, np.float32), np.full((len(pasts), k), -1, np.int32)
-        only = pasts[0] if len(pasts) == 1 and spoken is None and stock.index is None else None
+        only = pasts[0] if len(pasts) == 1 and spoken is None else None
         alone = only is not None and only.features is None
         # What a longer list does not hold needs the more of a raise, so that fewer items need a product. An index would
         # have to be asked for as many.
@@ -879,8 +889,7 @@ class Recommender:
           pasts: What the users have met.
           spoken: Tables of one more item, whose row is `stock.count`.
         """
-        ranker = self._ranker
-        buckets = slot_buckets(ranker.max_history)
+        ranker, buckets = self._ranker, self.lengths
         groups: dict[int, dict[int, list[int]]] = {}
         for index, past in enumerate(pasts):
             bucket = int(bucket_of(np.array(len(past.events)), buckets))

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from nqf.evaluation.ranking import best_columns, place_items, top_k
+from nqf.ops.losses import unit
 from nqf.pipelines.batches import Array, History, ItemTables
 from nqf.pipelines.histories import history_of_items
 from nqf.serving.index import DEPTHS, Index, build, ranked, tuned
@@ -300,9 +301,11 @@ class Stock:
         """
         unchanged = (self.places[items_N[items_N >= 0]] < len(self.known.has_text)).all()
         alone = unchanged and self.index is None and k <= _MOST_ALONE and jax.local_device_count() == 1
-        if not alone or sum(table.nbytes for table in jax.tree.leaves(self.known)) > _TABLES_ON_DEVICE:
+        if not alone:
             return None
         if not self.on_device:
+            if sum(table.nbytes for table in jax.tree.leaves(self.known)) > _TABLES_ON_DEVICE:
+                return None
             self.on_device.append(jax.device_put(self.known))
         (_, vectors, wide), *more = self._pieces(allowed)
         vector, unit, *best = _best_of_one(
@@ -383,8 +386,7 @@ def _best_of_one(
     places_N = jnp.where(items_N >= 0, jnp.arange(len(items_N)), -1)
     own = jax.tree.map(lambda table: table[jnp.maximum(items_N, 0)], tables)
     vector_1xD = users(variables, own, items_N, history_of_items(places_N[None], review_width))
-    unit_1xD = vector_1xD / jnp.maximum(jnp.linalg.norm(vector_1xD, axis=1, keepdims=True), 1e-12)
-    none_1x0 = jnp.zeros((1, 0), jnp.int32)
+    unit_1xD, none_1x0 = unit(vector_1xD), jnp.zeros((1, 0), jnp.int32)
     return vector_1xD[0], unit_1xD, *best_columns(unit_1xD, vectors_CxD, allowed_C, none_1x0, k=k)
 
 
