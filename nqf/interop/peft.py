@@ -151,8 +151,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             kind, expected = _READ[key]
             if not kind(value):
                 errors.append(f"{key} is {reprlib.repr(value)}, not {expected}")
-        # An empty object is not off: peft makes a setting with defaults of it.
-        elif key not in _NEUTRAL and not (value is None or value is False or value == []):
+        # An empty object is not off: peft makes a setting with defaults of it. Of a configuration in the configuration it
+        # takes nothing but null for off.
+        elif key not in _NEUTRAL and value is not None:
+            if (value is False or value == []) and not key.endswith("_config"):
+                continue
             state = "is not supported" if key in _REFUSED else "is unknown and may change the result"
             errors.append(f"{reprlib.repr(key)[1:-1]} {state} (it is {reprlib.repr(value)})")
     layers, patterns = tree.get("layers_to_transform"), tree.get("layers_pattern")

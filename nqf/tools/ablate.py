@@ -38,6 +38,8 @@ from nqf.config import (
 from nqf.files import write_json, write_text
 
 METRICS = ("hr@10", "ndcg@10")
+RIVALS = ("sasrec", "sasrec_cooccurrence", "cooccurrence_text")
+"""Baselines that a variant's models are compared with user by user."""
 
 
 @section
@@ -177,9 +179,11 @@ def row_of(variant: Variant) -> dict[str, Any]:
     artifacts = {name: read_artifact(variant.folder, name) for name in NAMES}
     results, unmasked = read_results(variant.folder), read_results(variant.folder, "eval/test-keep-seen")
     ranks = model_ranks(results.frame)
-    rivals = [name for name in ranks if name not in ("joint", "joint_vectors", "user")]
-    best = max(rivals, key=lambda name: results.models[name]["all"]["ndcg@10"][0])
-    difference = paired_difference(ranks["joint"], ranks[best], (10,))
+    against = {
+        model: {name: paired_difference(ranks[model], ranks[name], (10,))["ndcg@10"] for name in RIVALS if name in ranks}
+        for model in ("joint", "joint_vectors", "user")
+        if model in ranks
+    }
 
     def shown(models: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -201,8 +205,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
         "segments": {name: count for name, count in results.segments.items() if name in ("all", "warm", "cold")},
         "masked": shown(results.models),
         "unmasked": shown(unmasked.models),
-        "best_baseline": best,
-        "joint_minus_best_baseline": {metric: difference[metric] for metric in METRICS},
+        "against": against,
         "stage_seconds": {name: found.result["wall_seconds"] for name, found in artifacts.items() if found},
         # The folder of a model is often called "model".
         "text_encoder": "/".join(Path(variant.config.fields.text_encoder).parts[-2:]),

@@ -517,6 +517,7 @@ class TestRefused:
                 for name in ("corda", "loftq", "lora_ga")
             ),
             *(({key: True}, f"{key} is not supported") for key in _REFUSED),
+            *(({key: []}, f"{key} is not supported") for key in _REFUSED if key.endswith("_config")),
             # An empty object is a configuration with defaults.
             ({"kasa_config": {}}, "kasa_config is not supported"),
             ({"of_tomorrow": 16}, r"of_tomorrow is unknown and may change the result \(it is 16\)"),
