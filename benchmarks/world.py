@@ -85,6 +85,7 @@ def make_world(
         tokens=rng.standard_normal((items, *tokens), np.float32).astype(np.float16),
         vectors=rng.standard_normal((items, tokens[1]), np.float32).astype(np.float16),
         fields=np.zeros((items, 0), np.float16),
+        neighbors=np.zeros((items, 0), np.float16),
         text=rng.standard_normal((items, text), np.float32),
         has_text=np.ones(items, bool),
         trained=np.ones(items, bool),

@@ -505,7 +505,8 @@ class CandidatesConfig:
 
     Attributes:
       sources: Frozen inputs of the tower: `item` (Item Q-Former vectors), `fields` (each field's vectors apart,
-        whitened), `text` (candidate text embeddings, of one document per item).
+        whitened), `neighbors` (the means of those of the ten items that occur most often near the item in training
+        histories, or near items of like text), `text` (candidate text embeddings, of one document per item).
       text_width: Whitened principal components of the text embeddings that the models read, and the most of a field;
         0 reads the text embeddings as they are and all components of the fields.
       width: Width of the learned part of user and item vectors.
@@ -522,7 +523,11 @@ class CandidatesConfig:
         keys only `text_width` and the temperature's are then read.
     """
 
-    sources: Annotated[tuple[Literal["item", "fields", "text"], ...], Len(1)] = ("item", "fields")
+    sources: Annotated[tuple[Literal["item", "fields", "neighbors", "text"], ...], Len(1)] = (
+        "item",
+        "fields",
+        "neighbors",
+    )
     text_width: WidthOrNone = 128
     width: Width = 64
     free_vectors: bool = True

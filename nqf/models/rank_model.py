@@ -52,7 +52,9 @@ class CandidateTower(nn.Module):
         Returns:
           float [R, V].
         """
-        sources = {"item": tables.vectors, "fields": tables.fields, "text": tables.text}
+        sources = {
+            "item": tables.vectors, "fields": tables.fields, "neighbors": tables.neighbors, "text": tables.text
+        }  # fmt: skip
         inputs = [
             nn.LayerNorm(name=f"norm_{name}", dtype=self.dtype)(over_all(sources[name].astype(self.dtype)))
             for name in self.config.sources

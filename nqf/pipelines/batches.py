@@ -45,6 +45,7 @@ class ItemTables(struct.PyTreeNode):
       tokens: Item query tokens, float [I, Q, E].
       vectors: Item vectors of the Item Q-Former, float [I, E].
       fields: Whitened field vectors beside each other, float [I, F]; F may be 0.
+      neighbors: Means of those of the items that occur near it in histories, float [I, F]; F may be 0.
       text: Frozen text embeddings, float [I, T]; zero rows where `has_text` is False.
       has_text: bool [I].
       trained: bool [I], whether the item is in a training event.
@@ -54,6 +55,7 @@ class ItemTables(struct.PyTreeNode):
     tokens: Array
     vectors: Array
     fields: Array
+    neighbors: Array
     text: Array
     has_text: Array
     trained: Array

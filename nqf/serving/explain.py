@@ -209,6 +209,7 @@ def _hide_fields(
         tokens=np.asarray(output.tokens, old.tokens.dtype)[: len(text)],
         vectors=np.asarray(output.vector, old.vectors.dtype)[: len(text)],
         fields=field_features({name: (values[name], present[name]) for name in names}),
+        neighbors=old.neighbors,
         text=text,
         has_text=has_text,
         trained=old.trained,

@@ -17,10 +17,12 @@ from nqf.config import Config, load_config
 from nqf.data.errors import NPY_ERRORS
 from nqf.data.load import Dataset, open_dataset
 from nqf.fields.cache import CANDIDATE, FieldCache, open_cache
+from nqf.fields.encoder import unit_rows
 from nqf.fields.whitening import Whitening, field_features, load_whitenings
 from nqf.interop.encoders import encoder_factories
 from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.histories import EventFeatures, event_features
+from nqf.stages.neighbors import find_neighbors, neighbor_features
 from nqf.stages.records import StageError, check_files
 
 WHITENING = "whitening.npz"
@@ -116,6 +118,12 @@ class Run:
             return np.zeros((len(fields[names[0]][1]), 0), np.float16)
         return field_features(self.whitenings, {name: fields[name] for name in names})
 
+    @functools.cached_property
+    def neighbors(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `find_neighbors` finds in the training events."""
+        split = self.dataset.split
+        return find_neighbors(self.dataset.interactions, split.train, len(split.cold))
+
     def tables(self, tokens_folder: Path, titles: np.ndarray | None = None) -> ItemTables:
         """Host tables of the whole catalogue.
 
@@ -127,17 +135,22 @@ class Run:
         check_files(self.folder, "tokens")
         text, has_text = self.text
         items = len(has_text)
-        fields = np.zeros((items, 0), np.float16)
-        if "fields" in self.config.candidates.sources:
+        fields = neighbors = np.zeros((items, 0), np.float16)
+        sources, names = self.config.candidates.sources, self.cache.names
+        if {"fields", "neighbors"} & set(sources):
             chunks = [
-                self.field_features({name: self.cache.gather(name, rows) for name in self.cache.names})
+                field_features(self.whitenings, {name: self.cache.gather(name, rows) for name in names})
                 for rows in np.split(np.arange(items), range(_CHUNK, items, _CHUNK))
             ]
-            fields = np.concatenate(chunks)
+            features = np.concatenate(chunks)
+            fields = features if "fields" in sources else fields
+            if "neighbors" in sources:
+                neighbors = neighbor_features(features, *self.neighbors, unit_rows(self.text_features(text, has_text)))
         return ItemTables(
             tokens=_mapped(tokens_folder / "tokens.npy"),
             vectors=_mapped(tokens_folder / "vectors.npy"),
             fields=fields,
+            neighbors=neighbors,
             text=self.text_features(text, has_text),
             has_text=has_text,
             trained=~self.dataset.split.cold,
@@ -155,9 +168,7 @@ class Run:
         text = candidates.values.shape[1] if candidates is not None else 1
         if width and candidates is not None:
             text = min(text, width)
-        fields = 0
-        if "fields" in config.candidates.sources:
-            fields = sum(min(natural, width or natural) for natural in self.cache.widths.values())
+        fields = sum(min(natural, width or natural) for natural in self.cache.widths.values())
 
         def zeros(dtype: Any, *shape: int) -> np.ndarray:
             return np.broadcast_to(np.zeros((), dtype), shape)
@@ -165,7 +176,10 @@ class Run:
         return ItemTables(
             tokens=zeros(np.float16, items, config.item.qformer.queries, config.item.qformer.width),
             vectors=zeros(np.float16, items, config.item.qformer.width),
-            fields=zeros(np.float16, items, fields),
+            **{
+                source: zeros(np.float16, items, fields if source in config.candidates.sources else 0)
+                for source in ("fields", "neighbors")
+            },
             text=zeros(np.float32, items, text),
             has_text=zeros(bool, items),
             trained=zeros(bool, items),

@@ -36,8 +36,8 @@ def sasrec_parts(run: Run) -> RankParts:
     items, options = len(run.dataset.catalogue.item_ids), run.config.baselines.sasrec_options
     nothing, there = np.zeros((items, 0), np.float32), np.ones(items, bool)
     tables = ItemTables(
-        tokens=nothing[:, None], vectors=nothing, fields=nothing, text=nothing, has_text=~there, trained=there,
-        titles=nothing.astype(np.int32),
+        tokens=nothing[:, None], vectors=nothing, fields=nothing, neighbors=nothing, text=nothing, has_text=~there,
+        trained=there, titles=nothing.astype(np.int32),
     )  # fmt: skip
     return RankParts(module=SASRec(config=options, items=items), tables=tables, max_history=options.max_history)
 

@@ -42,6 +42,7 @@ def tables() -> ItemTables:
         tokens=rng.normal(size=(ITEMS, QUERIES, WIDTH)).astype(np.float32),
         vectors=rng.normal(size=(ITEMS, WIDTH)).astype(np.float32),
         fields=rng.normal(size=(ITEMS, 5)).astype(np.float32),
+        neighbors=rng.normal(size=(ITEMS, 5)).astype(np.float32),
         text=rng.normal(size=(ITEMS, 8)).astype(np.float32),
         has_text=np.arange(ITEMS) != 3,
         trained=np.arange(ITEMS) != 4,

@@ -25,6 +25,7 @@ def tables_of(marks: np.ndarray) -> ItemTables:
         tokens=np.repeat(wide[:, None], 2, axis=1).astype(np.float16),
         vectors=wide,
         fields=wide[:, :0],
+        neighbors=wide[:, :0],
         text=wide,
         has_text=marks > 0,
         trained=marks > 0,

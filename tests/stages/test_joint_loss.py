@@ -45,6 +45,7 @@ TABLES = jax.tree.map(
         tokens=RNG.normal(size=(ITEMS, QUERIES, WIDTH)).astype(np.float32),
         vectors=RNG.normal(size=(ITEMS, WIDTH)).astype(np.float32),
         fields=RNG.normal(size=(ITEMS, 5)).astype(np.float32),
+        neighbors=RNG.normal(size=(ITEMS, 5)).astype(np.float32),
         text=RNG.normal(size=(ITEMS, 6)).astype(np.float32),
         has_text=np.arange(ITEMS) != 3,
         trained=np.ones(ITEMS, bool),
