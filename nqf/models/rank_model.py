@@ -25,6 +25,9 @@ from nqf.ops.losses import unit
 from nqf.ops.pins import over_all, over_batch, take_rows
 from nqf.pipelines.batches import Array, History, ItemTables
 
+NEIGHBORS_HIDDEN = 0.5
+"""Share of the items whose neighbors the tower is not shown in a training step."""
+
 
 class CandidateTower(nn.Module):
     """Item vectors from frozen content and, for items seen in training, a learned vector of their own.
@@ -52,9 +55,12 @@ class CandidateTower(nn.Module):
         Returns:
           float [R, V].
         """
-        sources = {
-            "item": tables.vectors, "fields": tables.fields, "neighbors": tables.neighbors, "text": tables.text
-        }  # fmt: skip
+        neighbors = tables.neighbors
+        if not deterministic and "neighbors" in self.config.sources:
+            # What is to be predicted is often a neighbor of the last item: shown always, they are all that is learned.
+            shown = jax.random.bernoulli(self.make_rng("dropout"), 1 - NEIGHBORS_HIDDEN, rows.shape)
+            neighbors = jnp.where(shown[:, None], neighbors, jnp.zeros_like(neighbors))
+        sources = {"item": tables.vectors, "fields": tables.fields, "neighbors": neighbors, "text": tables.text}
         inputs = [
             nn.LayerNorm(name=f"norm_{name}", dtype=self.dtype)(over_all(sources[name].astype(self.dtype)))
             for name in self.config.sources

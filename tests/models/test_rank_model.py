@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nqf.config import Config, JointConfig, PromptConfig, QFormerConfig, UserConfig
+from nqf.config import CandidatesConfig, Config, JointConfig, PromptConfig, QFormerConfig, UserConfig
 from nqf.models.qwen3 import Qwen3Config
-from nqf.models.rank_model import PromptIds, RankModel
+from nqf.models.rank_model import CandidateTower, PromptIds, RankModel
 from nqf.pipelines.batches import History, ItemTables
 from nqf.pipelines.histories import history_of_items
 from nqf.stages.joint import reader_of
@@ -116,3 +116,19 @@ def test_an_item_that_training_never_saw_is_scored_by_its_content():
     assert np.abs(found[4, :width] - known[4, :width]).max() > 1e-3
     others = rows != 4
     np.testing.assert_array_equal(found[others], known[others])
+
+
+def test_neighbors_are_hidden_from_half_of_the_items_in_training_alone() -> None:
+    rng = np.random.default_rng(1)
+    count, config = 400, CandidatesConfig(width=8, free_dropout=0.0, sources=("fields", "neighbors"))
+    shown = jax.tree.map(lambda x: np.repeat(x[:1], count, axis=0), tables()).replace(
+        fields=rng.normal(size=(count, 5)).astype(np.float32), neighbors=rng.normal(size=(count, 5)).astype(np.float32)
+    )
+    hidden = shown.replace(neighbors=np.zeros_like(shown.neighbors))
+    tower, rows = CandidateTower(config, count), np.arange(count)
+    variables = tower.init(jax.random.key(0), shown, rows)
+    seen, unseen = (np.asarray(tower.apply(variables, some, rows)) for some in (shown, hidden))
+    made = np.asarray(tower.apply(variables, shown, rows, deterministic=False, rngs={"dropout": jax.random.key(1)}))
+    is_seen, is_unseen = (np.isclose(made, some, atol=1e-6).all(axis=1) for some in (seen, unseen))
+    assert (is_seen ^ is_unseen).all()
+    assert 150 < is_unseen.sum() < 250
