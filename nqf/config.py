@@ -774,9 +774,9 @@ class EvaluationConfig:
         nothing is kept out. (`mask_seen` of older files says the opposite.)
       bootstrap: Bootstrap resamples of the users for the 95 % intervals.
       batch_size: Users scored at a time.
-      new_item_weight: Factor of the frozen similarity in the score of items that training never saw, whose learned
-        part says less; in recommendations too. A validation with `data.cold_share` tells what it should be: known
-        items give way to new ones as it grows.
+      new_item_weight: Factor of the frozen similarity that was learned in the score of items that training never saw,
+        whose learned part says less; in recommendations too. A validation with `data.cold_share` tells what it should
+        be: known items give way to new ones as it grows.
       cooccurrence_weight: What the co-occurrence of known events counts beside the vectors of the joint stage, in
         recommendations too; 0 for none. Default: chosen on the validation cases (stage `score`). Tables show the
         vectors alone as well.

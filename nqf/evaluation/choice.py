@@ -44,13 +44,23 @@ class Score:
       counting: How pairs of items count.
       cooccurrence: What the counts weigh.
       text: What the cosine of frozen texts weighs.
+      gate: What the vectors themselves give it, on average; 0 where this is not known.
       ndcg: NDCG@10 on the validation cases that this was chosen by; None where nothing was chosen.
     """
 
     counting: Counting = USUAL
     cooccurrence: float = 0.0
     text: float = 0.0
+    gate: float = 0.0
     ndcg: float | None = None
+
+    def new_item_weight(self, weight: float) -> float:
+        """Factor of the whole text part of an item that training never saw, whose `gate` alone counts `weight` times.
+
+        What was added counts alike for all items: were it multiplied too, no weight of texts that ranks known items
+        well would leave them before the new ones.
+        """
+        return (self.gate * weight + self.text) / (self.gate + self.text) if self.gate else weight
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Score:
@@ -205,8 +215,8 @@ def ascend(
 def choose_weights(value: Callable[[Score], float], start: Score, free: Sequence[str]) -> Score:
     """What counts and texts weigh beside other scores, and how counts enter.
 
-    Counts may be a hint beside strong vectors or the other way round, and there is a hill at both: the ascent begins at
-    the best of a coarse grid.
+    Counts and texts may be a hint beside strong vectors or the other way round, and there is a hill at each: the ascent
+    begins at the best of a coarse grid.
 
     Args:
       value: NDCG@10 of the whole.
@@ -221,6 +231,8 @@ def choose_weights(value: Callable[[Score], float], start: Score, free: Sequence
             for scale in SCALES
             for weight in (0.25, 2.0, 16.0)
         ]
+    if "text" in free:
+        starts += [dataclasses.replace(some, text=weight) for some in starts for weight in (1.0, 8.0)]
     return ascend(value, max(starts, key=value), grid, free)
 
 

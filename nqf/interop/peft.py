@@ -151,8 +151,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             kind, expected = _READ[key]
             if not kind(value):
                 errors.append(f"{key} is {reprlib.repr(value)}, not {expected}")
-        # An empty object is not off: peft makes a setting with defaults of it. Of a configuration in the configuration it
-        # takes nothing but null for off.
+        # An empty object is not off: peft makes a setting with defaults of it. For a configuration it takes nothing but
+        # null for off.
         elif key not in _NEUTRAL and value is not None:
             if (value is False or value == []) and not key.endswith("_config"):
                 continue

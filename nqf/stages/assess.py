@@ -59,9 +59,9 @@ def assess(
     models: dict[str, Scorer] = dict(trained)
     score = score_of(run)
     if (score.cooccurrence or score.text) and "joint" in trained:
-        users, items = trained.pop("joint")
-        whole = with_text(users, config.candidates.width, score.text), items
-        models = {"joint": with_pairs(run, cases, whole, score), "joint_vectors": (users, items), **trained}
+        vectors = trained.pop("joint")
+        whole = with_text(run, vectors, score)
+        models = {"joint": with_pairs(run, cases, whole, score), "joint_vectors": vectors, **trained}
     models |= baseline_scorers(run, cases)
     if config.baselines.sasrec:
         # Trained here where `--stage all` did not.

@@ -338,16 +338,20 @@ def keep_tokenizer(run: Run) -> None:
     barrier("tokenizer")
 
 
-def load_joint(run: Run, *, text_weight: float = 0.0) -> Trained:
+def load_joint(run: Run, *, text_weight: float = 0.0, new_item_weight: float | None = None) -> Trained:
     """The trained joint model.
 
     Args:
       run: The run.
       text_weight: What the frozen similarity counts beyond what was learned (`nqf.stages.score`).
+      new_item_weight: Factor of the frozen similarity of items that training never saw; None for the configuration's.
     """
     check_files(run.folder, "joint")
     parts = joint_parts(run, trained=True)
-    parts = dataclasses.replace(parts, module=parts.module.clone(text_weight=text_weight))
+    module = parts.module.clone(text_weight=text_weight)
+    if new_item_weight is not None:
+        module = module.clone(new_item_weight=new_item_weight)
+    parts = dataclasses.replace(parts, module=module)
     params = restore_best(run.folder, "joint", lambda: init_joint(run, parts))
     learned = params.get("item_qformer")
     return Trained(

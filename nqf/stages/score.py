@@ -15,7 +15,7 @@ from nqf.config import load_config
 from nqf.data.interactions import MISSING_TIME
 from nqf.data.splits import Cases
 from nqf.evaluation.baselines import known_events
-from nqf.evaluation.choice import Score, Trial, choose_counting, choose_weights, text_rows
+from nqf.evaluation.choice import CASES, Score, Trial, choose_counting, choose_weights, text_rows
 from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs, stand_in
 from nqf.fields.encoder import unit_rows
 from nqf.stages.artifacts import status
@@ -94,19 +94,40 @@ def make_score(run: Run) -> dict[str, Any]:
                 "what a run without data.refit chose",
                 highlight=False,
             )
+        if start.text:
+            # Of histories alone: no target is read.
+            users, _ = joint_vectors(run, run.dataset.split.test[np.arange(len(run.dataset.split.test.users))[:CASES]])
+            start = dataclasses.replace(
+                start, gate=float(_gates(users, candidates.width).mean()) if len(users) else 0.0
+            )
         return dataclasses.asdict(start)
-    trial = trial_of(run, read_text(run))
+    text_IxT = read_text(run)
+    trial = trial_of(run, text_IxT)
     users, items = joint_vectors(run, run.dataset.split.valid[trial.which])
-    base_NxI, learned = users @ items.T, candidates.width
-    text_NxI = unit_rows(users[:, learned:]) @ items[:, learned:].T if texts else None
+    base_NxI, learned, text_NxI = users @ items.T, candidates.width, None
+    new = np.flatnonzero(run.dataset.split.cold)
+    gates_Nx1 = learned_NxJ = np.zeros((0, 0), np.float32)
+    if texts:
+        text_NxI, gates_Nx1 = unit_rows(users[:, learned:]) @ text_IxT.T, _gates(users, learned)[:, None]
+        start = dataclasses.replace(start, gate=float(gates_Nx1.mean()))
+        learned_NxJ = users[:, :learned] @ items[new, :learned].T
 
     def value(score: Score) -> float:
+        if text_NxI is not None:
+            # What texts give new items depends on what they weigh; `trial` adds its part for all.
+            weight = score.new_item_weight(evaluation.new_item_weight)
+            base_NxI[:, new] = learned_NxJ + ((gates_Nx1 + score.text) * weight - score.text) * text_NxI[:, new]
         return trial.value(score, base_NxI, text_NxI)
 
     alone = value(Score())
     chosen = choose_weights(value, start, free)
     _say(run, "score", chosen)
     return {**dataclasses.asdict(chosen), "alone": alone}
+
+
+def _gates(users_NxD: np.ndarray, learned: int) -> np.ndarray:
+    """What vectors of users give the frozen similarity, float32 [N]."""
+    return np.linalg.norm(users_NxD[:, learned:], axis=1)
 
 
 SCORE = Stage(
@@ -144,7 +165,13 @@ def load_scored(run: Run) -> tuple[Trained, Score, Cooccurrence | None]:
     """
     score = score_of(run)
     memory = memory_of(run, run.dataset.split.test, score.counting) if score.cooccurrence else None
-    return load_joint(run, text_weight=score.text), score, memory
+    return load_with_text(run, score), score, memory
+
+
+def load_with_text(run: Run, score: Score) -> Trained:
+    """The joint model with what texts weigh in a score."""
+    weight = score.new_item_weight(run.config.evaluation.new_item_weight)
+    return load_joint(run, text_weight=score.text, new_item_weight=weight)
 
 
 def read_text(run: Run) -> np.ndarray:
@@ -159,16 +186,19 @@ def memory_of(run: Run, cases: Cases, how: Counting) -> Cooccurrence:
     return stand_in(memory, read_text(run)) if how.stand_ins else memory
 
 
-def with_text(users_NxD: np.ndarray, learned: int, weight: float) -> np.ndarray:
-    """User vectors whose frozen similarity counts `weight` more, as `RankModel.text_weight` has it.
-
-    Args:
-      users_NxD: User vectors without it, float32.
-      learned: Width of their learned part; the rest is the direction of the texts times what it weighs.
-      weight: How much.
-    """
+def with_text(run: Run, vectors: tuple[np.ndarray, np.ndarray], score: Score) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of `load_with_text`, of those without it: users float32 [N, D] and items float32 [I, D]."""
+    users_NxD, items_IxD = vectors
+    candidates = run.config.candidates
+    if not score.text or candidates.frozen or not candidates.frozen_similarity:
+        return vectors
+    learned, new = candidates.width, run.dataset.split.cold
     text = users_NxD[:, learned:]
-    return np.concatenate([users_NxD[:, :learned], text + weight * unit_rows(text)], axis=1)
+    users_NxD = np.concatenate([users_NxD[:, :learned], text + score.text * unit_rows(text)], axis=1)
+    weight = score.new_item_weight(run.config.evaluation.new_item_weight)
+    items_IxD = items_IxD.copy()
+    items_IxD[new, learned:] = weight * read_text(run)[new]
+    return users_NxD, items_IxD
 
 
 def _record(run: Run, stage: Stage, *, needed: bool = True) -> dict[str, Any] | None:

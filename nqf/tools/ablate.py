@@ -180,7 +180,9 @@ def row_of(variant: Variant) -> dict[str, Any]:
     results, unmasked = read_results(variant.folder), read_results(variant.folder, "eval/test-keep-seen")
     ranks = model_ranks(results.frame)
     against = {
-        model: {name: paired_difference(ranks[model], ranks[name], (10,))["ndcg@10"] for name in RIVALS if name in ranks}
+        model: {
+            name: paired_difference(ranks[model], ranks[name], (10,))["ndcg@10"] for name in RIVALS if name in ranks
+        }
         for model in ("joint", "joint_vectors", "user")
         if model in ranks
     }

@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from nqf import export
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
-from nqf.evaluation.choice import Score, Trial, ascend, choose_counting
+from nqf.evaluation.choice import Score, Trial, ascend, choose_counting, choose_weights
 from nqf.evaluation.cooccurrence import Counting, add_cooccurrence, count_pairs, newest_of_cases, stand_in
 from nqf.evaluation.ranking import raise_some, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.results import model_ranks
 from nqf.pipelines.histories import newest as newest_events
 from nqf.serving.recommender import Recommender
 from nqf.stages.assess import assess, trained_vectors
+from nqf.stages.joint import joint_vectors
+from nqf.stages.rank import case_vectors
 from nqf.stages.run import open_run
-from nqf.stages.score import read_text, score_of
+from nqf.stages.score import load_with_text, read_text, score_of, with_text
 from nqf.tools.report.users import sample_users
 
 
@@ -160,6 +162,34 @@ def test_ascent_finds_the_top_of_a_hill() -> None:
     grid = {"backward": [{"backward": share} for share in (0.0, 0.5, 1.0)]}
     found = ascend(value, Score(text=1.0), grid, ("cooccurrence", "text"))
     assert (found.cooccurrence, found.text, found.counting.backward) == (8.0, 0.0, 0.5)
+
+
+def test_weights_that_help_only_together_are_found() -> None:
+    def value(score: Score) -> float:
+        hint = 0.5 - abs(np.log2(score.cooccurrence + 1e-9) + 2) - score.text
+        together = 1 - abs(np.log2(score.cooccurrence + 1e-9) - 3) / 4 - abs(np.log2(score.text + 1e-9) - 2) / 4
+        return max(hint, together)
+
+    found = choose_weights(value, Score(), ("cooccurrence", "text"))
+    assert (found.cooccurrence, found.text) == (8.0, 4.0)
+
+
+def test_texts_that_are_added_count_alike_for_known_and_new_items(tiny_run: Path) -> None:
+    score, weight = Score(text=4.0, gate=1.0), 3.0
+    assert score.new_item_weight(weight) == pytest.approx((1 * 3 + 4) / (1 + 4))
+    # Of an unknown gate, as in runs of before, everything is multiplied; and nothing else than the gate's is there.
+    assert Score(text=4.0).new_item_weight(weight) == Score(gate=2.0).new_item_weight(weight) == weight
+    run = open_run(tiny_run)
+    cases, width = run.dataset.split.test, run.config.candidates.width
+    assert run.dataset.split.cold.any()
+    trained = load_with_text(run, score)
+    expected = case_vectors(run, trained.ranker, trained.variables, cases)
+    for found, same in zip(with_text(run, joint_vectors(run, cases), score), expected, strict=True):
+        np.testing.assert_allclose(found, same, atol=2e-5)
+    lengths = np.linalg.norm(expected[1][:, width:], axis=1)
+    factor = score.new_item_weight(run.config.evaluation.new_item_weight)
+    assert 1 < factor < run.config.evaluation.new_item_weight
+    np.testing.assert_allclose(lengths, np.where(run.dataset.split.cold, factor, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -14,9 +14,8 @@ from nqf.evaluation.ranking import raise_some, top_k
 from nqf.evaluation.results import Results, model_ranks
 from nqf.stages.artifacts import status
 from nqf.stages.graph import stage_of
-from nqf.stages.joint import load_joint
 from nqf.stages.run import Run
-from nqf.stages.score import memory_of, score_of
+from nqf.stages.score import load_with_text, memory_of, score_of
 from nqf.stages.user import load_users
 from nqf.tools.report.cards import item_cards
 from nqf.tools.report.page import User
@@ -39,7 +38,7 @@ def sample_users(run: Run, results: Results, count: int) -> tuple[list[User], di
         run.console.print(f"no sample users: stage '{model}' has changed since: {reason}", markup=False)
         return [], {}
     score = score_of(run) if model == "joint" else Score()
-    trained = load_joint(run, text_weight=score.text) if model == "joint" else load_users(run)
+    trained = load_with_text(run, score) if model == "joint" else load_users(run)
     ranker, variables = trained.ranker, trained.variables
     item_vectors = ranker.item_vectors(variables)
 
