@@ -28,6 +28,8 @@ from nqf.tools.study import write_studies
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = {
+    # Two more variants have it.
+    "baselines.sasrec": False,
     "item.optim.epochs": 0,
     "user.ranking_weight": 0.0,
     "candidates.learn_temperature": False,
@@ -186,6 +188,7 @@ def test_one_command_trains_and_tabulates(tiny_run: Path, tmp_path: Path) -> Non
     assert made.read_text() == taken.read_text()
     rows = json.loads((tmp_path / "docs" / "study.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["all", "everything", "refit"]
+    assert {"sasrec", "cooccurrence_text"} <= set(rows[0]["against"]["joint"])
     page = (tmp_path / "docs.md").read_text()
     results = {name: read_artifact(runs / f"{name}-seed0", "joint").result for name in ("all", "refit")}
     assert "ndcg@10" in results["all"]
