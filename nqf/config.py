@@ -506,7 +506,7 @@ class CandidatesConfig:
     Attributes:
       sources: Frozen inputs of the tower: `item` (Item Q-Former vectors), `fields` (each field's vectors apart,
         whitened), `neighbors` (the means of those of the ten items that occur most often near the item in training
-        histories, or near items of like text), `text` (candidate text embeddings, of one document per item).
+        histories; nothing for new items), `text` (candidate text embeddings, of one document per item).
       text_width: Whitened principal components of the text embeddings that the models read, and the most of a field;
         0 reads the text embeddings as they are and all components of the fields.
       width: Width of the learned part of user and item vectors.

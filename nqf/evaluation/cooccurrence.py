@@ -234,9 +234,14 @@ def stand_in(
         parts.append((kept.data, same[kept.row], kept.col))
         wanting[same] = False
     new = np.flatnonzero(wanting)
-    if len(new):
-        weights, best = nearest_by_text(text_NxT[new], text_NxT[known], near)
-        parts.append((weights.ravel(), np.repeat(new, near), known[best].ravel()))
+    for start in range(0, len(new), _ROWS):
+        rows = new[start : start + _ROWS]
+        cosine = text_NxT[rows] @ text_NxT[known].T
+        best = np.argpartition(-cosine, near - 1, axis=1)[:, :near]
+        cosine = np.take_along_axis(cosine, best, axis=1)
+        weight = np.exp((cosine - cosine.max(axis=1, keepdims=True)) / _STAND_IN_TEMPERATURE)
+        weight /= weight.sum(axis=1, keepdims=True)
+        parts.append((weight.astype(np.float32).ravel(), np.repeat(rows, near), known[best].ravel()))
     weights, rows, columns = (np.concatenate(part) for part in zip(*parts, strict=True))
     counts_as = scipy.sparse.csr_matrix((weights, (rows, columns)), shape=(count, items))
     return dataclasses.replace(memory, counts_as=counts_as)
@@ -253,29 +258,6 @@ def _row_times(
     reached, place = np.unique(matrix.indices[at], return_inverse=True)
     total = np.bincount(place, np.repeat(weights, lengths) * matrix.data[at], len(reached)).astype(np.float32)
     return reached[total != 0].astype(np.int64), total[total != 0]
-
-
-def nearest_by_text(text_nxT: np.ndarray, known_KxT: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """The known items whose texts are nearest to some texts.
-
-    Args:
-      text_nxT: float32, unit rows.
-      known_KxT: float32, unit rows, at least one.
-      most: Items for each text, at most; K where there are fewer.
-
-    Returns:
-      Weights, float32 [n, most], a softmax of the cosines, and rows of `known_KxT`, int64 [n, most].
-    """
-    near = min(most, len(known_KxT))
-    weights, rows = np.zeros((len(text_nxT), near), np.float32), np.zeros((len(text_nxT), near), np.int64)
-    for start in range(0, len(text_nxT), _ROWS):
-        span = slice(start, start + _ROWS)
-        cosine = text_nxT[span] @ known_KxT.T
-        best = np.argpartition(-cosine, near - 1, axis=1)[:, :near]
-        cosine = np.take_along_axis(cosine, best, axis=1)
-        weight = np.exp((cosine - cosine.max(axis=1, keepdims=True)) / _STAND_IN_TEMPERATURE)
-        weights[span], rows[span] = weight / weight.sum(axis=1, keepdims=True), best
-    return weights, rows
 
 
 def _falling(distance: np.ndarray, decay: float) -> np.ndarray:

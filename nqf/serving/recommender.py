@@ -50,7 +50,6 @@ from nqf.serving.stock import SIZES, Changed, Stock, fill, powers, sizes_of, tog
 from nqf.stages import folder as folders
 from nqf.stages.graph import require, served
 from nqf.stages.joint import title_tokens
-from nqf.stages.neighbors import features_by_text
 from nqf.stages.rank import Trained
 from nqf.stages.records import StageError, read_artifact
 from nqf.stages.run import Run, open_run
@@ -795,22 +794,18 @@ class Recommender:
                     for name, table in (("fields", fields), ("text", text), ("has_text", has_text),
                                         ("trained", trained), ("titles", words))
                 },
-                neighbors=self._neighbors(fill(text[chunk], size), fill(rows[chunk], size)),
+                neighbors=self._neighbors(fill(rows[chunk], size)),
             )  # fmt: skip
             vectors = self._ranker.item_vectors(self._variables, tables, fill(rows[chunk], size))
             count = len(titles) - start
             parts.append(jax.tree.map(lambda x, count=count: x[:count], (tables, vectors)))
         return jax.tree.map(lambda *some: np.concatenate(some), *parts)
 
-    def _neighbors(self, text: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Neighbor features of some items by their texts and rows; of those that have neighbors what they were."""
-        known = self._stock.known
-        if not known.neighbors.shape[1]:
-            return known.neighbors[np.zeros(len(rows), np.int64)]
-        own = self._run.neighbors[0][:, 0] >= 0
-        found = features_by_text(unit_rows(text), known.neighbors, own, unit_rows(known.text))
-        stays = (rows < len(own)) & own[np.minimum(rows, len(own) - 1)]
-        return np.where(stays[:, None], known.neighbors[np.minimum(rows, len(own) - 1)], found)
+    def _neighbors(self, rows: np.ndarray) -> np.ndarray:
+        """Neighbor features of items by their rows; zero for new ones, which no history knows."""
+        known = self._stock.known.neighbors
+        there = rows < len(known)
+        return np.where(there[:, None], known[np.where(there, rows, 0)], 0)
 
     def _spoken(self, text: str) -> ItemTables:
         """Item tables, one row, of an item that has these words for a title and nothing else."""

@@ -17,7 +17,6 @@ from nqf.config import Config, load_config
 from nqf.data.errors import NPY_ERRORS
 from nqf.data.load import Dataset, open_dataset
 from nqf.fields.cache import CANDIDATE, FieldCache, open_cache
-from nqf.fields.encoder import unit_rows
 from nqf.fields.whitening import Whitening, field_features, load_whitenings
 from nqf.interop.encoders import encoder_factories
 from nqf.pipelines.batches import ItemTables
@@ -145,7 +144,7 @@ class Run:
             features = np.concatenate(chunks)
             fields = features if "fields" in sources else fields
             if "neighbors" in sources:
-                neighbors = neighbor_features(features, *self.neighbors, unit_rows(self.text_features(text, has_text)))
+                neighbors = neighbor_features(features, *self.neighbors)
         return ItemTables(
             tokens=_mapped(tokens_folder / "tokens.npy"),
             vectors=_mapped(tokens_folder / "vectors.npy"),
