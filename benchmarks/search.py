@@ -77,6 +77,7 @@ def stock_of(vectors: Any) -> Any:
         tokens=nothing[:, None],
         vectors=nothing,
         fields=nothing,
+        neighbors=nothing,
         text=nothing,
         has_text=np.zeros(len(vectors), bool),
         trained=np.ones(len(vectors), bool),

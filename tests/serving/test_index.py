@@ -39,6 +39,7 @@ def tables_of(count: int) -> ItemTables:
         tokens=nothing[:, None],
         vectors=nothing,
         fields=nothing,
+        neighbors=nothing,
         text=nothing,
         has_text=np.zeros(count, bool),
         trained=np.ones(count, bool),
