@@ -32,5 +32,5 @@ def test_a_step_fits_and_moves_weights_alone(device: str, model: str) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["by"] == "libtpu"
     assert found["peak"] < TARGETS[device].memory
-    # The weights, for the forward pass and for what is computed again, and nothing of the size of the batch beside them.
+    # The weights, for the forward pass and for what is computed again, and nothing of the size of the batch.
     assert found["sent"] < 3 * WEIGHTS[model] * 2**30
