@@ -115,7 +115,9 @@ def test_a_copy_of_an_item_has_its_content(tiny_run: Path, trained: Recommender)
     copy = Recommender.load(tiny_run)
     copy.add_items(frame.with_columns(item_id=pl.lit("copy")))
     config = copy._run.config
-    width, weight = config.candidates.width, config.evaluation.new_item_weight
+    # What the stage `score` added for texts is not multiplied.
+    width, weight = config.candidates.width, copy._trained.parts.module.new_item_weight
+    assert 1 < weight <= config.evaluation.new_item_weight
     np.testing.assert_allclose(copy.item_vectors[-1, width:], weight * copy.item_vectors[0, width:], atol=1e-3)
     assert not np.allclose(copy.item_vectors[-1, :width], copy.item_vectors[0, :width], atol=1e-3)
 
