@@ -143,6 +143,12 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _is_off(key: str, value: Any) -> bool:
+    # An empty object is not off: peft makes a setting with defaults of it. Where it expects a configuration, only
+    # null is off.
+    return value is None or ((value is False or value == []) and not key.endswith("_config"))
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     tree = read_json(path)
     errors = [f"no '{key}'" for key in ("peft_type", "r", "lora_alpha") if key not in tree]
@@ -151,11 +157,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             kind, expected = _READ[key]
             if not kind(value):
                 errors.append(f"{key} is {reprlib.repr(value)}, not {expected}")
-        # An empty object is not off: peft makes a setting with defaults of it. For a configuration it takes nothing but
-        # null for off.
-        elif key not in _NEUTRAL and value is not None:
-            if (value is False or value == []) and not key.endswith("_config"):
-                continue
+        elif key not in _NEUTRAL and not _is_off(key, value):
             state = "is not supported" if key in _REFUSED else "is unknown and may change the result"
             errors.append(f"{reprlib.repr(key)[1:-1]} {state} (it is {reprlib.repr(value)})")
     layers, patterns = tree.get("layers_to_transform"), tree.get("layers_pattern")

@@ -96,7 +96,7 @@ def make_score(run: Run) -> dict[str, Any]:
             )
         if start.text:
             # Of histories alone: no target is read.
-            users, _ = joint_vectors(run, run.dataset.split.test[np.arange(len(run.dataset.split.test.users))[:CASES]])
+            users, _ = joint_vectors(run, run.dataset.split.test[:CASES])
             start = dataclasses.replace(
                 start, gate=float(_gates(users, candidates.width).mean()) if len(users) else 0.0
             )
