@@ -12,9 +12,10 @@ from markupsafe import Markup
 
 # Controls but for tab and the ends of lines, and what turns the direction of the text that follows.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# What means something in Markdown: anywhere, between words, in what becomes a link of itself, at the start of a line.
+# What means something in Markdown: anywhere, an underscore that is not between two letters or digits (of several in a
+# row none is), in what becomes a link of itself, at the start of a line.
 _SPECIAL = re.compile(
-    r"[\\`*\[\]|~$@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.|^[-+#=](?=[-+#=\s]|$)|"
+    r"[\\`*\[\]|~$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|^[-+#=](?=[-+#=\s]|$)|"
     + "|".join(rf"(?<=^\d{{{digits}}})[.)](?=\s|$)" for digits in range(1, 10)),
     re.IGNORECASE,
 )

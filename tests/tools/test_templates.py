@@ -69,6 +69,8 @@ def test_a_value_is_text_in_html(folder: Path, value: str) -> None:
 @settings(deadline=None)
 @given(value=texts)
 @example(value="9. x")
+@example(value="__0__")
+@example(value="a__b_ __c__d")
 def test_a_value_is_text_in_markdown(folder: Path, value: str) -> None:
     """By an independent parser, with tables as GitHub has them."""
     source = markdown(folder / "x.md.j2", value=value)
