@@ -15,7 +15,7 @@ from common import has_accelerator
 
 HERE = Path(__file__).parent
 EVERYWHERE = ("joint_step", "item_step", "text_encoding", "ranking", "growth", "gains", "startup")
-ON_THE_HOST = ("search", "loader", "planned_peak", "fields_memory", "qwen3_load", "pretrained_joint")
+ON_THE_HOST = ("search", "loader", "planned_peak", "fields_memory", "events_memory", "qwen3_load", "pretrained_joint")
 # The longest stretch of time that a machine with an accelerator may be lent for.
 SECONDS_ON_AN_ACCELERATOR = 570.0
 

@@ -127,10 +127,9 @@ def hidden(features: Any, name: str) -> Any:
     from nqf.data.interactions import MISSING_TIME
 
     if name == "times":
-        times, calendar = np.full_like(features.times, MISSING_TIME), np.full_like(features.calendar, -1)
-        return dataclasses.replace(features, times=times, calendar=calendar)
+        return dataclasses.replace(features, times=np.full(len(features.times), MISSING_TIME))
     if name == "ratings":
-        return dataclasses.replace(features, ratings=np.full_like(features.ratings, -1))
+        return dataclasses.replace(features, ratings=np.full_like(features.ratings, np.nan))
     reviews = dataclasses.replace(features.reviews, rows=np.full_like(features.reviews.rows, -1))
     return dataclasses.replace(features, reviews=reviews)
 
@@ -154,7 +153,7 @@ def worth(folder: Path, name: str, stages: tuple[str, ...]) -> list[dict[str, An
     seen = None if evaluation.repeats else pasts(interactions, cases)
     there = {
         "times": bool((interactions.times != MISSING_TIME).any()),
-        "ratings": bool((features.ratings >= 0).any()) and len(np.unique(features.ratings)) > 1,
+        "ratings": len(np.unique(features.rated)) > 1,
         "reviews": features.reviews is not None,
     }
     rows = []

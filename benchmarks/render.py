@@ -16,6 +16,7 @@ ORDER = (
     "search",
     "loader",
     "fields_memory",
+    "events_memory",
     "growth",
     "startup",
     "gains",

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-FAST = ("ranking", "search", "fields_memory")
+FAST = ("ranking", "search", "fields_memory", "events_memory")
 NEEDS = {
     "item_step": ("torch", "transformers"),
     "joint_step": ("torch", "transformers", "peft"),
@@ -28,6 +28,7 @@ NEEDS = {
     "search": ("faiss",),
     "loader": (),
     "fields_memory": (),
+    "events_memory": (),
     "growth": (),
     "planned_peak": (),
     "startup": (),

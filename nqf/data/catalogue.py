@@ -113,11 +113,11 @@ def plain_ids(
     return table.with_columns(**ids), notes
 
 
-def missing_ids(ids: pl.Series, source: pl.LazyFrame, name: str, config: DataConfig, where: str) -> list[str]:
+def missing_ids(absent: pl.LazyFrame, source: pl.LazyFrame, name: str, config: DataConfig, where: str) -> list[str]:
     """Refuses or counts rows without an id, as `data.missing_ids` says.
 
     Args:
-      ids: String, null where there is none.
+      absent: Column row of those rows, in any order.
       source: The table as it was read, for an example.
       name: The column.
       config: What to do with them.
@@ -129,17 +129,17 @@ def missing_ids(ids: pl.Series, source: pl.LazyFrame, name: str, config: DataCon
     Raises:
       DataError: There are some, and they are refused.
     """
-    rows = ids.is_null().arg_true()
-    if not len(rows):
+    count, first = absent.select(pl.len(), pl.col("row").min()).collect(engine="streaming").row(0)
+    if not count:
         return []
-    value = source.select(name).slice(rows[0], 1).collect().item()
+    value = source.select(name).slice(first, 1).collect().item()
     word = isinstance(value, str) and value.strip() != ""
     what = f"has the {name} '{value}', a word for nothing" if word else f"has no {name}"
     if config.missing_ids == "drop":
-        return [f"{where}: {len(rows)} rows are left out, as row {rows[0] + 1} {what}"]
+        return [f"{where}: {count} rows are left out, as row {first + 1} {what}"]
     keep = f", or keep where '{value}' is an id" if word else ""
     raise DataError(
-        f"{where}: row {rows[0] + 1} {what} ({len(rows)} such rows); remove them, or set data.missing_ids: drop to "
+        f"{where}: row {first + 1} {what} ({count} such rows); remove them, or set data.missing_ids: drop to "
         f"leave them out{keep}"
     )
 

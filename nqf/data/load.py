@@ -1,5 +1,7 @@
 """From tables to a prepared data folder, and back: `items.parquet, interactions.parquet, split.npz, report.json`.
 
+The files `events-*` have the interactions once more, as arrays that are mapped into memory.
+
 Users with fewer than `data.min_interactions` events are in `short.parquet`, which serving alone reads.
 """
 
@@ -31,14 +33,14 @@ from nqf.data.catalogue import (
 )
 from nqf.data.columns import CANONICAL, identify, identify_interactions
 from nqf.data.errors import NPY_ERRORS, STRUCTURE_ERRORS, DataError
-from nqf.data.interactions import Interactions, load_interactions, read_interactions
+from nqf.data.events import write_interactions
+from nqf.data.interactions import SHORT, TABLE, Interactions, load_interactions, open_interactions
 from nqf.data.readers import Columns, Table, open_table
 from nqf.data.schema import Field, Schema, load_schema, schema_to_tree
 
 T = TypeVar("T")
 
 _INTERACTION_COLUMNS = {"user_id": None, "item_id": None, "timestamp": None, "rating": None, "review": None}
-_SHORT = "short.parquet"
 # The candidates' embeddings are read with the fields.
 _READ = tuple(key for key in DATA_PATHS if key != "candidates")
 # Rows that a reader of the canonical file decodes at least.
@@ -127,7 +129,7 @@ def open_dataset(directory: Path) -> Dataset:
     schema = load_schema(directory / "schema.yaml")
     dataset = Dataset(
         catalogue=_read(directory / "items.parquet", lambda path: Catalogue(path, schema)),
-        interactions=_read(directory / "interactions.parquet", load_interactions),
+        interactions=_read(directory / TABLE, lambda path: open_interactions(path.parent)),
         split=_read(directory / "split.npz", splits.load_split),
         report=_read(directory / "report.json", lambda path: json.loads(path.read_text(encoding="utf-8"))),
     )
@@ -143,7 +145,7 @@ def open_short_users(directory: Path) -> Interactions | None:
     Raises:
       DataError: The file is not readable.
     """
-    path = Path(directory) / _SHORT
+    path = Path(directory) / SHORT
     return _read(path, load_interactions) if path.is_file() else None
 
 
@@ -174,13 +176,15 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path, told: C
     title = tables.schema.title if tables.schema.title not in left_out else None
     schema = Schema(fields=fields, title=title, missing_words=config.missing_words)
     item_ids, schema, item_report = _write_items(tables, schema, config, target, scratch)
-    interactions, short, event_report = read_interactions(
+    event_report = write_interactions(
         tables.interactions,
         item_ids,
         config,
-        where=str(tables.interactions_path),
-        items_where=str(tables.items_path),
+        folder=target,
+        scratch=scratch,
+        where=(str(tables.interactions_path), str(tables.items_path)),
     )
+    interactions = open_interactions(target)
     options = {"items": len(item_ids), "cold_share": config.cold_share, "refit": config.refit, "seed": config.seed}
     if config.split == "temporal":
         options |= {"valid_share": config.valid_share, "test_share": config.test_share}
@@ -204,9 +208,6 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path, told: C
         "cold_items": int(split.cold.sum()),
         "warnings": list(split.warnings),
     }
-    interactions.save(target / "interactions.parquet")
-    if short is not None:
-        short.save(target / _SHORT)
     split.save(target / "split.npz")
     (target / "schema.yaml").write_text(yaml.safe_dump(schema_to_tree(schema), sort_keys=False), encoding="utf-8")
     (target / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -325,7 +326,8 @@ def _write_items(
     item_ids = table.select("item_id").collect()["item_id"]
     if not len(item_ids):
         raise DataError(f"{path}: there is no item in it")
-    dropped = missing_ids(item_ids, tables.items, "item_id", config, str(path))
+    absent = table.with_row_index("row").filter(pl.col("item_id").is_null())
+    dropped = missing_ids(absent, tables.items, "item_id", config, str(path))
     table, item_ids = table.filter(pl.col("item_id").is_not_null()), item_ids.drop_nulls()
     check_item_ids(item_ids, str(path))
     for name, lengths in vector_lengths(table, schema).items():

@@ -23,6 +23,8 @@ from nqf.fields.encoder import unit_rows
 _TEXT_RECENCY = 0.6
 _TEXT_NEWEST = 10
 _STAND_IN_TEMPERATURE = 0.05
+# Pairs that are in memory before they are added up.
+_PAIRS = 2**24
 # Items without a count that are compared with all others at a time.
 _ROWS = 1_024
 
@@ -180,26 +182,45 @@ def near_pairs(interactions: Interactions, counted: np.ndarray, items: int, how:
     moment = np.cumsum(begins) - 1
     first = np.flatnonzero(begins)
     last = np.append(first[1:], len(events)) - 1
-    found: tuple[list, list] = [], []
+    followed, together = _PairSum(items), _PairSum(items)
     # Of moments of more events than the window, the farthest events are left out.
     for shift in range(1, how.window * (2 if how.ties == "set" else 1) + 1):
         earlier = np.flatnonzero(user_of[shift:] == user_of[:-shift])
         later = earlier + shift
         same = moment[earlier] == moment[later]
         distance = np.where(same, 1, first[moment[later]] - last[moment[earlier]])
-        for pairs, kept in zip(found, (~same & (distance <= how.window), same), strict=True):
-            pairs.append((item_of[earlier[kept]], item_of[later[kept]], _falling(distance[kept], how.decay)))
-
-    def summed(pairs: list) -> scipy.sparse.csr_matrix:
-        rows, columns, weights = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-        return scipy.sparse.csr_matrix((weights, (rows, columns)), shape=(items, items))
-
-    together = summed(found[1])
+        for sums, kept in ((followed, ~same & (distance <= how.window)), (together, same)):
+            sums.add(item_of[earlier[kept]], item_of[later[kept]], _falling(distance[kept], how.decay))
+    same_moment = together.total()
     return NearPairs(
-        followed=summed(found[0]),
-        together=together + together.T,
+        followed=followed.total(),
+        together=same_moment + same_moment.T,
         popularity=np.maximum(np.bincount(item_of, minlength=items), 1).astype(np.float32),
     )
+
+
+class _PairSum:
+    """Adds up weights of pairs of items; beside the sum, `_PAIRS` and those of one call are in memory at most."""
+
+    def __init__(self, items: int):
+        self._sum = scipy.sparse.csr_matrix((items, items), dtype=np.float32)
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._pairs = 0
+
+    def add(self, rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> None:
+        """Adds int32 [n] rows and columns with float32 [n] weights."""
+        self._parts.append((rows, columns, weights))
+        self._pairs += len(rows)
+        if self._pairs > _PAIRS:
+            self.total()
+
+    def total(self) -> scipy.sparse.csr_matrix:
+        """What was added so far, float32 [items, items]."""
+        if self._parts:
+            rows, columns, weights = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+            self._sum = self._sum + scipy.sparse.csr_matrix((weights, (rows, columns)), shape=self._sum.shape)
+            self._parts, self._pairs = [], 0
+        return self._sum
 
 
 def stand_in(

@@ -17,55 +17,60 @@ from nqf.pipelines.batches import RATING_BUCKETS, Array, History, HistoryBatch, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EventFeatures:
-    """Features of every interaction, computed once from int64 seconds.
+    """What is known of every interaction; memory maps, of which a batch reads its own rows.
 
     Attributes:
       items: int32 [E].
       times: int64 [E], unix seconds, `MISSING_TIME` where unknown.
-      calendar: int8 [E, 3], hour, weekday, month; -1 where unknown.
-      ratings: int8 [E], rating bucket, -1 where unknown.
+      ratings: float32 [E], NaN where unknown.
+      rated: float32 [2], the smallest and the largest rating that was trained on; empty where there is none.
       reviews: Table of review embeddings with a row per event, or None.
     """
 
     items: np.ndarray
     times: np.ndarray
-    calendar: np.ndarray
     ratings: np.ndarray
+    rated: np.ndarray
     reviews: FieldTable | None
 
 
 def event_features(interactions: Interactions, split: Split, reviews: FieldTable | None) -> EventFeatures:
-    """Prepares the features of all interactions.
-
-    Ratings are spread evenly over the buckets between the smallest and largest rating of the training split.
-    """
+    """The features of all interactions."""
     return EventFeatures(
         items=interactions.items,
         times=interactions.times,
-        calendar=calendar_parts(interactions.times),
-        ratings=rating_buckets(interactions.ratings, interactions.ratings[split.train]),
+        ratings=interactions.ratings,
+        rated=rating_range(interactions, split),
         reviews=reviews,
     )
 
 
 def calendar_parts(times: np.ndarray) -> np.ndarray:
-    """Hour of day, day of week (Monday 0) and month (January 0) in UTC of int64 unix seconds, int8 [E, 3]."""
+    """Hour of day, day of week (Monday 0) and month (January 0) in UTC of int64 unix seconds, int8 [..., 3]."""
     known = times != MISSING_TIME
     seconds = np.where(known, times, 0)
     days = seconds // 86_400
     months = days.astype("datetime64[D]").astype("datetime64[M]").astype(np.int64)
     # 1970-01-01 was a Thursday.
-    parts = np.stack([seconds // 3_600 % 24, (days + 3) % 7, months % 12], axis=1)
-    return np.where(known[:, None], parts, -1).astype(np.int8)
+    parts = np.stack([seconds // 3_600 % 24, (days + 3) % 7, months % 12], axis=-1)
+    return np.where(known[..., None], parts, -1).astype(np.int8)
 
 
-def rating_buckets(ratings: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Buckets of ratings, int8, -1 where unknown, spread evenly over the range of the ratings that are trained on."""
+def rating_range(interactions: Interactions, split: Split) -> np.ndarray:
+    """The smallest and the largest rating of the training split, float32 [2]; empty where there is none."""
+    known = np.isfinite(interactions.ratings) & split.train
+    if not known.any():
+        return np.zeros(0, np.float32)
+    low = np.min(interactions.ratings, where=known, initial=np.inf)
+    return np.array([low, np.max(interactions.ratings, where=known, initial=-np.inf)], np.float32)
+
+
+def rating_buckets(ratings: np.ndarray, rated: np.ndarray) -> np.ndarray:
+    """Buckets of ratings, int8, -1 where unknown, spread evenly over the range `rated` of `rating_range`."""
     known = np.isfinite(ratings)
-    finite = training[np.isfinite(training)]
-    if not finite.size:
+    if not len(rated):
         return np.full(ratings.shape, -1, np.int8)
-    low, high = float(finite.min()), float(finite.max())
+    low, high = map(float, rated)
     scaled = (np.where(known, ratings, low) - low) / max(high - low, 1e-9) * (RATING_BUCKETS - 1)
     return np.where(known, np.clip(np.rint(scaled), 0, RATING_BUCKETS - 1), -1).astype(np.int8)
 
@@ -88,9 +93,9 @@ def gather_history(features: EventFeatures, events_BxN: np.ndarray) -> History:
         reviews = np.zeros((*events_BxN.shape, 0), np.float32)
     return History(
         items=np.where(valid, features.items[events], -1).astype(np.int32),
-        calendar=np.where(known[..., None], features.calendar[events], -1).astype(np.int32),
+        calendar=calendar_parts(np.where(known, times, MISSING_TIME)).astype(np.int32),
         age=np.where(known, age, -1).astype(np.int32),
-        ratings=np.where(valid, features.ratings[events], -1).astype(np.int32),
+        ratings=np.where(valid, rating_buckets(features.ratings[events], features.rated), -1).astype(np.int32),
         reviews=reviews,
         has_review=has_review,
     )
@@ -169,7 +174,7 @@ class TrainingWindows:
     """Training examples: windows over the users' training sequences.
 
     Attributes:
-      order: int64, event numbers of the training split, grouped by user, oldest first.
+      order: int32 (int64 where they need it), event numbers of the training split, grouped by user, oldest first.
       starts: int64 [examples], first entry of the example's user in `order`.
       ends: int64 [examples], entry in `order` of the last target; slots are the entries before it.
       users: int64 [examples], the example's user.
@@ -195,27 +200,37 @@ def training_windows(interactions: Interactions, split: Split, positions: int) -
 
     The newest window ends at the user's newest training event; each older one ends `positions` events before.
     """
-    order = np.flatnonzero(split.train)
-    users = np.repeat(np.arange(len(interactions.user_ids)), np.diff(interactions.offsets))[order]
-    first = np.searchsorted(users, np.arange(len(interactions.user_ids)))
-    last = np.searchsorted(users, np.arange(len(interactions.user_ids)), side="right") - 1
-    starts, ends = [], []
-    for start, end in zip(first, last, strict=True):
-        window_ends = np.arange(end, start, -positions)
-        starts.append(np.full(len(window_ends), start))
-        ends.append(window_ends)
+    trained = np.zeros(len(interactions.user_ids), np.int64)
+    there = np.diff(interactions.offsets) > 0
+    trained[there] = np.add.reduceat(split.train, interactions.offsets[:-1][there], dtype=np.int64)
+    starts, newest = np.cumsum(trained) - trained, np.cumsum(trained) - 1
+    counts = -(-np.maximum(newest - starts, 0) // positions)
+    users = np.repeat(np.arange(len(counts)), counts)
+    # The place of a window among those of its user, newest first.
+    places = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
     return TrainingWindows(
-        order=order,
-        starts=np.concatenate([np.zeros(0, np.int64), *starts]).astype(np.int64),
-        ends=np.concatenate([np.zeros(0, np.int64), *ends]).astype(np.int64),
-        users=np.repeat(np.arange(len(ends)), [len(window_ends) for window_ends in ends]),
+        order=_places_of(split.train),
+        starts=starts[users],
+        ends=newest[users] - positions * places,
+        users=users,
     )
+
+
+def _places_of(marks: np.ndarray) -> np.ndarray:
+    """Where bool [n] is True, ascending; in int32 where it holds n, and without an int64 of all on the way."""
+    places = np.empty(int(marks.sum()), np.int32 if len(marks) < 2**31 else np.int64)
+    filled, step = 0, 1 << 20
+    for start in range(0, len(marks), step):
+        found = np.flatnonzero(marks[start : start + step])
+        places[filled : filled + len(found)] = found + start
+        filled += len(found)
+    return places
 
 
 def window_events(windows: TrainingWindows, examples: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
     """Event numbers of the slots and of the item after each slot, both int64 [B, N], -1 in padding."""
     at = windows.ends[examples, None] - slots + np.arange(slots + 1)[None, :]
-    events = np.where(at >= windows.starts[examples, None], windows.order[np.maximum(at, 0)], -1)
+    events = np.where(at >= windows.starts[examples, None], windows.order[np.maximum(at, 0)], np.int64(-1))
     history = events[:, :-1]
     return history, np.where(history >= 0, events[:, 1:], -1)
 

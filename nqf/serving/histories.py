@@ -15,7 +15,7 @@ from nqf.data.interactions import MISSING_TIME, Interactions, from_frame
 from nqf.data.schema import Field, Schema, nearest
 from nqf.fields.cache import REVIEW, encode_column
 from nqf.fields.tables import FieldTable
-from nqf.pipelines.histories import EventFeatures, calendar_parts, rating_buckets
+from nqf.pipelines.histories import EventFeatures
 from nqf.stages.run import Run
 
 EXTRAS = ("times", "ratings", "reviews")
@@ -64,12 +64,9 @@ class Known:
 
 def known_of(run: Run) -> Known:
     """What a run has."""
-    interactions = run.dataset.interactions
-    ratings = interactions.ratings[run.dataset.split.train]
-    ratings = ratings[np.isfinite(ratings)]
     return Known(
-        times=bool((interactions.times != MISSING_TIME).any()),
-        ratings=np.array([ratings.min(), ratings.max()], np.float32) if len(ratings) else ratings,
+        times=bool((run.dataset.interactions.times != MISSING_TIME).any()),
+        ratings=run.features.rated,
         reviews=run.features.reviews,
     )
 
@@ -90,7 +87,7 @@ def events_of(run: Run) -> pl.DataFrame:
     if np.isfinite(interactions.ratings).any():
         columns["rating"] = pl.Series(interactions.ratings, nan_to_null=True)
     if interactions.reviews is not None:
-        columns["review"] = pl.Series(interactions.reviews, dtype=pl.String)
+        columns["review"] = interactions.reviews.collect()["review"]
     return pl.DataFrame(columns | {"part": pl.Series(part).replace("", None)})
 
 
@@ -99,7 +96,7 @@ def features_of(run: Run, known: Known, interactions: Interactions) -> EventFeat
     bare = _bare_features(interactions.items, known)
     reviews = bare.reviews
     if known.reviews is not None and interactions.reviews is not None:
-        texts = pl.Series(interactions.reviews, dtype=pl.String)
+        texts = interactions.reviews.collect()["review"]
         there = texts.is_not_null().to_numpy()
         found, readable = encode_column(run.cache.encoder(REVIEW), texts.drop_nulls())
         values = np.concatenate([np.zeros((1, known.reviews.values.shape[1]), np.float16), found])
@@ -109,8 +106,8 @@ def features_of(run: Run, known: Known, interactions: Interactions) -> EventFeat
     return dataclasses.replace(
         bare,
         times=interactions.times,
-        calendar=calendar_parts(interactions.times),
-        ratings=rating_buckets(interactions.ratings, known.ratings),
+        ratings=interactions.ratings,
+        rated=known.ratings,
         reviews=reviews,
     )
 
@@ -124,8 +121,8 @@ def _bare_features(items: np.ndarray, known: Known) -> EventFeatures:
     return EventFeatures(
         items=items.astype(np.int32),
         times=np.full(count, MISSING_TIME),
-        calendar=np.full((count, 3), -1, np.int8),
-        ratings=np.full(count, -1, np.int8),
+        ratings=np.full(count, np.nan, np.float32),
+        rated=np.zeros(0, np.float32),
         reviews=reviews,
     )
 

@@ -219,7 +219,23 @@ def comparable(stored: dict[str, Any], stage: Stage, wanted: dict[str, Any]) -> 
     for key in wanted:
         if key not in stored and (key in _LATER or key.startswith("weights of ")):
             stored[key] = wanted[key]
-    return _with_defaults(stored, {key: to_tree(_value(Config(), key)) for key in stage.reads})
+    stored = _with_defaults(stored, {key: to_tree(_value(Config(), key)) for key in stage.reads})
+    # Tables and models that were moved are the same ones where they keep their names, which say how they are read.
+    keys = [f"data.{key}" for key in DATA_PATHS] if "data files" in wanted else []
+    digests = dict.fromkeys(keys, "data files") | {key: f"weights of {key}" for key in stage.model_folders}
+    for key, digest in digests.items():
+        was, now = _at(stored, key), _at(wanted, key)
+        if was and now and Path(was).name == Path(now).name and stored.get(digest, "") == wanted.get(digest):
+            stored = _with_value(stored, key.split("."), now)
+    return stored
+
+
+def _at(tree: Any, key: str) -> Any:
+    return functools.reduce(lambda part, name: (part or {}).get(name), key.split("."), tree)
+
+
+def _with_value(tree: dict[str, Any], names: list[str], value: Any) -> dict[str, Any]:
+    return tree | {names[0]: value if len(names) == 1 else _with_value(tree[names[0]], names[1:], value)}
 
 
 def _with_defaults(stored: Any, defaults: Any) -> Any:

@@ -151,6 +151,28 @@ def test_stale_is_named_and_not_rebuilt_unasked(graph: Graph) -> None:
         require(Run(folder=graph.folder, config=other, console=Console(quiet=True)), "user")
 
 
+def test_moved_tables_and_models_are_the_same_ones(graph: Graph, tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    (before / "model").mkdir(parents=True)
+    (before / "model" / "config.json").write_text("{}")
+    (before / "items.csv").write_text("item_id\na\n")
+
+    def config(folder: Path, table: str = "items.csv") -> Config:
+        given = changed(CONFIG, "data.items", str(folder / table))
+        return changed(given, "joint.backbone.path", str(folder / "model"))
+
+    graph.train(config(before))
+    after = before.rename(tmp_path / "after")
+    assert graph.train(config(after)) == []
+    # Another name may be another format, and other bytes are another table.
+    (after / "items.csv").rename(after / "items.tsv")
+    assert "data.items was" in status(config(after, "items.tsv"), "fields", graph.folder)
+    (after / "items.csv").write_text("item_id\nb\n")
+    assert "data files changed" in status(config(after), "fields", graph.folder)
+    (after / "model" / "config.json").write_text("{ }")
+    assert "weights of joint.backbone.path changed" in status(config(after), "joint", graph.folder)
+
+
 def test_changed_source_files_and_model_folders_are_noticed(graph: Graph, tmp_path: Path) -> None:
     table, model = tmp_path / "items.csv", tmp_path / "model"
     model.mkdir()
