@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,6 +19,8 @@ MISSING_TIME = int(np.iinfo(np.int64).min)
 """The time of an interaction whose time is not known."""
 TABLE, SHORT, USERS = "interactions.parquet", "short.parquet", "events-users.parquet"
 """In a prepared folder: the events in order, those of users with too few, and the ids of the users."""
+# Reviews that are read at a time.
+_REVIEWS = 65_536
 MAPPED = {"items": np.int32, "times": np.int64, "ratings": np.float32}
 """The columns of the events in order that are mapped as arrays, beside the offsets of the users."""
 
@@ -34,8 +38,7 @@ class Interactions:
       items: int32 [events], item rows.
       times: int64 [events], unix seconds; `MISSING_TIME` where unknown.
       ratings: float32 [events], NaN where unknown.
-      reviews: Column review, String, of every interaction, null where there is none; read when collected. None if no
-        interaction has one.
+      reviews: Text of every interaction's review, None where there is none; None if no interaction has one.
     """
 
     user_ids: list[str]
@@ -43,7 +46,7 @@ class Interactions:
     items: np.ndarray
     times: np.ndarray
     ratings: np.ndarray
-    reviews: pl.LazyFrame | None
+    reviews: Sequence[str | None] | None
 
     @property
     def tied_share(self) -> float:
@@ -77,8 +80,8 @@ class Interactions:
     def _row_of(self) -> dict[str, int]:
         return {user_id: row for row, user_id in enumerate(self.user_ids)}
 
-    def table(self) -> pl.DataFrame:
-        """Columns user_id, item (row), timestamp, rating and, if there is one, review."""
+    def save(self, path: str | Path) -> None:
+        """Writes a Parquet file: user_id, item (row), timestamp, rating and, if there is one, review."""
         frame = pl.DataFrame(
             {
                 "user_id": pl.Series(self.user_ids, dtype=pl.String).gather(self.users),
@@ -90,11 +93,40 @@ class Interactions:
             timestamp=pl.when(pl.col("timestamp") != MISSING_TIME).then(pl.col("timestamp")),
             rating=pl.when(pl.col("rating").is_not_nan()).then(pl.col("rating")),
         )
-        return frame if self.reviews is None else frame.with_columns(self.reviews.collect()["review"])
+        if self.reviews is not None:
+            frame = frame.with_columns(review=pl.Series(self.reviews[:], dtype=pl.String))
+        frame.write_parquet(path)
+
+
+class StoredReviews(Sequence):
+    """The reviews in a table of interactions, of which those that are asked for are read."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._count = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, at: int | slice) -> Any:
+        if not isinstance(at, slice):
+            return self[:][at] if at < 0 else self[at : at + 1][0]
+        start, stop, step = at.indices(self._count)
+        if step < 0:
+            return self[:][at]
+        table = pl.scan_parquet(self._path, glob=False).select("review")
+        return table.slice(start, max(stop - start, 0)).collect()["review"].to_list()[::step]
+
+    def __iter__(self) -> Iterator[str | None]:
+        for start in range(0, self._count, _REVIEWS):
+            yield from self[start : start + _REVIEWS]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 def load_interactions(path: str | Path) -> Interactions:
-    """Reads a Parquet file with the columns of `Interactions.table`."""
+    """Reads what `Interactions.save` wrote."""
     return from_frame(pl.read_parquet(checked(Path(path)), glob=False))
 
 
@@ -108,12 +140,11 @@ def open_interactions(folder: Path) -> Interactions:
     table, users = checked(folder / TABLE), folder / USERS
     if not users.is_file():
         return load_interactions(table)
-    reviews = pl.scan_parquet(table, glob=False)
     return Interactions(
         user_ids=pl.read_parquet(checked(users), glob=False)["user_id"].to_list(),
         offsets=np.load(array_path(folder, "offsets"), allow_pickle=False),
         **{name: np.load(array_path(folder, name), mmap_mode="r", allow_pickle=False) for name in MAPPED},
-        reviews=reviews.select("review") if "review" in reviews.collect_schema().names() else None,
+        reviews=StoredReviews(table) if "review" in pl.read_parquet_schema(table) else None,
     )
 
 
@@ -138,5 +169,5 @@ def from_frame(frame: pl.DataFrame) -> Interactions:
         items=numbered["item"].to_numpy().astype(np.int32),
         times=numbered["timestamp"].to_numpy().astype(np.int64),
         ratings=numbered["rating"].cast(pl.Float32).fill_null(float("nan")).to_numpy().copy(),
-        reviews=numbered.lazy().select("review") if there else None,
+        reviews=numbered["review"].to_list() if there else None,
     )

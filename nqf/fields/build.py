@@ -75,7 +75,7 @@ def build(
     config: FieldsConfig,
     *,
     factories: Mapping[str, EncoderFactory] | None = None,
-    reviews: pl.LazyFrame | None = None,
+    reviews: Sequence[str | None] | None = None,
     trained: np.ndarray | None = None,
     candidates: pl.Series | None = None,
     progress: Progress | None = None,
@@ -93,7 +93,7 @@ def build(
         opens the cache sees the old one.
       config: Encoders, sizes and rows per chunk.
       factories: Modality to the factory of a pretrained encoder.
-      reviews: Column review, String, of every interaction in their order, null for none.
+      reviews: Review text of every interaction, in their order.
       trained: bool [interactions], the training events: a light encoder of reviews is fitted on theirs alone. Without
         it, on all.
       candidates: List(Float32), a vector of every item, null for none, in place of the embeddings of the items' texts.
@@ -145,7 +145,7 @@ def _silent(name: str, done: int, total: int) -> None:
 def _sources(
     catalogue: Catalogue,
     rows: int,
-    reviews: pl.LazyFrame | None,
+    reviews: Sequence[str | None] | None,
     trained: np.ndarray | None,
     candidates: pl.Series | None,
 ) -> Iterator[_Source]:
@@ -172,12 +172,12 @@ def _sources(
             ),
         )
     if reviews is not None:
-        count = reviews.select(pl.len()).collect().item()
         yield _Source(
             field=Field(name=REVIEW, modality="text", columns=("review",)),
-            count=count,
+            count=len(reviews),
             chunks=lambda: (
-                reviews.slice(start, rows).collect()["review"].alias(REVIEW) for start in range(0, count, rows)
+                pl.Series(REVIEW, reviews[start : start + rows], dtype=pl.String)
+                for start in range(0, len(reviews), rows)
             ),
             fitted=trained,
         )

@@ -87,7 +87,7 @@ def events_of(run: Run) -> pl.DataFrame:
     if np.isfinite(interactions.ratings).any():
         columns["rating"] = pl.Series(interactions.ratings, nan_to_null=True)
     if interactions.reviews is not None:
-        columns["review"] = interactions.reviews.collect()["review"]
+        columns["review"] = pl.Series(interactions.reviews[:], dtype=pl.String)
     return pl.DataFrame(columns | {"part": pl.Series(part).replace("", None)})
 
 
@@ -96,7 +96,7 @@ def features_of(run: Run, known: Known, interactions: Interactions) -> EventFeat
     bare = _bare_features(interactions.items, known)
     reviews = bare.reviews
     if known.reviews is not None and interactions.reviews is not None:
-        texts = interactions.reviews.collect()["review"]
+        texts = pl.Series(interactions.reviews[:], dtype=pl.String)
         there = texts.is_not_null().to_numpy()
         found, readable = encode_column(run.cache.encoder(REVIEW), texts.drop_nulls())
         values = np.concatenate([np.zeros((1, known.reviews.values.shape[1]), np.float16), found])

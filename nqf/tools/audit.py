@@ -435,18 +435,13 @@ def _facts(dataset: Dataset) -> tuple[str, ...]:
     interactions, split = dataset.interactions, dataset.split
     users, items, events = len(interactions.user_ids), len(dataset.catalogue), len(interactions.items)
     times = _known(interactions.times)
-    reviews = (
-        interactions.reviews.select(pl.col("review").count()).collect().item()
-        if interactions.reviews is not None
-        else 0
-    )
     facts = [
         f"{users:,} users, {items:,} items, {events:,} interactions ({events / users / items:.3%} of all pairs)",
         f"{split.train.sum():,} training interactions, {len(split.valid.users):,} validation and "
         f"{len(split.test.users):,} test cases",
         f"{split.cold.sum():,} items ({split.cold.mean():.1%}) have no training interaction",
         f"{len(times) / events:.1%} of the interactions have a time, {np.isfinite(interactions.ratings).mean():.1%} a "
-        f"rating, {reviews / events:.1%} a review",
+        f"rating, {sum(review is not None for review in interactions.reviews or ()) / events:.1%} a review",
     ]
     if times.size:
         first, last = (np.datetime64(int(time), "s").astype("datetime64[D]") for time in (times.min(), times.max()))
