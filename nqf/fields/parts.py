@@ -28,8 +28,13 @@ from nqf.fields.tables import slug
 PARTS = "parts"
 """Name of the folder of a cache in which tables have their folders of parts."""
 _LOG = logging.getLogger(__name__)
-# What nqf leaves in a folder of parts: parts, claims to them, and what a killed process was writing.
-_OURS = re.compile(rf"part-\d+\.npz|\.part-\d+\.npz\.(lock|.+{re.escape(files.PARTIAL)})")
+# Stands in a folder of parts as long as some may be made. It comes first and goes first: where it stands and a part
+# does not, somebody waits for that part.
+_OPEN = "parts.json"
+# What nqf leaves in a folder of parts: that, parts, claims to them, and what a killed process was writing.
+_OURS = re.compile(
+    rf"{re.escape(_OPEN)}|part-\d+\.npz|\.part-\d+\.npz\.lock|\.(part-|{_OPEN}).+{re.escape(files.PARTIAL)}"
+)
 _LOOK_SECONDS = 0.5
 
 # Values in chunks, each with the number of rows that were read so far.
@@ -64,6 +69,10 @@ def parts_folder(directory: Path, name: str, recipe: dict[str, Any], rows: np.nd
 
 def opened(directory: Path, name: str = "*") -> list[Path]:
     """The folders of parts of a table, or of all tables, that a build has opened."""
+    return [path for path in _folders(directory, name) if (path / _OPEN).is_file()]
+
+
+def _folders(directory: Path, name: str = "*") -> list[Path]:
     found = (directory / PARTS).glob(f"{slug(name) if name != '*' else name}-{'[0-9a-f]' * 16}")
     return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
@@ -86,6 +95,7 @@ def make_all(folder: Path, encoder: FieldEncoder, chunks: Chunks, progress: Call
     folder.mkdir(parents=True, exist_ok=True)
     if strange := sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)):
         raise CacheError(f"{folder}: holds what is none of its parts, such as {strange[0]!r}; move it away")
+    files.write_json(folder / _OPEN, {"parts of": "values that are being encoded; nqf deletes them"})
     earlier = {path.name for path in folder.iterdir()}
     told = False
     while True:
@@ -108,7 +118,7 @@ def make_free(
     """Makes those parts that are not there and that no other process is at.
 
     Args:
-      folder: A folder of parts; where it goes, as its table has been made, there is nothing left to do.
+      folder: A folder of parts; when it is closed, as its table has been made, there is nothing left to do.
       encoder: What encodes.
       chunks: The values.
       again: Names of parts whose unreadable values are tried again.
@@ -121,17 +131,22 @@ def make_free(
     """
     for number, (done, values) in enumerate(chunks):
         path, made = folder / f"part-{number:05d}.npz", False
-        if not folder.is_dir():
+        if not (folder / _OPEN).exists():
             return
         with files.claimed(path) as mine:
             before = read_part(path, len(values), encoder.width) if path.name in again else None
-            if mine and (not path.exists() if before is None else not before[1].all()):
+            missing = not path.exists() if before is None else not before[1].all()
+            if mine and missing and (folder / _OPEN).exists():
                 vectors, ok = _encoded(encoder, values, before)
-                if not folder.is_dir():
-                    return
-                with files.whole(path) as file:
-                    np.savez(file, vectors=vectors, ok=ok)
-                made = True
+                # Of another table than the one that was made meanwhile.
+                if (folder / _OPEN).exists():
+                    with files.whole(path) as file:
+                        np.savez(file, vectors=vectors, ok=ok)
+                    made = True
+        if not (folder / _OPEN).exists():
+            # A claim makes the folder that it is in, which may just have gone.
+            _remove_empty(folder)
+            return
         yield Part(done, path, len(values), made)
 
 
@@ -176,12 +191,16 @@ def read_part(path: Path, size: int, width: int) -> tuple[np.ndarray, np.ndarray
 
 def remove_parts(directory: Path) -> None:
     """Deletes the parts of a cache whose tables have been made; what nqf did not write there stays."""
-    for folder in opened(directory):
+    for folder in _folders(directory):
+        (folder / _OPEN).unlink(missing_ok=True)
         for path in folder.iterdir():
             if _OURS.fullmatch(path.name) and not path.is_dir():
                 path.unlink(missing_ok=True)
-        # A foreign file keeps its folder.
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    # A foreign file keeps its folder.
     with contextlib.suppress(OSError):
-        (directory / PARTS).rmdir()
+        folder.rmdir()
+        folder.parent.rmdir()
