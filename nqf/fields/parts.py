@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,6 @@ _OPEN = "parts.json"
 _OURS = re.compile(
     rf"{re.escape(_OPEN)}|part-\d+\.npz|\.part-\d+\.npz\.lock|\.(part-|{_OPEN}).+{re.escape(files.PARTIAL)}"
 )
-_LOOK_SECONDS = 0.5
 
 # Values in chunks, each with the number of rows that were read so far.
 Chunks = Callable[[], Iterator[tuple[int, pl.Series]]]
@@ -108,7 +106,7 @@ def make_all(folder: Path, encoder: FieldEncoder, chunks: Chunks, progress: Call
         if left and not told:
             _LOG.info("%s: %d parts are with other processes, which are waited for", folder, len(left))
             told = True
-        if not _wait(left):
+        if not files.abandoned(left):
             return parts
 
 
@@ -160,17 +158,6 @@ def _encoded(
     unread = ~ok
     vectors[unread], ok[unread] = encode_column(encoder, values.filter(pl.Series(unread)))
     return vectors, ok
-
-
-def _wait(parts: list[Path]) -> bool:
-    """Waits for parts that other processes are at; whether the maker of one has ended before it was there."""
-    while parts := [path for path in parts if not path.exists()]:
-        for path in parts:
-            with files.claimed(path) as mine:
-                if mine and not path.exists():
-                    return True
-        time.sleep(_LOOK_SECONDS)
-    return False
 
 
 def read_part(path: Path, size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
