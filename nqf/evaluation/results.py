@@ -316,7 +316,6 @@ def format_interval(entry: Sequence[float], *, signed: bool = False) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-# Many parameters: all but the last are those of one model.
 def _rank(
     scorer: Scorer,
     kept: np.ndarray,

@@ -31,7 +31,6 @@ from nqf.stages.score import counts_of, memory_of, score_of, trial_of, with_text
 from nqf.stages.stage import Stage
 
 
-# Many parameters: what is evaluated, how, and where it goes; each named where it is given.
 def assess(
     run: Run,
     *,

@@ -17,9 +17,13 @@ import pytest
 from rich.console import Console
 
 from nqf import files
+from nqf.config import DataConfig, EvaluationConfig, SyntheticConfig
+from nqf.data.load import prepare
 from nqf.evaluate import main
 from nqf.evaluation import shares as module
+from nqf.evaluation.results import Results, evaluate
 from nqf.evaluation.shares import Shares
+from nqf.stages import assess as assessing
 from nqf.stages.assess import assess
 from nqf.stages.graph import lock_run
 from nqf.stages.records import StageError
@@ -104,52 +108,73 @@ def test_what_is_no_part_is_refused_and_kept(tmp_path: Path) -> None:
         shares.rows("x", 100, lambda span: {"row": np.arange(100)[span]})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 7])
-def test_any_number_of_processes_find_the_same(
-    workers: int, tiny_run: Path, run: Run, whole: tuple[bytes, dict], tmp_path: Path
-) -> None:
-    runs = [open_run(run.folder, Console(file=io.StringIO())) for _ in range(workers)]
-    cards = []
+def test_any_number_of_processes_rank_the_same(workers: int, tmp_path: Path) -> None:
+    dataset = prepare(DataConfig(format="synthetic", synthetic=SyntheticConfig(items=60, users=150)), tmp_path / "data")
+    rng, cases, items = np.random.default_rng(0), dataset.split.test, len(dataset.split.cold)
+    users_NxD, items_IxD = (rng.integers(-2, 3, (count, 4)).astype(np.float32) for count in (len(cases.users), items))
+    models = {"vectors": (users_NxD, items_IxD), "scores": lambda rows: users_NxD[rows] @ -items_IxD.T}
+
+    def ranked(shares: Shares) -> Results:
+        config = EvaluationConfig(bootstrap=20, batch_size=16)
+        events, split = dataset.interactions, dataset.split
+        return evaluate(models, events, split, cases, split_name="test", config=config, seed=0, shares=shares)
+
+    alone = ranked(module.ALONE)
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(lambda one: assess(one, parts=tmp_path / "parts", card=lambda *_: cards.append(1)), runs))
-    assert outcome(run) == whole and len(cards) == 1
-    assert all(one.models == found[0].models and one.frame.equals(found[0].frame) for one in found)
-    assert len(list((tmp_path / "parts").glob("users-joint-*.npz"))) > 2
-    assert len(list((tmp_path / "parts").glob("ranks-cooccurrence_text-*.npz"))) > 2
+        found = list(pool.map(ranked, [Shares(folder=tmp_path / "parts")] * workers))
+    assert all(one.models == alone.models and one.frame.equals(alone.frame) for one in found)
+    assert all(one.recommended == alone.recommended for one in found)
+    assert len(list((tmp_path / "parts").glob("ranks-scores-*.npz"))) > 2
 
 
 @pytest.mark.slow
-def test_killed_processes_cost_their_part(run: Run, whole: tuple[bytes, dict], tmp_path: Path) -> None:
-    parts, before = tmp_path / "parts", 0
+def test_processes_share_the_models_too(tiny_run: Path, run: Run, whole: tuple[bytes, dict], tmp_path: Path) -> None:
+    runs, cards = [run, open_run(run.folder, run.console)], []
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda one: assess(one, parts=tmp_path / "parts", card=lambda *_: cards.append(1)), runs))
+    assert outcome(run) == whole and len(cards) == 1
+    assert len(list((tmp_path / "parts").glob("users-joint-*.npz"))) > 2
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_its_part(run: Run, whole: tuple[bytes, dict], tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
     command = [sys.executable, "-c", SLOW, str(run.folder), "--parts", str(parts)]
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE)
-        while len(list(parts.glob("*.npz"))) < before + 5:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        made = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
-        before = len(made)
-    assert not (run.folder / "eval").exists()
-    assess(run, parts=parts)
-    assert outcome(run) == whole
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE)
+    while not list(parts.glob("ranks-*.npz")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    made = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+    assert not (run.folder / "eval").exists() and list(parts.glob("users-joint-*.npz"))
+    # Another process trains: what is ranked stays.
+    with lock_run(run.folder), pytest.raises(files.InUseError, match="in use by process"):
+        assess(run, parts=parts)
+    assert not (run.folder / "eval").exists() and list(parts.glob("ranks-sasrec-*.npz"))
+    main([str(run.folder), "--parts", str(parts)])
+    assert outcome(run) == whole and "NDCG" in (run.folder / "README.md").read_text()
     assert {path: path.stat().st_mtime_ns for path in made} == made, "what was there was not made again"
 
 
 @pytest.mark.slow
-def test_other_evaluations_and_other_folders_are_refused(run: Run, tmp_path: Path) -> None:
+def test_other_evaluations_and_other_folders_are_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts, mine = tmp_path / "parts", tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
     with pytest.raises(StageError, match=r"none of its parts, such as 'thesis.txt'"):
         assess(run, parts=mine)
     assert [path.name for path in mine.iterdir() if not path.name.startswith(".lock")] == ["thesis.txt"]
-    # Another process trains: what was ranked stays.
-    with lock_run(run.folder), pytest.raises(files.InUseError, match="in use by process"):
+
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assessing, "scorers", ended)
+    with pytest.raises(KeyboardInterrupt):
         assess(run, parts=parts)
-    assert list(parts.glob("ranks-joint-*.npz")) and not (run.folder / "eval").exists()
     for settings, name in (({"split": "valid"}, "split"), ({"ks": (3,)}, "evaluation"), ({"into": "x"}, "into")):
         with pytest.raises(StageError, match=f"holds parts of another {name}"):
             assess(run, parts=parts, **settings)
@@ -157,10 +182,6 @@ def test_other_evaluations_and_other_folders_are_refused(run: Run, tmp_path: Pat
     path.write_text(path.read_text() + " ")
     with pytest.raises(StageError, match="holds parts of another run;"):
         assess(run, parts=parts)
-
-
-@pytest.mark.slow
-def test_the_command(run: Run, whole: tuple[bytes, dict], tmp_path: Path) -> None:
-    for _ in range(2):
-        main([str(run.folder), "--parts", str(tmp_path / "parts")])
-    assert outcome(run) == whole and "NDCG" in (run.folder / "README.md").read_text()
+    (run.folder / "sasrec" / "stage.json").unlink()
+    with pytest.raises(StageError, match=r"--stage sasrec first"):
+        assess(run, parts=parts)
