@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,9 +54,9 @@ class Shares:
             for path, span in zip(paths, spans, strict=True):
                 with files.claimed(path) as mine:
                     if mine and not path.exists():
-                        arrays = make(span)
+                        arrays: dict[str, Any] = dict(make(span))
                         with files.whole(path) as file:
-                            np.savez(file, **dict(arrays))
+                            np.savez(file, **arrays)
             if not files.abandoned(paths):
                 return _joined([_read(path, span) for path, span in zip(paths, spans, strict=True)])
 
