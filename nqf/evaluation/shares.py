@@ -30,6 +30,11 @@ class Shares:
 
     folder: Path | None = None
 
+    @property
+    def size(self) -> int:
+        """Cases of a part."""
+        return CASES
+
     def rows(self, name: str, count: int, make: Callable[[slice], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Makes arrays with a row per case, together with the other processes; returns when all parts are there.
 
@@ -46,7 +51,7 @@ class Shares:
         Raises:
           ValueError: A file with the name of a part is none; it is kept.
         """
-        spans = [slice(start, min(start + CASES, count)) for start in range(0, max(count, 1), CASES)]
+        spans = [slice(start, min(start + self.size, count)) for start in range(0, max(count, 1), self.size)]
         if self.folder is None:
             return _joined([make(span) for span in spans])
         paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(spans))]

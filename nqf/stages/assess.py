@@ -20,7 +20,7 @@ from nqf.evaluation.choice import Score, choose_weights, text_rows
 from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
-from nqf.evaluation.shares import ALONE, CASES, Shares
+from nqf.evaluation.shares import ALONE, Shares
 from nqf.files import masked
 from nqf.stages.artifacts import status
 from nqf.stages.folder import claim
@@ -66,11 +66,11 @@ def assess(
         raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
     cases = dataset.split.test if split == "test" else dataset.split.valid
     evaluation = dataclasses.replace(config.evaluation, ks=ks) if ks else config.evaluation
-    record = {}
+    record, shares = {}, Shares(folder=parts)
     if parts is not None:
-        record = _record(run, cases, split=split, protocol=protocol, evaluation=to_tree(evaluation), into=into)
+        settings = {"split": split, "protocol": protocol, "into": into, "evaluation": to_tree(evaluation)}
+        record = _record(run, settings | {"cases": len(cases.users), "cases_of_a_part": shares.size})
         check_parts(parts, record)
-    shares = Shares(folder=parts)
     results = evaluate(
         scorers(run, cases, shares),
         dataset.interactions,
@@ -98,7 +98,7 @@ def assess(
     return results
 
 
-def _record(run: Run, cases: Cases, **settings: Any) -> dict[str, Any]:
+def _record(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     """What the parts of an evaluation are of, as JSON gives it back.
 
     Raises:
@@ -106,13 +106,8 @@ def _record(run: Run, cases: Cases, **settings: Any) -> dict[str, Any]:
     """
     if run.config.baselines.sasrec and status(run.config, SASREC, run.folder):
         raise StageError(f"{run.folder}: run python -m nqf.train --run {run.folder} --stage sasrec first")
-    settings |= {
-        "run": run_version(run.folder, NAMES),
-        "sasrec": run.config.baselines.sasrec,
-        "cases": len(cases.users),
-        "cases_of_a_part": CASES,
-    }
-    return json.loads(json.dumps(settings))
+    version = {"run": run_version(run.folder, NAMES), "sasrec": run.config.baselines.sasrec}
+    return json.loads(json.dumps(settings | version))
 
 
 def scorers(run: Run, cases: Cases, shares: Shares = ALONE) -> dict[str, Scorer]:
