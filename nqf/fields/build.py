@@ -128,7 +128,7 @@ def build(
       progress: Called after each chunk.
 
     Raises:
-      CacheError: A folder of parts holds what nqf did not write.
+      CacheError: A folder of parts holds what nqf did not write, or was deleted meanwhile.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -368,7 +368,10 @@ class _Builder:
         """Encodes the new values chunk by chunk, as parts if there is a folder for them."""
         rows, progress = found.present[found.new], lambda done: self.progress(source.field.name, done, source.count)
         if parts is not None:
-            for part in make_all(parts, encoder, lambda: source.pick(rows), progress):
+            made = make_all(parts, encoder, lambda: source.pick(rows), progress)
+            if sum(part.size for part in made) < len(rows):
+                raise CacheError(f"{parts}: deleted while it was in use; run the same again")
+            for part in made:
                 yield read_part(part.path, part.size, encoder.width)
             return
         for done, chunk in source.pick(rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,16 @@ def test_what_is_no_part_is_refused_and_kept(tmp_path: Path, whole: dict[str, by
     (cache / "parts" / "notes.txt").write_text("mine")
     build(catalogue(), cache, CONFIG, factories=factories())
     assert contents(cache) == whole | {"parts/notes.txt": b"mine"}
+
+
+def test_parts_that_somebody_deletes_are_missed(tmp_path: Path) -> None:
+    def deleted(name: str, done: int, total: int) -> None:
+        if name == "title" and (folders := opened(tmp_path)):
+            shutil.rmtree(folders[0])
+
+    with pytest.raises(CacheError, match="deleted while it was in use; run the same again"):
+        build(catalogue(), tmp_path, CONFIG, factories=factories(), progress=deleted)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_what_came_while_the_cache_was_made_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
