@@ -23,10 +23,9 @@ class TrainArguments(Config):
       config: YAML file or name of a shipped configuration; without it, the configuration that the run folder holds.
       stage: What to run: one stage, or `all` that are missing or stale, followed by the evaluation.
       run: Run folder; `runs/<name>` by default.
-      assist: Train nothing; encode values for the fields stage that the same command without this option makes
-        meanwhile. Any number may, and each may be ended at any time.
+      assist: Train nothing; encode values for another `nqf train` of this run.
       restart: Start again the stages that were cut off, instead of resuming from their checkpoints.
-      plan: Train nothing; print parameters, memory and the largest batch of each training stage.
+      plan: Print each training stage's parameters, memory and largest batch; train nothing.
       device: Devices that the plan is for, which need not be here; by default those that training would take.
       memory_gib: Memory per device that the plan's largest batch may use; 0 for what the device offers.
       profile: Steps of each training stage to trace, for xprof.
