@@ -26,7 +26,7 @@ class TrainArguments(Config):
       assist: Train nothing; encode values for another `nqf train` of this run.
       restart: Start again the stages that were cut off, instead of resuming from their checkpoints.
       plan: Print each training stage's parameters, memory and largest batch; train nothing.
-      device: Devices that the plan is for, which need not be here; by default those that training would take.
+      device: Devices of the plan, here or not; by default those of training.
       memory_gib: Memory per device that the plan's largest batch may use; 0 for what the device offers.
       profile: Steps of each training stage to trace, for xprof.
       debug: Show the traceback of an error.
