@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread, current_thread, main_thread
 
 import numpy as np
 import polars as pl
@@ -284,12 +284,25 @@ def fields_run(folder: Path, out: io.StringIO) -> Run:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(stage, "encoder_factories", lambda config: factories(seconds=0.05))
+    monkeypatch.setattr(stage, "encoder_factories", lambda config: factories())
 
 
-def test_the_stage_with_assistants_is_the_stage_without(slow: None, tmp_path: Path) -> None:
+def test_the_stage_with_assistants_is_the_stage_without(
+    slow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, told = io.StringIO(), io.StringIO()
     run_stage(fields_run(tmp_path / "alone", out), "fields")
+    helped, encode = Event(), Slow.encode
+
+    def patient(self: Slow, values: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        # Who makes the stage is at its first part until the assistant is at another.
+        if current_thread() is main_thread():
+            assert helped.wait(120)
+        else:
+            helped.set()
+        return encode(self, values)
+
+    monkeypatch.setattr(Slow, "encode", patient)
     helper = Thread(target=stage.assist_fields, args=(fields_run(tmp_path / "run", told),))
     helper.start()
     while "nothing to encode" not in told.getvalue():
@@ -304,7 +317,7 @@ def test_the_stage_with_assistants_is_the_stage_without(slow: None, tmp_path: Pa
         if name not in ("stage.json", "started.json")
     )
     lines = told.getvalue().splitlines()
-    assert lines[0].startswith("nothing to encode in") and sum("wrote" in line for line in lines) > 2
+    assert lines[0].startswith("nothing to encode in") and any("wrote" in line for line in lines)
     assert lines[-1].endswith(f"has finished; {sum('wrote' in line for line in lines)} parts of it were made here")
 
 
