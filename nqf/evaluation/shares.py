@@ -16,8 +16,8 @@ from nqf import files
 from nqf.data.errors import NPY_ERRORS
 
 CASES = 32_768
-"""Cases of a part. Those of a process by itself are cut in the same way, so there are many: each part has batches of
-every length that are not full, which cost some hundredths here."""
+"""Cases of a part. A process by itself cuts them in the same way. In smaller parts the batches that are not full, one for
+each length of histories, would cost more than a few percent."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
