@@ -16,8 +16,8 @@ from nqf import files
 from nqf.data.errors import NPY_ERRORS
 
 CASES = 32_768
-"""Cases of a part. A process by itself cuts them in the same way. In smaller parts the batches that are not full, one for
-each length of histories, would cost more than a few percent."""
+"""Cases of a part. A process by itself cuts them in the same way. In smaller parts the batches that are not full, one
+for each length of histories, would cost more than a few percent."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
