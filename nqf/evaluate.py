@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ class EvaluateArguments:
       text_weight: The same of `evaluation.text_weight`.
       into: Folder inside the run for the results; by default `eval` for the test split, and a folder in it for another
         split or protocol, seen items kept, or a trial of weights.
+      parts: Share the work through parts in this folder with any number of processes that are given the same; each may
+        be ended and run again, and one of them writes the results when all parts are there.
       sasrec: Also train and evaluate a SASRec, whatever the configuration says.
       debug: Show the traceback of an error.
     """
@@ -41,6 +44,7 @@ class EvaluateArguments:
     cooccurrence_weight: Weight | None = None
     text_weight: Weight | None = None
     into: str = ""
+    parts: Path | None = None
     sasrec: bool = False
     debug: bool = False
 
@@ -49,7 +53,7 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = parse(EvaluateArguments, arguments, prog=program("evaluate"))
     from nqf.evaluation.results import print_results
-    from nqf.stages.assess import assess, results_folder
+    from nqf.stages.assess import assess
     from nqf.stages.graph import lock_run
     from nqf.stages.run import open_run
     from nqf.tools.card import write_card
@@ -64,12 +68,19 @@ def main(arguments: list[str]) -> None:
     if options.sasrec:
         config = dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, sasrec=True))
     run = dataclasses.replace(run, config=config)
-    with lock_run(run.folder):
+    # Who shares the work holds the run for as long as results are written.
+    with lock_run(run.folder) if options.parts is None else contextlib.nullcontext():
         trial = "-".join(f"{name.replace('_', '-')}-{given[name]:g}" for name in weights if name in given)
         into = options.into or (f"eval/{options.split}-{trial}" if trial else "")
-        results = assess(run, split=options.split, protocol=options.protocol, ks=options.k, into=into)
-        if (into or results_folder(run, results)) == "eval":
-            write_card(run, results)
+        results = assess(
+            run,
+            split=options.split,
+            protocol=options.protocol,
+            ks=options.k,
+            into=into,
+            parts=options.parts,
+            card=write_card,
+        )
         print_results(results, console)
 
 

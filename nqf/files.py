@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -290,6 +290,25 @@ def claimed(path: str | Path) -> Iterator[bool]:
         # Who has opened it meanwhile finds the file made.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def abandoned(paths: Sequence[Path], *, seconds: float = 0.5) -> bool:
+    """Waits for files that other processes have claimed (`claimed`).
+
+    Args:
+      paths: The files.
+      seconds: How often they are looked at.
+
+    Returns:
+      False when all are there, True as soon as one is not and may be claimed, as who was making it has ended.
+    """
+    while missing := [path for path in paths if not path.exists()]:
+        for path in missing:
+            with claimed(path) as mine:
+                if mine and not path.exists():
+                    return True
+        time.sleep(seconds)
+    return False
 
 
 def _acquire(lock: filelock.BaseFileLock) -> Exception | None:

@@ -23,9 +23,10 @@ class TrainArguments(Config):
       config: YAML file or name of a shipped configuration; without it, the configuration that the run folder holds.
       stage: What to run: one stage, or `all` that are missing or stale, followed by the evaluation.
       run: Run folder; `runs/<name>` by default.
+      assist: Train nothing; encode values for another `nqf train` of this run.
       restart: Start again the stages that were cut off, instead of resuming from their checkpoints.
-      plan: Train nothing; print parameters, memory and the largest batch of each training stage.
-      device: Devices that the plan is for, which need not be here; by default those that training would take.
+      plan: Print each training stage's parameters, memory and largest batch; train nothing.
+      device: Devices of the plan, here or not; by default those of training.
       memory_gib: Memory per device that the plan's largest batch may use; 0 for what the device offers.
       profile: Steps of each training stage to trace, for xprof.
       debug: Show the traceback of an error.
@@ -34,6 +35,7 @@ class TrainArguments(Config):
     config: Path | None = None
     stage: Literal["fields", "counts", "item", "tokens", "user", "joint", "score", "sasrec", "all"] = "all"
     run: Path | None = None
+    assist: bool = False
     restart: bool = False
     plan: bool = False
     device: Literal["", "v5e-8", "v6e-8", "v5p-8", "l4", "rtx4090", "h200", "8xh200"] = ""
@@ -116,6 +118,21 @@ def _value_of(arguments: list[str], option: str) -> str | None:
     return None
 
 
+def _assist(options: TrainArguments, config: Config) -> None:
+    """Encodes for another process, whose lock on the run folder is left alone.
+
+    Raises:
+      ConfigError: Something else than the fields stage is asked for.
+    """
+    from nqf.stages.fields import assist_fields
+    from nqf.stages.run import Run
+
+    if options.stage not in ("fields", "all") or options.plan or options.restart or options.device:
+        raise ConfigError("encodes values for the fields stage and does nothing else", key="assist")
+    logging.basicConfig(format="%(message)s", force=True)
+    assist_fields(Run(folder=options.run or Path("runs") / config.name, config=config, console=terminal()))
+
+
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = parse(arguments)
@@ -132,6 +149,9 @@ def main(arguments: list[str]) -> None:
     config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
     if config.training.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.training.compilation_cache)
+    if options.assist:
+        _assist(options, config)
+        return
     if config.training.distributed:
         join_processes()
     if options.device and not options.plan:

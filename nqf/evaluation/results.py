@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +31,7 @@ from nqf.evaluation.legacy import LEGACY_WARNING, legacy_ranks
 from nqf.evaluation.metrics import mean_intervals, per_user
 from nqf.evaluation.ranking import Scorer, dense_batches, rank_vectors, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.segments import describe_recommended, segment_users
+from nqf.evaluation.shares import ALONE, Shares
 from nqf.evaluation.table import print_table
 
 Protocol = Literal["full", "legacy"]
@@ -96,6 +98,7 @@ def evaluate(
     seed: int,
     protocol: Protocol = "full",
     command: str = "",
+    shares: Shares = ALONE,
 ) -> Results:
     """Ranks every case's target with every model.
 
@@ -109,6 +112,7 @@ def evaluate(
       seed: Seed of the bootstrap and of the legacy protocol's negatives.
       protocol: `full` ranks the whole catalogue; `legacy` is the reference's 100 candidates.
       command: The command that was run, for the record.
+      shares: How the ranking of the full catalogue is shared with other processes; by default, not at all.
 
     Raises:
       ValueError: There are no cases, or a model's scores have the wrong shape or are not finite.
@@ -129,16 +133,17 @@ def evaluate(
         "cold": split.cold[targets_N],
         "popularity": counts_I[targets_N],
     }
-    recommended = {}
+    recommended, seen = {}, None if config.repeats else past
     for name, scorer in models.items():
         _check_shape(name, scorer, given, items)
-        scorer = _of_cases(scorer, kept)
         if protocol == "legacy":
+            scorer = _of_cases(scorer, kept)
             theirs = split.candidates(cases.cuts)
             ranks_N = legacy_ranks(scorer, targets_N, past, items=items, seed=seed, given=theirs)
         else:
-            ranks_N, rows_NxK = _rank(scorer, targets_N, None if config.repeats else past, items, config)
-            recommended[name] = describe_recommended(rows_NxK, counts_I)
+            rank = functools.partial(_rank, scorer, kept, targets_N, seen, items, config)
+            found = shares.rows(f"ranks-{name}", len(kept), rank)
+            ranks_N, recommended[name] = found["ranks"], describe_recommended(found["recommended"], counts_I)
         columns[_RANK + name] = ranks_N
     inside = segment_users(lengths_N=columns["history"], targets_N=targets_N, cold_I=split.cold, counts_I=counts_I)
     summaries = {
@@ -313,22 +318,26 @@ def format_interval(entry: Sequence[float], *, signed: bool = False) -> str:
 
 def _rank(
     scorer: Scorer,
+    kept: np.ndarray,
     targets_N: np.ndarray,
     seen: Sequence[np.ndarray] | None,
     items: int,
     config: EvaluationConfig,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks of the targets, float64 [N], and the rows of the top lists, int32 [N, K]."""
+    span: slice,
+) -> dict[str, np.ndarray]:
+    """`ranks` of some targets, float64 [n], and `recommended`, the rows of the top lists, int32 [n, K]."""
+    scorer, targets_N, seen = _of_cases(scorer, kept[span]), targets_N[span], None if seen is None else seen[span]
     if not callable(scorer):
         ranks_N = rank_vectors(*scorer, targets_N, seen, batch=config.batch_size)
-        return ranks_N, top_k(*scorer, _RECOMMENDED, seen, batch=config.batch_size)[1]
+        rows_NxK = top_k(*scorer, _RECOMMENDED, seen, batch=config.batch_size)[1]
+        return {"ranks": ranks_N, "recommended": rows_NxK}
     ranks, rows = [], []
-    for span in dense_batches(len(targets_N), items, config.batch_size):
-        scores_BxI = scorer(np.arange(span.start, span.stop))
-        masked = None if seen is None else seen[span]
-        ranks.append(ranks_from_scores(scores_BxI, targets_N[span], masked))
+    for batch in dense_batches(len(targets_N), items, config.batch_size):
+        scores_BxI = scorer(np.arange(batch.start, batch.stop))
+        masked = None if seen is None else seen[batch]
+        ranks.append(ranks_from_scores(scores_BxI, targets_N[batch], masked))
         rows.append(top_k_from_scores(scores_BxI, _RECOMMENDED, masked)[1])
-    return np.concatenate(ranks), np.concatenate(rows)
+    return {"ranks": np.concatenate(ranks), "recommended": np.concatenate(rows)}
 
 
 def _of_cases(scorer: Scorer, rows: np.ndarray) -> Scorer:

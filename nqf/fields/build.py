@@ -33,6 +33,7 @@ from nqf.fields.cache import (
 )
 from nqf.fields.encoder import CacheError, EncoderFactory, FieldEncoder
 from nqf.fields.hashing import KEY_WORDS, group_keys, sample_rows, value_keys
+from nqf.fields.parts import make_all, make_free, opened, parts_folder, read_part, remove_parts
 from nqf.fields.registry import light_encoder, load_encoder, make_encoder
 from nqf.fields.tables import TableWriter, publish, slug
 
@@ -69,6 +70,29 @@ class _Source:
                 return
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Values:
+    """The distinct values of a source, and which of them an earlier table holds.
+
+    Attributes:
+      present: int64 [n], rows of the source that have a value.
+      keys: uint64 [n, 2], their keys.
+      group: int64 [n], the distinct value of each.
+      first: int64 [groups], where each distinct value comes first in the earlier table's keys followed by `keys`.
+      known: bool [groups], those of the earlier table, which are encoded already.
+      kept: int64 [k], rows of the earlier table whose values the source still has.
+      new: int64 [m], the first in `keys` of each that is not known.
+    """
+
+    present: np.ndarray
+    keys: np.ndarray
+    group: np.ndarray
+    first: np.ndarray
+    known: np.ndarray
+    kept: np.ndarray
+    new: np.ndarray
+
+
 def build(
     catalogue: Catalogue,
     directory: str | Path,
@@ -87,6 +111,10 @@ def build(
     changed, so that old vectors stay comparable with new ones. Delete the folder to fit again. Values that no item
     holds any longer are dropped; unreadable ones are tried again in every build.
 
+    What a pretrained encoder has to encode takes hours where there is much of it, so it is encoded as parts in
+    `directory`: a build that was killed is resumed from its parts, and `assist` makes some of them in other processes.
+    Light encoders take seconds and are fitted first, so they encode here alone.
+
     Args:
       catalogue: The items.
       directory: Folder of the cache; made if missing. Until the new manifest replaces the old one, whoever
@@ -98,16 +126,13 @@ def build(
         it, on all.
       candidates: List(Float32), a vector of every item, null for none, in place of the embeddings of the items' texts.
       progress: Called after each chunk.
+
+    Raises:
+      CacheError: A folder of parts holds what nqf did not write, or was deleted meanwhile.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    warnings = []
-    previous = None
-    if (directory / "manifest.json").is_file():
-        try:
-            previous = open_cache(directory, verify=True)
-        except CacheError as error:
-            warnings.append(f"everything was encoded again, as the earlier cache could not be used: {error}")
+    previous, warnings = _previous(directory)
     with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as temporary:
         builder = _Builder(
             directory=directory,
@@ -136,6 +161,65 @@ def build(
         files.write_text(directory / "manifest.json", json.dumps(manifest, indent=1))
     _remove_unused(directory, records)
     return open_cache(directory, item_ids=catalogue.item_ids, factories=factories)
+
+
+def assist(
+    catalogue: Catalogue,
+    directory: str | Path,
+    config: FieldsConfig,
+    *,
+    factories: Mapping[str, EncoderFactory],
+    reviews: Sequence[str | None] | None = None,
+) -> Iterator[str]:
+    """Makes parts of the tables that a `build` in another process has begun, with the same arguments.
+
+    It writes nothing else, and nothing where no build has opened a folder for what its arguments name.
+
+    Args:
+      catalogue: The items.
+      directory: Folder of the cache.
+      config: Encoders, sizes and rows per chunk.
+      factories: Modality to the factory of a pretrained encoder.
+      reviews: Review text of every interaction, in their order.
+
+    Yields:
+      What was made, in words.
+    """
+    directory = Path(directory)
+    previous, _ = _previous(directory)
+    for source in _sources(catalogue, config.chunk_rows, reviews, None, None):
+        field = source.field
+        if field.modality not in factories or not opened(directory, field.name):
+            continue
+        encoder = factories[field.modality](field, config)
+        recipe = _recipe(source, encoder, config)
+        values = _find_values(source, _reusable(previous, field.name, recipe), directory)
+        parts = _parts_of(source, values, recipe, directory, config)
+        if parts is not None and parts in opened(directory, field.name):
+            for part in make_free(parts, encoder, _unchanged(source, values)):
+                if part.made:
+                    yield f"wrote {part.path}"
+
+
+def _unchanged(source: _Source, values: _Values) -> Iterator[tuple[int, pl.Series]]:
+    """The new values, until one has another key: who builds was ended, and has written other tables since."""
+    start, keys = 0, values.keys[values.new]
+    for done, chunk in source.pick(values.present[values.new]):
+        expected = keys[start : start + len(chunk)]
+        if not np.array_equal(value_keys(chunk, source.field.modality)[1], expected):
+            return
+        yield done, chunk
+        start += len(chunk)
+
+
+def _previous(directory: Path) -> tuple[FieldCache | None, list[str]]:
+    """The earlier cache in a folder, or None and, if it cannot be used, why."""
+    if not (directory / "manifest.json").is_file():
+        return None, []
+    try:
+        return open_cache(directory, verify=True), []
+    except CacheError as error:
+        return None, [f"everything was encoded again, as the earlier cache could not be used: {error}"]
 
 
 def _silent(name: str, done: int, total: int) -> None:
@@ -207,36 +291,25 @@ class _Builder:
         pretrained = self.factories[field.modality](field, self.config) if field.modality in self.factories else None
         recipe = _recipe(source, pretrained, self.config)
         old = _reusable(previous, field.name, recipe)
-        old_keys = np.zeros((0, KEY_WORDS), np.uint64)
-        if old:
-            old_keys = np.load(self.directory / old["files"]["keys"]["file"])
-
-        present, keys = _read_keys(source)
-        first, group = group_keys(np.concatenate([old_keys, keys]))
-        # Old keys come first, so a group that holds one starts with it, and its value is encoded already.
-        known = first < len(old_keys)
-        used = np.zeros(len(first), bool)
-        used[group[len(old_keys) :]] = True
-        new = first[~known] - len(old_keys)
+        values = _find_values(source, old, self.directory)
 
         encoder = pretrained
         if encoder is None and old:
             encoder = load_encoder(self.directory / old["encoder"]["folder"], field, self.config)
         elif encoder is None:
             # Without an earlier table all values are new.
-            fit = np.arange(len(present)) if source.fitted is None else np.flatnonzero(source.fitted[present])
-            sample = present[fit[sample_rows(keys[fit], group_keys(keys[fit])[0], self.config.fit_sample)]]
-            encoder = make_encoder(field, self.config, lambda: (chunk for _, chunk in source.pick(sample)))
+            encoder = make_encoder(field, self.config, _sample(source, values, self.config.fit_sample))
 
         record = {"field": to_tree(field), "recipe": recipe, "count": source.count}
-        kept = first[known & used]
-        index = np.full(len(first), -1, np.int64)
-        index[known & used] = np.arange(len(kept))
+        index = np.full(len(values.first), -1, np.int64)
+        index[np.isin(values.first, values.kept)] = np.arange(len(values.kept))
         tables = old["files"] if old else {}
-        if len(new) or len(kept) < len(old_keys) or not old:
-            ok, tables = self._write_values(source, encoder, old, kept, present[new], keys[new])
-            index[np.flatnonzero(~known)[ok]] = len(kept) + np.arange(np.sum(ok))
-        item_index = index[group[len(old_keys) :]]
+        if len(values.new) or not old or len(values.kept) < old["unique"]:
+            # A light encoder takes seconds, and may not be what another process has fitted.
+            parts = _parts_of(source, values, recipe, self.directory, self.config) if pretrained else None
+            ok, tables = self._write_values(source, encoder, old, values, parts)
+            index[np.flatnonzero(~values.known)[ok]] = len(values.kept) + np.arange(np.sum(ok))
+        present, item_index = values.present, index[values.group]
         record["unique"] = int(index.max(initial=-1)) + 1
         record["missing"] = source.count - len(present)
         record["unreadable"] = int(np.sum(item_index < 0))
@@ -262,12 +335,12 @@ class _Builder:
         source: _Source,
         encoder: FieldEncoder,
         old: dict[str, Any] | None,
-        kept: np.ndarray,
-        rows: np.ndarray,
-        keys: np.ndarray,
+        found: _Values,
+        parts: Path | None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Writes kept and new values with their keys; returns which new ones could be read, and the files."""
-        name = source.field.name
+        name, kept, keys = source.field.name, found.kept, found.keys[found.new]
+        encoded = self._encode(source, encoder, found, parts)
         value_path, key_path = self.temporary / "values.npy", self.temporary / "keys.npy"
         values = TableWriter(value_path, np.float16, encoder.width)
         kept_keys = TableWriter(key_path, np.uint64, KEY_WORDS)
@@ -277,11 +350,9 @@ class _Builder:
                 for start in range(0, len(kept), self.config.chunk_rows):
                     writer.append(table[kept[start : start + self.config.chunk_rows]])
         readable = []
-        for done, chunk in source.pick(rows):
-            vectors, ok = encode_column(encoder, chunk)
+        for vectors, ok in encoded:
             values.append(vectors[ok])
             readable.append(ok)
-            self.progress(name, done, source.count)
         ok = np.concatenate([np.zeros(0, bool), *readable])
         kept_keys.append(keys[ok])
         values.close()
@@ -290,6 +361,22 @@ class _Builder:
             "values": publish(value_path, self.directory, f"tables/{slug(name)}-values-{{hash}}.npy"),
             "keys": publish(key_path, self.directory, f"tables/{slug(name)}-keys-{{hash}}.npy"),
         }
+
+    def _encode(
+        self, source: _Source, encoder: FieldEncoder, found: _Values, parts: Path | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Encodes the new values chunk by chunk, as parts if there is a folder for them."""
+        rows, progress = found.present[found.new], lambda done: self.progress(source.field.name, done, source.count)
+        if parts is not None:
+            made = make_all(parts, encoder, lambda: source.pick(rows), progress)
+            if sum(part.size for part in made) < len(rows):
+                raise CacheError(f"{parts}: deleted while it was in use; run the same again")
+            for part in made:
+                yield read_part(part.path, part.size, encoder.width)
+            return
+        for done, chunk in source.pick(rows):
+            yield encode_column(encoder, chunk)
+            progress(done)
 
     def _save_encoder(self, encoder: FieldEncoder, name: str) -> dict[str, Any]:
         folder = self.temporary / "encoder"
@@ -314,6 +401,47 @@ def _recipe(source: _Source, pretrained: FieldEncoder | None, config: FieldsConf
     if source.fitted is not None:
         recipe["fitted"] = hashlib.sha256(np.packbits(source.fitted).tobytes()).hexdigest()
     return json.loads(json.dumps(recipe))
+
+
+def _find_values(source: _Source, old: dict[str, Any] | None, directory: Path) -> _Values:
+    """Reads the keys of a source and compares them with those of an earlier table."""
+    old_keys = np.zeros((0, KEY_WORDS), np.uint64)
+    if old:
+        old_keys = np.load(directory / old["files"]["keys"]["file"])
+    present, keys = _read_keys(source)
+    first, group = group_keys(np.concatenate([old_keys, keys]))
+    group = group[len(old_keys) :]
+    # Old keys come first, so a group that holds one starts with it, and its value is encoded already.
+    known = first < len(old_keys)
+    used = np.zeros(len(first), bool)
+    used[group] = True
+    return _Values(
+        present=present,
+        keys=keys,
+        group=group,
+        first=first,
+        known=known,
+        kept=first[known & used],
+        new=first[~known] - len(old_keys),
+    )
+
+
+def _sample(source: _Source, values: _Values, size: int) -> Callable[[], Iterator[pl.Series]]:
+    """Reads the distinct values that a light encoder is fitted on."""
+    present, keys = values.present, values.keys
+    fit = np.arange(len(present)) if source.fitted is None else np.flatnonzero(source.fitted[present])
+    sample = present[fit[sample_rows(keys[fit], group_keys(keys[fit])[0], size)]]
+    return lambda: (chunk for _, chunk in source.pick(sample))
+
+
+def _parts_of(
+    source: _Source, values: _Values, recipe: dict[str, Any], directory: Path, config: FieldsConfig
+) -> Path | None:
+    """The folder of the parts of a source's new values; None if there are none."""
+    if not len(values.new):
+        return None
+    whole = {"recipe": recipe, "chunk_rows": config.chunk_rows}
+    return parts_folder(directory, source.field.name, whole, values.present[values.new], values.keys[values.new])
 
 
 def _read_keys(source: _Source) -> tuple[np.ndarray, np.ndarray]:
@@ -352,7 +480,8 @@ def _warn(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _remove_unused(directory: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Deletes what the manifest does not name: older tables, and what a killed build left."""
+    """Deletes what the manifest does not name: older tables, parts, and what a killed build left."""
+    remove_parts(directory)
     named = {
         file["file"]
         for record in records

@@ -6,7 +6,6 @@ was at, and where a file system has no locks, two may do the same work and harm 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +14,10 @@ import polars as pl
 from nqf import files
 from nqf.serving.recommender import Recommender
 from nqf.stages.graph import served
-from nqf.stages.records import StageError
+from nqf.stages.records import check_parts, run_version
 
 USERS = 8_192
 """Users of a part: a multiple of the largest batch."""
-_RECORD = "parts.json"
 
 
 def recommend_parts(recommender: Recommender, folder: Path, *, k: int) -> Iterator[str]:
@@ -38,23 +36,14 @@ def recommend_parts(recommender: Recommender, folder: Path, *, k: int) -> Iterat
     """
     users, stage = recommender.user_ids, recommender.stage
     record = {
-        "run": _version(recommender.folder, stage),
+        "run": run_version(recommender.folder, [one.name for one in served(stage, recommender.folder)]),
         "stage": stage,
         "k": k,
         "users": len(users),
         "users_of_a_part": USERS,
     }
     parts = [folder / f"part-{number:05d}.parquet" for number in range(-(-len(users) // USERS))]
-    with files.locked(folder, wait=True):
-        # The lock itself is in the folder.
-        if (folder / _RECORD).exists():
-            if (found := files.read_json(folder / _RECORD)) != record:
-                different = [name for name, value in record.items() if found.get(name) != value]
-                raise StageError(f"{folder}: holds parts of another {' and '.join(different)}; name a new folder")
-        elif names := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".lock")):
-            raise StageError(f"{folder}: holds what is none of its parts, such as {names[0]!r}; name a new folder")
-        else:
-            files.write_json(folder / _RECORD, record)
+    check_parts(folder, record)
     for number, part in enumerate(parts):
         with files.claimed(part) as mine:
             if mine and not part.exists():
@@ -68,12 +57,3 @@ def recommend_parts(recommender: Recommender, folder: Path, *, k: int) -> Iterat
         if left
         else f"{folder}: all {len(parts)} parts are there"
     )
-
-
-def _version(run: Path, stage: str) -> str:
-    """What the run's configuration, records and changed items are now, SHA-256."""
-    records = [run / one.name / "stage.json" for one in served(stage, run)]
-    digest = hashlib.sha256()
-    for path in (run / "config.yaml", *records, run / "items" / "items.json"):
-        digest.update(path.read_bytes() if path.is_file() else b"-")
-    return digest.hexdigest()

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.markup import escape
 
-from nqf.config import load_config
+from nqf.config import load_config, to_tree
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
 from nqf.evaluation.choice import Score, choose_weights, text_rows
 from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
+from nqf.evaluation.shares import ALONE, Shares
 from nqf.files import masked
 from nqf.stages.artifacts import status
 from nqf.stages.folder import claim
-from nqf.stages.graph import JOINT, SASREC, USER, run_stage
-from nqf.stages.records import StageError
+from nqf.stages.graph import JOINT, NAMES, SASREC, USER, lock_run, run_stage
+from nqf.stages.records import StageError, check_parts, run_version
 from nqf.stages.run import Run
 from nqf.stages.score import counts_of, memory_of, score_of, trial_of, with_text
 from nqf.stages.stage import Stage
@@ -34,6 +38,8 @@ def assess(
     protocol: Protocol = "full",
     ks: tuple[int, ...] = (),
     into: str = "",
+    parts: Path | None = None,
+    card: Callable[[Run, Results], object] | None = None,
 ) -> Results:
     """Evaluates what the run has trained beside all baselines, and writes the results.
 
@@ -44,9 +50,14 @@ def assess(
       ks: Cut-offs; by default those of the configuration.
       into: Folder inside the run for the results; by default `eval` for the test split in full, which the model card
         and the report show, and a folder in it for anything else.
+      parts: Folder of parts of the work, shared with other processes that are given the same; one of them writes the
+        results when all parts are there, for which it holds the run.
+      card: Called with the run and its results where they go to `eval`.
 
     Raises:
-      StageError: The run has no fields stage to evaluate on, it was trained on the cases, or `into` leads out of it.
+      StageError: The run has no fields stage to evaluate on, it was trained on the cases, `into` leads out of it, or
+        `parts` holds something else.
+      InUseError: Another process holds the run when shared results are to be written; the parts stay.
     """
     if into and (Path(into).is_absolute() or ".." in Path(into).parts):
         raise StageError(f"--into {into}: outside of the run folder")
@@ -54,8 +65,54 @@ def assess(
     if split == "valid" and config.data.refit:
         raise StageError("data.refit: this run was trained on its validation cases; evaluate it with --split test")
     cases = dataset.split.test if split == "test" else dataset.split.valid
-    evaluation = config.evaluation
-    trained = trained_vectors(run, cases)
+    evaluation = dataclasses.replace(config.evaluation, ks=ks) if ks else config.evaluation
+    record, shares = {}, Shares(folder=parts)
+    if parts is not None:
+        settings = {"split": split, "protocol": protocol, "into": into, "evaluation": to_tree(evaluation)}
+        record = _record(run, settings | {"cases": len(cases.users), "cases_of_a_part": shares.size})
+        check_parts(parts, record)
+    results = evaluate(
+        scorers(run, cases, shares),
+        dataset.interactions,
+        dataset.split,
+        cases,
+        split_name=split,
+        config=evaluation,
+        seed=config.seed,
+        protocol=protocol,
+        command=command_line(),
+        shares=shares,
+    )
+    into = into or results_folder(run, results)
+
+    def write() -> None:
+        if parts is not None and run_version(run.folder, NAMES) != record["run"]:
+            raise StageError(f"{run.folder}: changed while it was evaluated; name a new folder of parts than {parts}")
+        with lock_run(run.folder) if parts is not None else contextlib.nullcontext():
+            claim(run.folder, Path(into).parts[0])
+            write_results(results, run.folder, into)
+            if card is not None and into == "eval":
+                card(run, results)
+
+    shares.once("written", write)
+    return results
+
+
+def _record(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the parts of an evaluation are of, as JSON gives it back.
+
+    Raises:
+      StageError: A stage would have to be trained first, which processes do not share.
+    """
+    if run.config.baselines.sasrec and status(run.config, SASREC, run.folder):
+        raise StageError(f"{run.folder}: run python -m nqf.train --run {run.folder} --stage sasrec first")
+    version = {"run": run_version(run.folder, NAMES), "sasrec": run.config.baselines.sasrec}
+    return json.loads(json.dumps(settings | version))
+
+
+def scorers(run: Run, cases: Cases, shares: Shares = ALONE) -> dict[str, Scorer]:
+    """What is evaluated on some cases: what the run has trained, best first, and every baseline."""
+    trained = trained_vectors(run, cases, shares)
     models: dict[str, Scorer] = dict(trained)
     score = score_of(run)
     if (score.cooccurrence or score.text) and "joint" in trained:
@@ -63,28 +120,14 @@ def assess(
         whole = with_text(run, vectors, score)
         models = {"joint": with_pairs(run, cases, whole, score), "joint_vectors": vectors, **trained}
     models |= baseline_scorers(run, cases)
-    if config.baselines.sasrec:
+    if run.config.baselines.sasrec:
         # Trained here where `--stage all` did not.
         run_stage(run, SASREC.name)
-        models["sasrec"] = sasrec = vectors_of(run, SASREC, cases)
+        models["sasrec"] = sasrec = vectors_of(run, SASREC, cases, shares)
         score = sasrec_score(run)
         if score.cooccurrence:
             models["sasrec_cooccurrence"] = with_pairs(run, cases, sasrec, score)
-    results = evaluate(
-        models,
-        dataset.interactions,
-        dataset.split,
-        cases,
-        split_name=split,
-        config=dataclasses.replace(evaluation, ks=ks) if ks else evaluation,
-        seed=config.seed,
-        protocol=protocol,
-        command=command_line(),
-    )
-    into = into or results_folder(run, results)
-    claim(run.folder, Path(into).parts[0])
-    write_results(results, run.folder, into)
-    return results
+    return models
 
 
 def results_folder(run: Run, results: Results) -> str:
@@ -95,7 +138,7 @@ def results_folder(run: Run, results: Results) -> str:
     return "eval" if kind == ["test"] else f"eval/{'-'.join(kind)}"
 
 
-def trained_vectors(run: Run, cases: Cases) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def trained_vectors(run: Run, cases: Cases, shares: Shares = ALONE) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """User and item vectors of the stages that rank, are finished and fresh, by name, the last stage first."""
     vectors = {}
     for stage in (JOINT, USER):
@@ -104,14 +147,14 @@ def trained_vectors(run: Run, cases: Cases) -> dict[str, tuple[np.ndarray, np.nd
                 f"[bold]{stage.name}[/bold]  left out of the evaluation: {escape(reason)}", highlight=False
             )
         else:
-            vectors[stage.name] = vectors_of(run, stage, cases)
+            vectors[stage.name] = vectors_of(run, stage, cases, shares)
     return vectors
 
 
-def vectors_of(run: Run, stage: Stage, cases: Cases) -> tuple[np.ndarray, np.ndarray]:
+def vectors_of(run: Run, stage: Stage, cases: Cases, shares: Shares = ALONE) -> tuple[np.ndarray, np.ndarray]:
     """User and item vectors of a finished stage that ranks."""
     assert stage.vectors is not None
-    return stage.vectors(run, cases)
+    return stage.vectors(run, cases, shares)
 
 
 def baseline_scorers(run: Run, cases: Cases) -> dict[str, Scorer]:

@@ -29,7 +29,7 @@ from nqf.stages.artifacts import (
     versions,
     write_artifact,
 )
-from nqf.stages.fields import FIELDS
+from nqf.stages.fields import FIELDS, assist_fields
 from nqf.stages.item import ITEM
 from nqf.stages.joint import JOINT
 from nqf.stages.records import StageError, check_files, read_artifact, read_record
@@ -180,9 +180,12 @@ def run_stages(run: Run, names: Sequence[str], *, restart: bool = False) -> None
 
 
 def _make(run: Run, stage: Stage) -> dict[str, Any]:
+    if stage is FIELDS and not is_primary():
+        # One process makes them for all; the others encode parts of its tables.
+        assist_fields(run)
+        return {}
     if stage.make is not None:
-        # The fields are made by one process for all.
-        return stage.make(run) if stage.after or is_primary() else {}
+        return stage.make(run)
     # The trainer brings Grain and optax along, which whoever restores a stage need not wait for.
     from nqf.training.loop import fit
 

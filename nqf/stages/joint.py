@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from nqf.config import BackboneConfig, Config, JointConfig
 from nqf.data.splits import Cases
+from nqf.evaluation.shares import ALONE, Shares
 from nqf.interop.huggingface import check_embedding, load_qwen3
 from nqf.interop.tensors import read_json, resolve_folder
 from nqf.interop.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
@@ -362,10 +363,10 @@ def load_joint(run: Run, *, text_weight: float = 0.0, new_item_weight: float | N
     )
 
 
-def joint_vectors(run: Run, cases: Cases) -> tuple[np.ndarray, np.ndarray]:
+def joint_vectors(run: Run, cases: Cases, shares: Shares = ALONE) -> tuple[np.ndarray, np.ndarray]:
     """User and item vectors of the trained joint model, without what counts and texts add (`nqf.stages.score`)."""
     trained = load_joint(run)
-    return case_vectors(run, trained.ranker, trained.variables, cases)
+    return case_vectors(run, "joint", trained.ranker, trained.variables, cases, shares)
 
 
 JOINT = Stage(

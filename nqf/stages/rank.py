@@ -15,6 +15,7 @@ from nqf.config import Config, LossConfig, OptimConfig
 from nqf.data.splits import Cases, pasts, rankable
 from nqf.evaluation.metrics import summarize
 from nqf.evaluation.ranking import rank_vectors
+from nqf.evaluation.shares import ALONE, Shares
 from nqf.interop.tokenizer import Tokenizer
 from nqf.models.item_qformer import ItemQFormer
 from nqf.models.rank_model import PromptIds, RankModel, Reader
@@ -75,11 +76,25 @@ class Trained:
     load_item_qformer: Callable[[], tuple[ItemQFormer, Any]]
 
 
-def case_vectors(run: Run, ranker: Ranker, variables: Any, cases: Cases) -> tuple[np.ndarray, np.ndarray]:
-    """User vectors float32 [cases, D] from everything before the targets, and item vectors float32 [I, D]."""
-    which = np.arange(len(cases.users))
-    users = ranker.encode_cases(variables, run.dataset.interactions, run.features, cases, which)
-    return users, ranker.item_vectors(variables)
+def case_vectors(
+    run: Run, name: str, ranker: Ranker, variables: Any, cases: Cases, shares: Shares = ALONE
+) -> tuple[np.ndarray, np.ndarray]:
+    """User vectors float32 [cases, D] from everything before the targets, and item vectors float32 [I, D].
+
+    Args:
+      run: The run.
+      name: Name of the stage.
+      ranker: Its inference functions.
+      variables: What they read.
+      cases: The cases.
+      shares: How the cases are shared with other processes.
+    """
+
+    def users(span: slice) -> dict[str, np.ndarray]:
+        which = np.arange(len(cases.users))[span]
+        return {"users": ranker.encode_cases(variables, run.dataset.interactions, run.features, cases, which)}
+
+    return shares.rows(f"users-{name}", len(cases.users), users)["users"], ranker.item_vectors(variables)
 
 
 def rank_module(config: Config, tables: ItemTables, dtype: jnp.dtype, reader: Reader | None = None) -> RankModel:

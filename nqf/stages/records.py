@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nqf import files
 
 RECORD = "stage.json"
+PARTS = "parts.json"
+"""Name of the record of a folder of parts: what they are of."""
 
 
 class StageError(RuntimeError):
@@ -77,3 +80,33 @@ def check_files(run: Path, stage: str) -> None:
                 f"{run / name}: missing or altered since stage '{stage}' finished; delete {run / stage / RECORD} "
                 f"and run python -m nqf.train --run {run} --stage all"
             )
+
+
+def check_parts(folder: Path, record: dict[str, Any]) -> None:
+    """Makes a folder that processes share to make parts in, or checks that it is one of the same parts.
+
+    Args:
+      folder: The folder; parts.json in it says what the parts are of.
+      record: What they are of, as JSON gives it back.
+
+    Raises:
+      StageError: The folder holds something else, or parts of something else.
+    """
+    with files.locked(folder, wait=True):
+        # The lock itself is in the folder.
+        if (folder / PARTS).exists():
+            if (found := files.read_json(folder / PARTS)) != record:
+                different = [name for name, value in record.items() if found.get(name) != value]
+                raise StageError(f"{folder}: holds parts of another {' and '.join(different)}; name a new folder")
+        elif names := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".lock")):
+            raise StageError(f"{folder}: holds what is none of its parts, such as {names[0]!r}; name a new folder")
+        else:
+            files.write_json(folder / PARTS, record)
+
+
+def run_version(run: Path, stages: Iterable[str]) -> str:
+    """What a run's configuration, the records of some stages and its changed items are now, SHA-256."""
+    digest = hashlib.sha256()
+    for path in (run / "config.yaml", *(run / name / RECORD for name in stages), run / "items" / "items.json"):
+        digest.update(path.read_bytes() if path.is_file() else b"-")
+    return digest.hexdigest()

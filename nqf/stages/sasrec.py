@@ -12,6 +12,7 @@ import numpy as np
 
 from nqf.config import LossConfig, OptimConfig
 from nqf.data.splits import Cases
+from nqf.evaluation.shares import ALONE, Shares
 from nqf.models.sasrec import SASRec
 from nqf.pipelines.batches import HistoryBatch, ItemTables
 from nqf.pipelines.histories import training_windows
@@ -113,10 +114,10 @@ def load_sasrec(run: Run) -> tuple[RankParts, Any]:
     return parts, {"params": restore_best(run.folder, "sasrec", lambda: init_sasrec(run, parts))}
 
 
-def sasrec_vectors(run: Run, cases: Cases) -> tuple[np.ndarray, np.ndarray]:
+def sasrec_vectors(run: Run, cases: Cases, shares: Shares = ALONE) -> tuple[np.ndarray, np.ndarray]:
     """User and item vectors of the trained baseline."""
     parts, variables = load_sasrec(run)
-    return case_vectors(run, ranker_of(run, parts), variables, cases)
+    return case_vectors(run, "sasrec", ranker_of(run, parts), variables, cases, shares)
 
 
 SASREC = Stage(

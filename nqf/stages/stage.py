@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from nqf.data.splits import Cases
+    from nqf.evaluation.shares import Shares
     from nqf.stages.run import Run
     from nqf.training.program import Program
 
@@ -31,7 +32,7 @@ class Stage:
       make: Runs a stage that trains nothing, and returns what its record says.
       program: What a training stage trains. With `abstract`, shapes stand for what earlier stages have yet to make.
       vectors: User vectors float32 [cases, D] from everything before the cases' targets, and item vectors
-        float32 [I, D], of a finished stage that ranks.
+        float32 [I, D], of a finished stage that ranks, made together with the processes that share the cases.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Stage:
     model_folders: tuple[str, ...] = ()
     make: Callable[[Run], dict[str, Any]] | None = None
     program: Callable[[Run, bool], Program] | None = None
-    vectors: Callable[[Run, Cases], tuple[np.ndarray, np.ndarray]] | None = None
+    vectors: Callable[[Run, Cases, Shares], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 TRAINED = ("checkpoints", "profile", "non-finite-*.npz")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from nqf.config import Config
 from nqf.data.splits import Cases
+from nqf.evaluation.shares import ALONE, Shares
 from nqf.ops.pins import take_rows
 from nqf.pipelines.batches import HistoryBatch
 from nqf.stages.artifacts import restore_best
@@ -129,10 +130,10 @@ def load_users(run: Run) -> Trained:
     )
 
 
-def user_vectors(run: Run, cases: Cases) -> tuple[Any, Any]:
+def user_vectors(run: Run, cases: Cases, shares: Shares = ALONE) -> tuple[Any, Any]:
     """User and item vectors of the trained user model."""
     trained = load_users(run)
-    return case_vectors(run, trained.ranker, trained.variables, cases)
+    return case_vectors(run, "user", trained.ranker, trained.variables, cases, shares)
 
 
 USER = Stage(

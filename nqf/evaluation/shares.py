@@ -1,0 +1,103 @@
+"""Work on many cases, cut into parts of a fixed number of them, which any number of processes share through a folder.
+
+A part is the same to the byte whoever makes it, so a process that is ended costs the part that it was at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nqf import files
+from nqf.data.errors import NPY_ERRORS
+
+CASES = 32_768
+"""Cases of a part. A process by itself cuts them in the same way. In smaller parts the batches that are not full, one
+for each length of histories, would cost more than a few percent."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How work is shared.
+
+    Attributes:
+      folder: Folder of the parts, which processes that do the very same work are given; None for a process by itself,
+        which writes nothing.
+    """
+
+    folder: Path | None = None
+
+    @property
+    def size(self) -> int:
+        """Cases of a part."""
+        return CASES
+
+    def rows(self, name: str, count: int, make: Callable[[slice], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Makes arrays with a row per case, together with the other processes; returns when all parts are there.
+
+        Parts that another process is at are waited for, and made here should it end.
+
+        Args:
+          name: Head of the names of the parts, once for each kind of work.
+          count: Number of cases; with none, `make` is asked once.
+          make: Makes the arrays of some cases, [cases, ...].
+
+        Returns:
+          The arrays of all cases.
+
+        Raises:
+          ValueError: A file with the name of a part is none; it is kept.
+        """
+        spans = [slice(start, min(start + self.size, count)) for start in range(0, max(count, 1), self.size)]
+        if self.folder is None:
+            return _joined([make(span) for span in spans])
+        paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(spans))]
+        while True:
+            for path, span in zip(paths, spans, strict=True):
+                with files.claimed(path) as mine:
+                    if mine and not path.exists():
+                        arrays: dict[str, Any] = dict(make(span))
+                        with files.whole(path) as file:
+                            np.savez(file, **arrays)
+            if not files.abandoned(paths):
+                return _joined([_read(path, span) for path, span in zip(paths, spans, strict=True)])
+
+    def once(self, name: str, make: Callable[[], None]) -> None:
+        """Lets one of the processes do something, if it has not been done; returns when it has.
+
+        Args:
+          name: Name of the file that says so.
+          make: Does it; may be asked again where a process ended in the middle.
+        """
+        if self.folder is None:
+            make()
+            return
+        path = self.folder / name
+        while True:
+            with files.claimed(path) as mine:
+                if mine and not path.exists():
+                    make()
+                    files.write_text(path, "")
+            if not files.abandoned([path]):
+                return
+
+
+ALONE = Shares()
+
+
+def _read(path: Path, span: slice) -> dict[str, np.ndarray]:
+    try:
+        arrays = files.read_arrays(path)
+        if not arrays or any(array.shape[:1] != (span.stop - span.start,) for array in arrays.values()):
+            raise ValueError(f"not of {span.stop - span.start} cases")
+    except NPY_ERRORS as error:
+        raise ValueError(f"{path}: not a part of this evaluation ({error}); move it away") from error
+    return arrays
+
+
+def _joined(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
