@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> None:
             "ask, and change items unless --read-only is given",
             markup=False,
         )
-    console.print(f"loading {masked(str(options.run))} … (the first time, programs are compiled: a minute or more)", markup=False)
+    name = masked(str(options.run))
+    console.print(f"loading {name} … (the first time, programs are compiled: a minute or more)", markup=False)
     # A change would stay in the copy.
     remote = is_address(str(options.run))
     with local_run(options.run) as (folder, _):

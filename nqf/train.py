@@ -140,6 +140,11 @@ def main(arguments: list[str]) -> None:
     if config.training.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.training.compilation_cache)
     if config.training.distributed:
+        if is_address(str(options.run)):
+            raise ConfigError(
+                "processes of one run share its folder, which no address can be: mount it and give that path by --run",
+                key="training.distributed",
+            )
         join_processes()
     if options.device and not options.plan:
         raise ConfigError("is for --plan alone; training takes the devices that are here", key="device")
@@ -151,11 +156,6 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("nqf").setLevel(logging.INFO if speaks else logging.ERROR)
     where, stages = options.run or Path("runs") / config.name, wanted(config)
     stages = stages if options.stage == "all" else (options.stage,)
-    if config.training.distributed and is_address(str(where)):
-        raise ConfigError(
-            "processes of one run share its folder, which an address is not: mount it, and give that path with --run",
-            key="training.distributed",
-        )
     if options.plan:
         from nqf.stages.plan import print_plans
         from nqf.stages.run import Run

@@ -31,7 +31,7 @@ _VERSIONS = (
     *("md5Hash", "Content-MD5", "content_md5", "blob_id", "sha", "ETag", "etag", "Last-Modified", "LastModified"),
     *("last_modified", "updated", "modificationTime", "mtime", "modify", "created"),
 )
-ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.RLock()
 """Implementations share what they must not, as memory:// does the place where a file is read."""
 
 

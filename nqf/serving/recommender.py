@@ -51,8 +51,8 @@ from nqf.stages import folder as folders
 from nqf.stages.graph import require, served
 from nqf.stages.joint import title_tokens
 from nqf.stages.rank import Trained
-from nqf.stages.remote import local_run
 from nqf.stages.records import StageError, read_artifact
+from nqf.stages.remote import local_run
 from nqf.stages.run import Run, open_run
 from nqf.stages.score import load_scored
 from nqf.stages.user import load_users
@@ -111,7 +111,8 @@ class Recommender:
         """Restores a run's checkpoints, whatever number of devices wrote them, and its changed items (`nqf.items`).
 
         Args:
-          run: Run folder or its address as text (`gs://`, `s3://`, ...), what `save` wrote, or `owner/name` of a repository that `push_to_hub` wrote.
+          run: Run folder or its address as text (`gs://`, `s3://`, ...), what `save` wrote, or `owner/name` of a
+            repository that `push_to_hub` wrote.
           stage: `joint`, or `user` for the User Q-Former without the language model.
           index: `exact` compares every item. `approximate` builds an index of the items (`nqf[index]`) that finds most
             of the best ones for a fraction of the work, which pays from some hundred thousand items on; filters and

@@ -1,10 +1,10 @@
 """Run folders at addresses (`gs://`, `s3://`, ...): a command works on a copy here, and what it makes is taken there.
 
 At its address a run lies as in a local folder, beside a list of its files with their digests (`LIST`). What is new is
-put beside the run first (`STAGED`); then the list is replaced, by which it belongs to the run, all of it at one moment;
-then it is copied to its names, and what is no more is deleted. So whoever reads finds the run as it was or as it is, and
-an upload that breaks off at any point leaves one of both. Of two writers, the second finds another list than it began
-with, and changes nothing.
+put beside the run first (`STAGED`); then the list is replaced, by which all of it belongs to the run at one moment; and
+then it is copied to its names, and what is no more is deleted. Whoever reads finds the run as it was or as it is, and
+an upload that breaks off at any point leaves one of both. Of two writers, the second finds another list than the one
+that it began with, and changes nothing.
 """
 
 from __future__ import annotations
@@ -229,7 +229,9 @@ def _list(place: _Place) -> tuple[str, dict[str, Any]]:
 def _check_owner(place: _Place, there: _There) -> None:
     """Refuses what is not empty and no run folder before anything of it is copied here."""
     names = sorted({name.split("/")[0] for name in there.beside})
-    if there.id is None and names and MARK not in names and "config.yaml" not in names:
+    # Which `nqf.stages.folder` looks into when it is here.
+    before_marks = {f"{stage}/{record}" for stage in ("fields", "item") for record in (RECORD, "started.json")}
+    if there.id is None and names and MARK not in names and not before_marks & there.beside.keys():
         raise StageError(
             f"{place.name}: not a run folder and not empty (it holds {', '.join(names[:3])}"
             f"{', …' if len(names) > 3 else ''}); nothing was changed. Name a new folder with --run"
@@ -316,9 +318,8 @@ def _take(place: _Place, *, last: bool = False) -> None:
         _refuse_change(place, there.id in state["ids"])
         known: Files = state["files"]
         here = {name: _entry(place.copy / name) for name in _names(place.copy)}
-        strange = {
-            name for name, entry in there.beside.items() if entry != {key: known.get(name, {}).get(key) for key in entry}
-        }
+        seen = {name: {"size": entry["size"], "version": entry.get("version")} for name, entry in known.items()}
+        strange = {name for name, entry in there.beside.items() if entry != seen.get(name)}
         changed = {name for name, entry in here.items() if known.get(name, {}).get("sha256") != entry["sha256"]}
         _refuse_change(place, not strange & changed and not (there.id is None and strange))
         gone = sorted({*there.gone, *(known.keys() - strange)} - here.keys())
@@ -351,6 +352,7 @@ def _stage(place: _Place, names: Collection[str]) -> Files:
         entries = {name: _entry(place.copy / name) for name in sorted(names) if (place.copy / name).is_file()}
         if entries:
             paths = [place.path(name, entry | {"staged": True}) for name, entry in entries.items()]
+            place.system.makedirs(f"{place.root}/{STAGED}", exist_ok=True)
             with addresses.ONE_AT_A_TIME:
                 place.system.put([str(place.copy / name) for name in entries], paths)
         done |= entries
