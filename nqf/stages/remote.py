@@ -316,7 +316,7 @@ def _take(place: _Place, *, last: bool = False) -> None:
     with addresses.as_data_error(place.address, "write"):
         state, there = _read_state(place), _look(place)
         _refuse_change(place, there.id in state["ids"])
-        known: Files = state["files"]
+        known: Files = state["files"] | there.listed
         here = {name: _entry(place.copy / name) for name in _names(place.copy)}
         seen = {name: {"size": entry["size"], "version": entry.get("version")} for name, entry in known.items()}
         strange = {name for name, entry in there.beside.items() if entry != seen.get(name)}
@@ -340,8 +340,8 @@ def _put(place: _Place, state: dict[str, Any], there: _There, changed: set[str],
     for name, entry in staged.items():
         if (size := again.staged.get(entry["sha256"])) != entry["size"]:
             raise DataError(f"{place.name}: {name} broke off after {size} of {entry['size']:,} bytes")
-    state["files"] = {name: entry for name, entry in state["files"].items() if name in kept} | staged
-    _write_list(place, state, listed, gone)
+    taken = {name: entry for name, entry in state["files"].items() if name in kept} | staged
+    _write_list(place, state, listed, gone, taken)
     _settle(place, state, listed, gone, again.staged)
 
 
@@ -379,7 +379,7 @@ def _settle(place: _Place, state: dict[str, Any], listed: Files, gone: list[str]
     _refuse_change(place, _list(place)[0] in state["ids"])
     for name in gone:
         _delete(place, name)
-    _write_list(place, state, {name: _plain(entry) for name, entry in listed.items()}, [])
+    _write_list(place, state, {name: _plain(entry) for name, entry in listed.items()}, [], state["files"])
     for digest in staged:
         _delete(place, f"{STAGED}/{digest}")
 
@@ -395,19 +395,21 @@ def _delete(place: _Place, name: str) -> None:
             place.system.rmdir(place.path(str(parent)))
 
 
-def _write_list(place: _Place, state: dict[str, Any], listed: Files, gone: list[str]) -> None:
+def _write_list(place: _Place, state: dict[str, Any], listed: Files, gone: list[str], taken: Files) -> None:
+    """Replaces the list, and notes here that it is this process's, with what the address then has."""
     from fsspec.implementations.local import LocalFileSystem
 
     tree = {"made by": f"nqf {__version__}", "files": dict(sorted(listed.items())), "gone": gone}
     text, path = json.dumps(tree, indent=1), place.path(LIST)
+    identity = hashlib.sha256(text.encode()).hexdigest()
     # Before, so that whoever was ended in between knows it for its own.
-    _write_state(place, state | {"ids": [*state["ids"], hashlib.sha256(text.encode()).hexdigest()]})
+    _write_state(place, state | {"ids": [*state["ids"], identity]})
     if isinstance(place.system, LocalFileSystem):
         # Stores show a file when it is whole; this would show it at once.
         files.write_text(path, text)
     else:
         place.system.pipe_file(path, text.encode())
-    state["ids"] = [hashlib.sha256(text.encode()).hexdigest()]
+    state |= {"ids": [identity], "files": taken}
     _write_state(place, state)
 
 
