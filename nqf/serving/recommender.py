@@ -97,6 +97,7 @@ class Recommender:
         module = self._items[0]
         self._read_items = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
         self.score, self.memory = score or Score(), memory
+        self._where: str | Path = run.folder
         self._counted_of: tuple[Stock, np.ndarray, Cooccurrence] | None = None
         self._known = known_of(run)
         self._short = open_short_users(run.folder / "data")
@@ -130,7 +131,9 @@ class Recommender:
         if not Path(run).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)):
             run = _from_hub(str(run))
         with local_run(run) as (folder, _):
-            return cls._open(open_run(folder), stage, index)
+            recommender = cls._open(open_run(folder), stage, index)
+        recommender._where = run
+        return recommender
 
     @classmethod
     def _open(cls, opened: Run, stage: str, index: Kind) -> Recommender:
@@ -724,11 +727,11 @@ class Recommender:
     @contextlib.contextmanager
     def _overlay(self, ids: Sequence[str], save: bool) -> Iterator[tuple[overlay.Overlay, Callable]]:
         """What has changed of some items so far, and a function that keeps what is to hold from now on."""
-        folder, catalogue, cache = self._run.folder / "items", self._run.dataset.catalogue, self._run.cache
+        catalogue, cache = self._run.dataset.catalogue, self._run.cache
         if not save:
             yield self._overlay_of(self._stock, ids), lambda new: None
             return
-        with overlay.locked(folder):
+        with local_run(self._where, writes=True) as (run, _), overlay.locked(folder := run / "items"):
             yield (
                 overlay.read_overlay(folder, catalogue, cache),
                 lambda new: overlay.write_overlay(folder, new, cache),

@@ -117,18 +117,20 @@ def local_run(run: str | Path, *, writes: bool = False) -> Iterator[tuple[Path, 
     """
     if not files.is_address(str(run)):
         if files.is_address(str(run).replace(":/", "://", 1)) and not Path(run).exists():
-            raise StageError(f"{run}: no such folder; an address is given as text, as Path makes one slash of two")
+            raise StageError(f"{run}: no such folder; an address is text with two slashes, of which Path makes one")
         yield Path(run), None
         return
     place = _place(str(run))
-    with contextlib.ExitStack() as stack:
-        if writes:
+    with contextlib.ExitStack() as held:
+        with files.locked(place.home, wait=True), contextlib.ExitStack() as brief:
             try:
-                stack.enter_context(files.locked(place.home / "writer"))
+                (held if writes else brief).enter_context(files.locked(place.home / "writer"))
             except files.InUseError as error:
-                raise files.InUseError(str(error).replace(str(place.home / "writer"), place.name)) from None
-        with files.locked(place.home, wait=True):
-            _bring(place, writes)
+                # Whoever writes has brought it, and nobody else may change its copy.
+                if writes:
+                    raise files.InUseError(str(error).replace(str(place.home / "writer"), place.name)) from None
+            else:
+                _bring(place, writes)
         try:
             yield place.copy, functools.partial(_save, place) if writes else None
         except RunChangedError:
@@ -239,7 +241,7 @@ def _check_owner(place: _Place, there: _There) -> None:
 
 
 def _bring(place: _Place, writes: bool) -> None:
-    """Makes the copy what is at the address, unless it is ahead of it: somebody works on it, or was cut off."""
+    """Makes the copy what is at the address, unless it is ahead of it because who worked on it was cut off."""
     state = _read_state(place)
     ahead = state["open"] and place.copy.is_dir()
     for attempt in range(_TRIES):
@@ -388,9 +390,10 @@ def _delete(place: _Place, name: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         place.system.rm_file(place.path(name))
     # Folders are things of their own in some file systems, and an empty one is no checkpoint.
+    place.system.invalidate_cache()
     for parent in list(PurePosixPath(name).parents)[:-1]:
         with contextlib.suppress(OSError, NotImplementedError):
-            if place.system.ls(place.path(str(parent)), detail=False, refresh=True):
+            if place.system.ls(place.path(str(parent)), detail=False):
                 break
             place.system.rmdir(place.path(str(parent)))
 
