@@ -137,8 +137,7 @@ def local_run(run: str | Path, *, writes: bool = False) -> Iterator[tuple[Path, 
             raise
         except Exception as error:
             if writes:
-                with _told(place):
-                    _take(place, last=True)
+                _save(place, last=True, ends=())
             if len(error.args) == 1 and isinstance(error.args[0], str):
                 # Where a message names the copy or says what to do with it, the address is meant.
                 error.args = (error.args[0].replace(str(place.copy), place.name),)
@@ -147,21 +146,17 @@ def local_run(run: str | Path, *, writes: bool = False) -> Iterator[tuple[Path, 
             try:
                 _take(place, last=True)
             except DataError as error:
-                lost = "what was made stays here, and the next command that writes to the address takes it there"
-                raise type(error)(str(error) if isinstance(error, RunChangedError) else f"{error}; {lost}") from None
+                if isinstance(error, RunChangedError):
+                    raise
+                left = f"what was made is in {place.copy}, and the next command that writes to the address takes it there"
+                raise DataError(f"{error}; {left}") from None
 
 
-def _save(place: _Place) -> None:
-    """Takes what was made so far to the address. Only another writer is a reason to end: the copy has it all."""
-    with _told(place, RunChangedError):
-        _take(place)
-
-
-@contextlib.contextmanager
-def _told(place: _Place, raised: type[DataError] | tuple[()] = ()) -> Iterator[None]:
+def _save(place: _Place, *, last: bool = False, ends: type[DataError] | tuple[()] = RunChangedError) -> None:
+    """Takes what was made so far to the address; what does not end the command by that is told, as the copy has it."""
     try:
-        yield
-    except raised:
+        _take(place, last=last)
+    except ends:
         raise
     except DataError as error:
         _LOG.warning("%s; what was made so far is in %s and has not been taken there yet", error, place.copy)

@@ -292,7 +292,7 @@ def test_an_upload_that_breaks_off_anywhere(tmp_path: Path) -> None:
         try:
             write("bucket://b/r", config="new", item__data="new", item__stage="new", user__gone=None, more="1")
         except DataError as error:
-            assert "ConnectionResetError: the line was cut" in str(error) and "what was made stays here" in str(error)
+            assert "ConnectionResetError: the line was cut" in str(error) and "what was made is in" in str(error)
             cut = True
         Bucket.before = staticmethod(lambda does, path: None)
         # Once it is the new one, it stays so.
@@ -520,6 +520,7 @@ def _refusing(scandir: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_commands_make_the_same_of_an_address(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
