@@ -148,7 +148,7 @@ def local_run(run: str | Path, *, writes: bool = False) -> Iterator[tuple[Path, 
             except DataError as error:
                 if isinstance(error, RunChangedError):
                     raise
-                left = f"what was made is in {place.copy}, and the next command that writes to the address takes it there"
+                left = f"what was made is in {place.copy}, and the next command that writes there takes it along"
                 raise DataError(f"{error}; {left}") from None
 
 
