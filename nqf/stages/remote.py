@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
@@ -269,8 +270,11 @@ def _fetch(place: _Place, there: _There, known: Files) -> str:
     """Brings what the copy lacks, whole or not at all; what was not as it should be, or nothing."""
     wanted = there.listed | there.beside
     lacking = {name: entry for name, entry in wanted.items() if not _is_here(place.copy / name, entry, known.get(name))}
-    place.home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.home) as folder:
+    incoming = place.home / "incoming"
+    # What a killed process left.
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=incoming) as folder:
         scratch = Path(folder)
         for name in lacking:
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
