@@ -346,11 +346,12 @@ def _put(place: _Place, state: dict[str, Any], there: _There, changed: set[str],
     _settle(place, state, listed, gone, again.staged)
 
 
-def _stage(place: _Place, names: Collection[str]) -> Files:
+def _stage(place: _Place, changed: Collection[str]) -> Files:
     """Puts contents into STAGED; the names with what was put, without those that are no more."""
     done: Files = {}
+    names = sorted(changed)
     for _ in range(_TRIES):
-        entries = {name: _entry(place.copy / name) for name in sorted(names) if (place.copy / name).is_file()}
+        entries = {name: _entry(place.copy / name) for name in names if (place.copy / name).is_file()}
         if entries:
             paths = [place.path(name, entry | {"staged": True}) for name, entry in entries.items()]
             place.system.makedirs(f"{place.root}/{STAGED}", exist_ok=True)
