@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 from rich.console import Console
 
+import nqf
 from nqf import compare, evaluate, export, items, recommend, report
 from nqf.config import Config, ConfigError
 from nqf.data import addresses
@@ -517,6 +518,25 @@ def _refusing(scandir: Callable[..., Any]) -> Callable[..., Any]:
         return scandir(path)
 
     return refused
+
+
+def test_fit_at_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(f"u{user}", f"i{(user * 7 + at * at) % 20}", 1_600_000_000 + at) for user in range(20) for at in range(8)]
+    events = pl.DataFrame(rows, schema=["user_id", "item_id", "time"], orient="row")
+    catalogue = pl.DataFrame(
+        {"item_id": [f"i{row}" for row in range(20)], "title": [f"Thing {row}" for row in range(20)]}
+    )
+    for name in ("nqf.stages.assess.assess", "nqf.tools.card.write_card", "nqf.evaluation.results.print_results"):
+        monkeypatch.setattr(name, lambda *_: None)
+    monkeypatch.setattr(Recommender, "load", lambda run: run)
+    ran: list[str] = []
+    monkeypatch.setattr(graph, "_make", lambda run, stage: ran.append(stage.name) or {"best_step": 1})
+    for _ in range(2):
+        assert nqf.fit(catalogue, events, run="memory://b/fit", quiet=True) == "memory://b/fit"
+    assert ran == list(ROAD)
+    there = stored("memory://b/fit")
+    assert {".nqf.json", "config.yaml", "tables/items.parquet", "joint/stage.json"} <= there.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["machine-a"]
 
 
 @pytest.mark.slow
