@@ -198,7 +198,7 @@ def _look(place: _Place) -> _There:
     identity, tree = _list(place) if LIST in found else (None, {"files": {}, "gone": []})
     listed, gone = tree["files"], tree["gone"]
     beside = {
-        name: {"size": entry["size"], "version": addresses.version_of(entry)}
+        name: {"size": int(entry["size"]), "version": addresses.version_of(entry)}
         for name, entry in found.items()
         if name and name not in listed and name not in gone and not _NOT_OF_THE_RUN.fullmatch(name)
     }
@@ -336,6 +336,8 @@ def _put(place: _Place, state: dict[str, Any], there: _There, changed: set[str],
     kept = _names(place.copy) - changed
     listed = {name: entry for name, entry in there.listed.items() if name in kept}
     listed |= {name: entry | {"staged": True} for name, entry in staged.items()}
+    # With what went meanwhile.
+    gone = sorted({*gone, *(there.listed.keys() - listed.keys())})
     again = _look(place)
     _refuse_change(place, again.id == there.id)
     for name, entry in staged.items():
