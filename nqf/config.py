@@ -98,7 +98,7 @@ def section(cls: type[T]) -> type[T]:
             if isinstance(value, Path) and _ADDRESS.match(str(value)):
                 # Credentials are known by the two slashes that `Path` makes one of.
                 name = files.masked(str(value).replace(":/", "://", 1))
-                problem = f"{shown(name)} is an address, which tables may have, and this path has to be a local one: "
+                problem = f"{shown(name)} is an address, which tables and runs may have; this path has to be local: "
                 advice = "mount it (gcsfuse, mountpoint-s3, rclone) or copy it, and give that path"
                 raise ConfigError(problem + advice, key=key)
         try:

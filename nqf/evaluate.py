@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from nqf.cli import guard, parse, program, terminal
-from nqf.config import Count, Weight, section
+from nqf.config import ConfigError, Count, Weight, section
+from nqf.files import is_address
+
+if TYPE_CHECKING:
+    from nqf.stages.run import Run
 
 
 @section
@@ -19,7 +23,7 @@ class EvaluateArguments:
     """Evaluates a run beside all baselines; writes results.json and per_user.parquet into eval/, and the model card.
 
     Attributes:
-      run: Run folder.
+      run: Run folder, or its address (`gs://`, `s3://`, ...).
       split: Which cases. Select on `valid`; open `test` once.
       protocol: `full` ranks the whole catalogue; `legacy` is the reference's 100 candidates, for comparison only.
       k: Cut-offs of HR and NDCG; by default those of the run's configuration.
@@ -35,7 +39,7 @@ class EvaluateArguments:
       debug: Show the traceback of an error.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str | Path, tyro.conf.Positional]
     split: Literal["valid", "test"] = "test"
     protocol: Literal["full", "legacy"] = "full"
     k: tuple[Count, ...] = ()
@@ -52,14 +56,25 @@ class EvaluateArguments:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = parse(EvaluateArguments, arguments, prog=program("evaluate"))
+    from nqf.stages.remote import local_run
+    from nqf.stages.run import open_run
+
+    if options.parts is not None and is_address(str(options.run)):
+        raise ConfigError(
+            "processes that share parts share the run, which no address can be: mount it and give that path",
+            key="parts",
+        )
+    console = terminal()
+    with local_run(options.run, writes=True) as (folder, saved):
+        _evaluate(options, dataclasses.replace(open_run(folder, console), saved=saved))
+
+
+def _evaluate(options: EvaluateArguments, run: Run) -> None:
     from nqf.evaluation.results import print_results
     from nqf.stages.assess import assess
     from nqf.stages.graph import lock_run
-    from nqf.stages.run import open_run
     from nqf.tools.card import write_card
 
-    console = terminal()
-    run = open_run(options.run, console)
     weights = ("new_item_weight", "cooccurrence_weight", "text_weight")
     given = {name: getattr(options, name) for name in weights}
     given |= {"repeats": True if options.keep_seen else None}
@@ -81,7 +96,7 @@ def main(arguments: list[str]) -> None:
             parts=options.parts,
             card=write_card,
         )
-        print_results(results, console)
+        print_results(results, run.console)
 
 
 if __name__ == "__main__":

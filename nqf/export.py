@@ -15,6 +15,7 @@ import tyro
 
 from nqf.cli import guard, parse, program
 from nqf.config import section
+from nqf.files import masked
 
 if TYPE_CHECKING:
     from nqf.serving.recommender import Recommender
@@ -79,7 +80,7 @@ class ExportArguments:
     """Writes a trained run in other people's formats.
 
     Attributes:
-      run: Run folder.
+      run: Run folder, or its address (`gs://`, `s3://`, ...).
       format: `peft`: the adapter of a pretrained backbone. `huggingface`: the whole backbone, adapters merged in
         float32, for transformers and sentence-transformers. `index`: vectors and ids, for a nearest-neighbor index by
         inner product, and what co-occurrence adds as sparse matrices. `parquet`: item vectors and the users' vectors
@@ -90,7 +91,7 @@ class ExportArguments:
       debug: Show the traceback of an error.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str | Path, tyro.conf.Positional]
     format: Literal["peft", "huggingface", "index", "parquet", "vllm", "stablehlo"]
     output: Path
     debug: bool = False
@@ -104,6 +105,8 @@ def main(arguments: list[str]) -> None:
       StageError: The run or its joint stage is missing or stale.
     """
     options = parse(ExportArguments, arguments, prog=program("export"))
+    from nqf.stages.remote import local_run
+
     output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists already; name a new folder")
@@ -111,14 +114,15 @@ def main(arguments: list[str]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        if options.format in ("peft", "huggingface"):
-            export_backbone(options.run, options.format, unfinished)
-        elif options.format == "vllm":
-            export_vllm(options.run, unfinished)
-        elif options.format == "stablehlo":
-            export_towers(options.run, unfinished)
-        else:
-            export_vectors(options.run, options.format, unfinished)
+        with local_run(options.run) as (folder, _):
+            if options.format in ("peft", "huggingface"):
+                export_backbone(folder, options.format, unfinished)
+            elif options.format == "vllm":
+                export_vllm(folder, unfinished)
+            elif options.format == "stablehlo":
+                export_towers(folder, unfinished)
+            else:
+                export_vectors(folder, options.format, unfinished, name=masked(str(options.run)))
         unfinished.replace(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -258,8 +262,12 @@ def injected_prompts(run: Run, joint: RankParts, variables: Any) -> dict[str, np
     }
 
 
-def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder: Path) -> None:
+def export_vectors(
+    run_folder: Path, format: Literal["index", "parquet"], folder: Path, *, name: str | None = None
+) -> None:
     """Writes the vectors that rank, of all items that may be recommended, into an existing folder.
+
+    What is written says that they are of `name`, by default the run folder.
 
     `index`: the whole score, for a vector index and a sparse matrix: `vectors.npy` (float32 [items, width]), `ids.json`
     (the rows' item ids), `users.npy` (float32 [users, width], of each user's whole history, not of unit length),
@@ -284,7 +292,7 @@ def export_vectors(run_folder: Path, format: Literal["index", "parquet"], folder
         about = {
             "format": "nqf-index",
             "version": 1,
-            "run": str(run_folder),
+            "run": name or str(run_folder),
             "items": len(ids),
             "width": width,
             "dtype": "float32",

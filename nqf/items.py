@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from nqf.cli import guard, parse, program, terminal
 from nqf.config import section
+
+if TYPE_CHECKING:
+    from nqf.stages.run import Run
 
 
 @section
@@ -23,14 +26,14 @@ class ItemsArguments:
     Attributes:
       action: `add` items that the run does not know; `update` known ones (columns that FILE lacks stay as they are);
         `remove` known ones from all recommendations (they stay known in histories).
-      run: Run folder.
+      run: Run folder, or its address (`gs://`, `s3://`, ...).
       file: Item table of any kind that `python -m nqf.data inspect` reads, or its address; column item_id and those of
         the schema. To remove, item_id is enough.
       debug: Show the traceback of an error.
     """
 
     action: Annotated[Literal["add", "update", "remove"], tyro.conf.Positional]
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str | Path, tyro.conf.Positional]
     file: Annotated[str, tyro.conf.Positional]
     debug: bool = False
 
@@ -38,17 +41,23 @@ class ItemsArguments:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = parse(ItemsArguments, arguments, prog=program("items"))
+    from nqf.stages.remote import local_run
+    from nqf.stages.run import open_run
+
+    with local_run(options.run, writes=True) as (folder, _):
+        _change(options, open_run(folder, terminal()))
+
+
+def _change(options: ItemsArguments, run: Run) -> None:
     import polars as pl
 
     from nqf.data import addresses
     from nqf.data.errors import DataError
     from nqf.data.schema import some
     from nqf.serving import overlay
-    from nqf.stages.run import open_run
     from nqf.tools.inspect import examine, open_items
 
-    console = terminal()
-    run = open_run(options.run, console)
+    console = run.console
     catalogue, cache, folder = run.dataset.catalogue, run.cache, run.folder / "items"
     given = {"file": options.file}
     with tempfile.TemporaryDirectory() as scratch, addresses.local(given, Path(scratch)) as (paths, told):

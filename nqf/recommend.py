@@ -19,7 +19,7 @@ class RecommendArguments:
     Whether items of the history may be among them is `evaluation.repeats` of the run's configuration.
 
     Attributes:
-      run: Run folder.
+      run: Run folder, or its address (`gs://`, `s3://`, ...).
       user: Id of a user of the run.
       history: Item ids, oldest first, separated by commas; for ids that hold commas there are the next two.
       item: An item id of a history, oldest first; to be given once for each.
@@ -31,7 +31,7 @@ class RecommendArguments:
       debug: Show the traceback of an error.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str | Path, tyro.conf.Positional]
     user: str | None = None
     history: str | None = None
     item: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

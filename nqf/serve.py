@@ -22,18 +22,18 @@ class ServeArguments:
     With NQF_TOKEN in the environment, that token is asked for (`Authorization: Bearer TOKEN`).
 
     Attributes:
-      run: Run folder.
+      run: Run folder, or its address (`gs://`, `s3://`, ...).
       host: Address to listen on; by default this machine alone.
       port: Port to listen on, which has to be free.
       stage: `joint`, or `user` for the User Q-Former without the language model.
       index: `exact`, or `approximate` for an index of the items, which pays from some hundred thousand items on.
-      read_only: Refuse to add, update and remove items.
+      read_only: Refuse to add, update and remove items, as is always done where the run is at an address.
       public_name: Name by which the service is reached, where it is not that of this machine; to be given once for
         each.
       debug: Show the traceback of an error.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str | Path, tyro.conf.Positional]
     host: str = "127.0.0.1"
     port: Count = 8000
     stage: str = "joint"
@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> None:
         from nqf.serving.app import make_app
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is not installed; pip install 'nqf[serve]'") from None
+    from nqf.files import is_address, masked
     from nqf.serving.service import Service
+    from nqf.stages.remote import local_run
 
     console = terminal()
     logging.basicConfig(format="%(message)s", force=True)
@@ -65,9 +67,20 @@ def main(arguments: list[str]) -> None:
             "ask, and change items unless --read-only is given",
             markup=False,
         )
-    console.print(f"loading {options.run} … (the first time, programs are compiled: a minute or more)", markup=False)
-    service = Service(options.run, stage=options.stage, writable=not options.read_only, index=options.index)
+    name = masked(str(options.run))
+    console.print(f"loading {name} … (the first time, programs are compiled: a minute or more)", markup=False)
+    # A change would stay in the copy.
+    remote = is_address(str(options.run))
+    with local_run(options.run) as (folder, _):
+        writable = not (options.read_only or remote)
+        service = Service(folder, stage=options.stage, writable=writable, index=options.index)
     service.warm()
+    if remote:
+        console.print(
+            "the run is at an address, of which a copy is served as it is now: change items with nqf items, and start "
+            "this again to see what has changed",
+            markup=False,
+        )
     names = ("localhost", "127.0.0.1", "[::1]", options.host, *options.public_name)
     names = names if local or options.public_name else ("*",)
     console.print(f"http://{options.host}:{options.port}  page; /docs  endpoints; Ctrl-C ends it", markup=False)

@@ -13,6 +13,7 @@ from nqf import cli
 from nqf.cli import configuration, guard, keep_freed_memory, program, terminal
 from nqf.config import Config, ConfigError, CountOrNone, DataConfig, Weight, from_tree, load_config, section, to_tree
 from nqf.data.schema import nearest
+from nqf.files import is_address, masked
 
 
 @section
@@ -22,7 +23,7 @@ class TrainArguments(Config):
     Attributes:
       config: YAML file or name of a shipped configuration; without it, the configuration that the run folder holds.
       stage: What to run: one stage, or `all` that are missing or stale, followed by the evaluation.
-      run: Run folder; `runs/<name>` by default.
+      run: Run folder, or its address (`gs://`, `s3://`, ...); `runs/<name>` by default.
       assist: Train nothing; encode values for another `nqf train` of this run.
       restart: Start again the stages that were cut off, instead of resuming from their checkpoints.
       plan: Print each training stage's parameters, memory and largest batch; train nothing.
@@ -34,7 +35,7 @@ class TrainArguments(Config):
 
     config: Path | None = None
     stage: Literal["fields", "counts", "item", "tokens", "user", "joint", "score", "sasrec", "all"] = "all"
-    run: Path | None = None
+    run: str | Path | None = None
     assist: bool = False
     restart: bool = False
     plan: bool = False
@@ -52,9 +53,14 @@ def parse(arguments: list[str]) -> TrainArguments:
     """
     path = _value_of(arguments, "--config")
     run = _value_of(arguments, "--run")
-    if path is None and run is not None and (Path(run) / "config.yaml").is_file():
-        path = str(Path(run) / "config.yaml")
     config = load_config(configuration(path)) if path else Config()
+    if path is None and run is not None:
+        from nqf.stages.remote import local_run
+
+        with local_run(run) as (folder, _):
+            if (folder / "config.yaml").is_file():
+                path = str(folder / "config.yaml")
+                config = load_config(folder / "config.yaml")
     # A shallow copy: the nested dataclasses stay what they are.
     default = TrainArguments(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
     if {"-h", "--help"} & set(arguments):
@@ -130,7 +136,7 @@ def _assist(options: TrainArguments, config: Config) -> None:
     if options.stage not in ("fields", "all") or options.plan or options.restart or options.device:
         raise ConfigError("encodes values for the fields stage and does nothing else", key="assist")
     logging.basicConfig(format="%(message)s", force=True)
-    assist_fields(Run(folder=options.run or Path("runs") / config.name, config=config, console=terminal()))
+    assist_fields(Run(folder=Path(options.run or Path("runs") / config.name), config=config, console=terminal()))
 
 
 def main(arguments: list[str]) -> None:
@@ -143,12 +149,18 @@ def main(arguments: list[str]) -> None:
     from nqf.evaluation.results import print_results
     from nqf.stages.assess import assess
     from nqf.stages.graph import lock_run, open_for_training, run_stages, wanted
+    from nqf.stages.remote import local_run
     from nqf.tools.card import write_card
     from nqf.training.mesh import barrier, is_primary, join_processes
 
     config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
     if config.training.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.training.compilation_cache)
+    if (options.assist or config.training.distributed) and is_address(str(options.run)):
+        raise ConfigError(
+            "processes of one run share its folder, which no address can be: mount it and give that path by --run",
+            key="assist" if options.assist else "training.distributed",
+        )
     if options.assist:
         _assist(options, config)
         return
@@ -162,28 +174,27 @@ def main(arguments: list[str]) -> None:
     # The attention kernel and its reason, and images that were unavailable, are told by loggers.
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("nqf").setLevel(logging.INFO if speaks else logging.ERROR)
-    folder, stages = (
-        options.run or Path("runs") / config.name,
-        wanted(config) if options.stage == "all" else (options.stage,),
-    )
+    where, stages = options.run or Path("runs") / config.name, wanted(config)
+    stages = stages if options.stage == "all" else (options.stage,)
     if options.plan:
         from nqf.stages.plan import print_plans
         from nqf.stages.run import Run
 
         memory = int(options.memory_gib * 2**30)
-        print_plans(Run(folder=folder, config=config, console=console), stages, memory, console, options.device)
+        with local_run(where) as (folder, _):
+            print_plans(Run(folder=folder, config=config, console=console), stages, memory, console, options.device)
         return
-    with lock_run(folder):
+    with local_run(where, writes=True) as (folder, saved), lock_run(folder):
         run = open_for_training(config, folder, console, stages=stages, restart=options.restart)
-        run = dataclasses.replace(run, profile=options.profile)
+        run = dataclasses.replace(run, profile=options.profile, saved=saved)
         run_stages(run, stages, restart=options.restart)
         if options.stage == "all" and is_primary():
             console.print("the test: each user's next item among all items, beside all baselines", markup=False)
             results = assess(run, split="test")
             write_card(run, results)
             print_results(results, console)
-            path = shlex.quote(str(folder))
-            console.print(f"the run is in {folder}, and its README.md tells of it", markup=False)
+            path = shlex.quote(name := masked(str(where)))
+            console.print(f"the run is in {name}, and its README.md tells of it", markup=False)
             console.print(f"next: {program('report')} {path}, or {program('serve')} {path}", markup=False)
         barrier("evaluated")
 

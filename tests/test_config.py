@@ -30,7 +30,9 @@ from nqf.config import (
     save_config,
     to_tree,
 )
+from nqf.data.errors import DataError
 from nqf.data.schema import Field
+from nqf.stages.records import StageError
 from nqf.train import main as train
 from nqf.train import parse
 
@@ -362,11 +364,17 @@ def test_a_huge_value_is_shown_in_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["gs://b/r", "s3://b/r", "memory://r", "hdfs://host:1/r", "file:///r"])
 def test_no_folder_is_made_of_an_address(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    train, recommend = (importlib.import_module(f"nqf.{name}") for name in ("train", "recommend"))
-    with pytest.raises(ConfigError, match=r"run.*is an address.*mount it"):
-        train.main(["--config", "quickstart", "--run", address])
-    with pytest.raises(ConfigError, match=r"run.*is an address"):
+    monkeypatch.setenv("NQF_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
+    train, recommend, ablate = (importlib.import_module(f"nqf.{name}") for name in ("train", "recommend", "ablate"))
+    with pytest.raises(ConfigError, match=r"runs.*is an address.*mount it"):
+        ablate.main(["study", "--runs", address])
+    with pytest.raises(ConfigError, match=r"parts.*is an address"):
+        recommend.main(["run", "--parts", address])
+    # A run may be there (tests/stages/test_remote.py), and these are not.
+    with pytest.raises((DataError, StageError), match=rf"^{address}: "):
         recommend.main([address, "--user", "u"])
+    with pytest.raises((DataError, ConfigError), match=rf"^{address}: |no configuration"):
+        train.main(["--run", address])
     # Tables may be there, and their addresses stay as they are.
     assert train.parse(["--config", "quickstart", "--data.items", address]).data.items == address
     (tmp_path / "x.yaml").write_text(f"data: {{interactions: '{address}'}}")
@@ -377,7 +385,7 @@ def test_no_folder_is_made_of_an_address(address: str, tmp_path: Path, monkeypat
 def test_credentials_of_a_refused_address_are_not_shown() -> None:
     recommend = importlib.import_module("nqf.recommend")
     with pytest.raises(ConfigError, match=r"'https://\*\*\*@h/r\?\*\*\*' is an address") as error:
-        recommend.main(["https://me:hush@h/r?signature=hush", "--user", "u"])
+        recommend.main(["run", "--all", "https://me:hush@h/r?signature=hush"])
     assert "hush" not in str(error.value)
     with pytest.raises(ConfigError, match=r"'s3://\*\*\*@h/x' belongs to UniRec") as error:
         DataConfig(inter="s3://me:hush@h/x")

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nqf import files
 from nqf.config import DATA_PATHS, DataConfig
@@ -31,8 +31,8 @@ _VERSIONS = (
     *("md5Hash", "Content-MD5", "content_md5", "blob_id", "sha", "ETag", "etag", "Last-Modified", "LastModified"),
     *("last_modified", "updated", "modificationTime", "mtime", "modify", "created"),
 )
-# Implementations share what they must not, as memory:// does the place where a file is read.
-_ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.RLock()
+"""Implementations share what they must not, as memory:// does the place where a file is read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,8 @@ def forget() -> None:
 def _version(address: str, kind: str) -> str | None:
     digest = hashlib.sha256()
     try:
-        with _told_as_data_error(address):
-            system, path = _open(address)
+        with as_data_error(address):
+            system, path = open_system(address)
             for part in _look(system, path, kind):
                 version = part.version or _content(system, part, address)
                 digest.update(f"{part.name}|{part.size}|{version}|".encode())
@@ -139,8 +139,8 @@ def _content(system: Any, part: _Part, address: str) -> str:
 
 def _bring(address: str, folder: Path, kind: str) -> str:
     """Brings what is at an address, and the files that belong to it, into a folder; the name of its copy there."""
-    with _told_as_data_error(address):
-        system, path = _open(address)
+    with as_data_error(address):
+        system, path = open_system(address)
         parts = _look(system, path, kind)
         _LOG.info("%s: %s bytes are copied here", files.masked(address), f"{sum(part.size or 0 for part in parts):,}")
         _copy(system, parts, folder, address)
@@ -150,8 +150,12 @@ def _bring(address: str, folder: Path, kind: str) -> str:
         return _name(path)
 
 
-def _open(address: str) -> tuple[Any, str]:
-    """The file system of an address, and its path there. The characters of a name are never a pattern or a chain."""
+def open_system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and its path there. The characters of a name are never a pattern or a chain.
+
+    Raises:
+      DataError: Its credentials were left out. And what the file system raises: see `as_data_error`.
+    """
     import fsspec
 
     if re.search(r"://\*\*\*@|[?#]\*\*\*$", address):
@@ -190,11 +194,15 @@ def _look(system: Any, path: str, kind: str) -> list[_Part]:
 
 def _part(name: str, path: str, entry: Mapping[str, Any]) -> _Part:
     folder = entry["type"] == "directory"
-    version = next((f"{key} {entry[key]}" for key in _VERSIONS if entry.get(key)), None)
     return _Part(
         name=name, path=path, size=None if folder else entry.get("size"),
-        version=None if folder else version, folder=folder,
+        version=None if folder else version_of(entry), folder=folder,
     )  # fmt: skip
+
+
+def version_of(entry: Mapping[str, Any]) -> str | None:
+    """What changes with a file's content, of what a file system says of it; None if it says nothing such."""
+    return next((f"{key} {entry[key]}" for key in _VERSIONS if entry.get(key)), None)
 
 
 def _name(path: str) -> str:
@@ -209,7 +217,7 @@ def _copy(system: Any, parts: list[_Part], folder: Path, address: str) -> None:
         # A folder inside a folder stays empty: the reader refuses the table for it, as any other.
         (target if part.folder else target.parent).mkdir(parents=True, exist_ok=True)
     wanted = [part for part in parts if not part.folder]
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         # Lists are copied as they are, and several files at a time where the file system can.
         system.get([part.path for part in wanted], [str(targets[part]) for part in wanted])
     for part in wanted:
@@ -222,7 +230,12 @@ def _copy(system: Any, parts: list[_Part], folder: Path, address: str) -> None:
 
 
 @contextlib.contextmanager
-def _told_as_data_error(address: str) -> Iterator[None]:
+def as_data_error(address: str, do: Literal["read", "write"] = "read") -> Iterator[None]:
+    """Tells what a file system raises in the block in one sentence, without credentials.
+
+    Raises:
+      DataError: In place of all other errors.
+    """
     try:
         yield
     except DataError:
@@ -234,12 +247,13 @@ def _told_as_data_error(address: str) -> Iterator[None]:
         if isinstance(error, ImportError):
             problem = f"its file system needs a package that is not installed ({text})"
         elif isinstance(error, PermissionError) or getattr(cause, "status", None) in (401, 403):
-            problem = f"no permission to read it ({text}); credentials are taken from where its package looks for them"
+            problem = f"no permission to {do} it ({text}); credentials are taken from where its package looks for them"
         elif isinstance(error, FileNotFoundError) and _is_absent(error, address):
             problem = "no such file or folder; fix the address"
         else:
             text = f"{type(cause).__name__}: {_without_credentials(str(cause), address)}"[:500]
-            problem = f"could not be read ({text}); see whether it is right, or copy it here and give the path"
+            done = "read" if do == "read" else "written"
+            problem = f"could not be {done} ({text}); see whether it is right, or copy it here and give the path"
         raise DataError(f"{name}: {problem}") from None
 
 

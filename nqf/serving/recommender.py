@@ -52,6 +52,7 @@ from nqf.stages.graph import require, served
 from nqf.stages.joint import title_tokens
 from nqf.stages.rank import Trained
 from nqf.stages.records import StageError, read_artifact
+from nqf.stages.remote import local_run
 from nqf.stages.run import Run, open_run
 from nqf.stages.score import load_scored
 from nqf.stages.user import load_users
@@ -96,6 +97,7 @@ class Recommender:
         module = self._items[0]
         self._read_items = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
         self.score, self.memory = score or Score(), memory
+        self._where: str | Path = run.folder
         self._counted_of: tuple[Stock, np.ndarray, Cooccurrence] | None = None
         self._known = known_of(run)
         self._short = open_short_users(run.folder / "data")
@@ -110,7 +112,8 @@ class Recommender:
         """Restores a run's checkpoints, whatever number of devices wrote them, and its changed items (`nqf.items`).
 
         Args:
-          run: Run folder, what `save` wrote, or `owner/name` of a repository that `push_to_hub` wrote.
+          run: Run folder or its address as text (`gs://`, `s3://`, ...), what `save` wrote, or `owner/name` of a
+            repository that `push_to_hub` wrote.
           stage: `joint`, or `user` for the User Q-Former without the language model.
           index: `exact` compares every item. `approximate` builds an index of the items (`nqf[index]`) that finds most
             of the best ones for a fraction of the work, which pays from some hundred thousand items on; filters and
@@ -123,10 +126,17 @@ class Recommender:
           StageError: The run or the stage is missing or stale.
           CheckpointError: The checkpoint does not fit the run's configuration.
           CacheError: The changed items cannot be used.
+          DataError: An address that cannot be read.
         """
         if not Path(run).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)):
             run = _from_hub(str(run))
-        opened = open_run(run)
+        with local_run(run) as (folder, _):
+            recommender = cls._open(open_run(folder), stage, index)
+        recommender._where = run
+        return recommender
+
+    @classmethod
+    def _open(cls, opened: Run, stage: str, index: Kind) -> Recommender:
         if stage not in ("joint", "user"):
             raise ConfigError(f"stage {stage!r} ranks nothing; use 'joint' or 'user'")
         if index not in ("exact", "approximate"):
@@ -595,13 +605,21 @@ class Recommender:
     def save(self, folder: str | Path) -> Path:
         """Writes a run folder with what serving needs and nothing else, items changed in memory included.
 
+        Args:
+          folder: A new folder, or its address as text.
+
         Returns:
-          The folder.
+          The folder; of an address, the copy that is kept here.
 
         Raises:
           ValueError: There is something under that name.
+          DataError: An address that cannot be written.
         """
-        source, target = self._run.folder, Path(folder)
+        with local_run(folder, writes=True) as (target, _):
+            return self._save(target)
+
+    def _save(self, target: Path) -> Path:
+        source = self._run.folder
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ValueError(f"{target}: there already; name a new folder")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -709,11 +727,11 @@ class Recommender:
     @contextlib.contextmanager
     def _overlay(self, ids: Sequence[str], save: bool) -> Iterator[tuple[overlay.Overlay, Callable]]:
         """What has changed of some items so far, and a function that keeps what is to hold from now on."""
-        folder, catalogue, cache = self._run.folder / "items", self._run.dataset.catalogue, self._run.cache
+        catalogue, cache = self._run.dataset.catalogue, self._run.cache
         if not save:
             yield self._overlay_of(self._stock, ids), lambda new: None
             return
-        with overlay.locked(folder):
+        with local_run(self._where, writes=True) as (run, _), overlay.locked(folder := run / "items"):
             yield (
                 overlay.read_overlay(folder, catalogue, cache),
                 lambda new: overlay.write_overlay(folder, new, cache),

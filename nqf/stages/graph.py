@@ -168,6 +168,8 @@ def run_stage(run: Run, name: str, *, restart: bool = False) -> bool:
         write_artifact(run.folder, stage, parts if stage.after else _as_read(run, stage, parts), result)
         folders.remove_stage(run.folder / folders.PREVIOUS / name, stage.writes)
     barrier(f"{name} ends")
+    if run.saved:
+        run.saved()
     run.console.print(f"[bold]{name}[/bold]  done in {result['wall_seconds']:.1f} s", highlight=False)
     return True
 
@@ -192,7 +194,7 @@ def _make(run: Run, stage: Stage) -> dict[str, Any]:
     assert stage.program is not None
     program = stage.program(run, False)
     result = fit(program, run.folder, stage.name, training=run.config.training, console=run.console, ids=run.ids,
-                 profile=run.profile)  # fmt: skip
+                 profile=run.profile, saved=run.saved)  # fmt: skip
     return {
         "best_step": result.best_step,
         "steps": result.steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from nqf import files
 from nqf.config import Config, load_config
 from nqf.data.errors import NPY_ERRORS
 from nqf.data.load import Dataset, open_dataset
@@ -39,12 +40,14 @@ class Run:
       config: The resolved configuration.
       console: Terminal.
       profile: Steps of each training stage to trace.
+      saved: Called when a checkpoint is whole and when a stage has finished.
     """
 
     folder: Path
     config: Config
     console: Console
     profile: int = 0
+    saved: Callable[[], None] | None = None
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -199,6 +202,8 @@ def open_run(folder: str | Path, console: Console | None = None) -> Run:
     Raises:
       StageError: The folder does not exist or holds no run.
     """
+    if files.is_address(str(folder)):
+        raise StageError(f"{files.masked(str(folder))}: an address; nqf.stages.remote.local_run gives a local copy")
     folder = Path(folder)
     path = folder / "config.yaml"
     if not path.is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +19,7 @@ class CompareArguments:
     """Compares evaluated runs, each model with one of them, on the same users.
 
     Attributes:
-      runs: Run folders, evaluated on the same split of the same data.
+      runs: Run folders or their addresses, evaluated on the same split of the same data.
       against: Model that the others are compared with, as `MODEL` of the first run or `RUN:MODEL` with the run
         folder's name; by default the first run's first model.
       metric: Metric of the differences, for example `ndcg@10`.
@@ -27,7 +29,7 @@ class CompareArguments:
       debug: Show the traceback of an error.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str | Path, ...], tyro.conf.Positional]
     against: str = ""
     metric: str = "ndcg@10"
     segment: str = "all"
@@ -58,9 +60,12 @@ def compare(options: CompareArguments) -> tuple[list[str], list[list[str]]]:
     """
     from nqf.evaluation.metrics import mean_intervals, per_user
     from nqf.evaluation.results import format_interval, model_ranks, read_results
+    from nqf.stages.remote import local_run
 
-    names = _names(options.runs)
-    results = {name: read_results(run) for name, run in zip(names, options.runs, strict=True)}
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(local_run(run))[0] for run in options.runs]
+        names = _names(runs)
+        results = {name: read_results(run) for name, run in zip(names, runs, strict=True)}
     first = results[names[0]]
     identity = ("user_id", "target", "cold")
     users = first.frame.select(identity).sort("user_id")
@@ -101,7 +106,7 @@ def compare(options: CompareArguments) -> tuple[list[str], list[list[str]]]:
     return ["model", *known, f"{options.metric} minus {':'.join(reference)}"], rows
 
 
-def _names(runs: tuple[Path, ...]) -> list[str]:
+def _names(runs: Sequence[Path]) -> list[str]:
     """Folder names, numbered where two runs share one."""
     names = [run.resolve().name for run in runs]
     return [f"{name}#{index + 1}" if names.count(name) > 1 else name for index, name in enumerate(names)]

@@ -62,7 +62,7 @@ def fit(
       rating: Column of the ratings.
       review: Column of the texts.
       item_id: Column of the ids in `items`; by default that of `item`, or one of a usual name.
-      run: Run folder.
+      run: Run folder, or its address as text.
       schema: Fields of the items, as a value, a tree as in schema.yaml, or a path or address; by default they are
         guessed.
       config: Everything else, as a value or path; of its data section, tables, columns and split are replaced. By
@@ -83,11 +83,12 @@ def fit(
     from nqf.stages.assess import assess
     from nqf.stages.folder import claim
     from nqf.stages.graph import lock_run, open_for_training, run_stages, wanted
+    from nqf.stages.remote import local_run
     from nqf.tools.card import write_card
 
-    folder, console = Path(run), terminal(quiet=quiet)
+    console, name = terminal(quiet=quiet), files.masked(str(run))
     columns = ColumnsConfig(user=user, item=item, time=time, rating=rating, review=review, id=item_id)
-    with lock_run(folder):
+    with local_run(run, writes=True) as (folder, saved), lock_run(folder):
         claim(folder, TABLES)
         paths = [_on_disk(table, folder / TABLES / name) for table, name in ((items, "items"), (events, "events"))]
         data, sizes = _data(paths, columns, schema, folder / TABLES / "schema.yaml", console)
@@ -102,13 +103,13 @@ def fit(
         tree |= {key: getattr(config.data, key) for key in DATA_PATHS}
         config = dataclasses.replace(config, name=folder.name, data=from_tree(DataConfig, tree | data))
         stages = wanted(config)
-        opened = open_for_training(config, folder, console, stages=stages)
+        opened = dataclasses.replace(open_for_training(config, folder, console, stages=stages), saved=saved)
         run_stages(opened, stages)
         results = assess(opened)
         write_card(opened, results)
         print_results(results, console)
-    console.print(f"the run is in {folder}; nqf.Recommender.load({str(folder)!r}) opens it again", markup=False)
-    return Recommender.load(folder)
+    console.print(f"the run is in {name}; nqf.Recommender.load({name!r}) opens it again", markup=False)
+    return Recommender.load(run)
 
 
 def scaled(items: int, users: int, events: int) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def fit(
     console: Console,
     ids: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
     profile: int = 0,
+    saved: Callable[[], None] | None = None,
 ) -> FitResult:
     """Trains to the end, from the newest checkpoint in the stage's folder if there is one.
 
@@ -161,6 +162,7 @@ def fit(
       console: Terminal.
       ids: Names rows of users and of items, for a batch that is written down because it cannot be trained on.
       profile: Steps to trace, after the first few.
+      saved: Called when a checkpoint is whole; training waits for both.
 
     Raises:
       NonFiniteError: More batches than `training.skip_non_finite` had a non-finite loss or gradient.
@@ -192,7 +194,7 @@ def fit(
             loop = _Loop(
                 program=program, data=data, mesh=mesh, shardings=shardings, training=training, folder=folder,
                 stage=stage, ids=ids, validate=validate, checkpointer=checkpointer, writer=writer,
-                terminal=terminal, start=start,
+                terminal=terminal, start=start, saved=saved,
             )  # fmt: skip
             if latest is None and loop.done(state, start):
                 # Without an epoch the initial parameters are what the stage leaves.
@@ -237,6 +239,7 @@ class _Loop:
     writer: Writer
     terminal: Terminal
     start: int
+    saved: Callable[[], None] | None = None
     pending: tuple[int, dict[str, jax.Array]] | None = None
     logged_at: float = 0.0
     logged_step: int = 0
@@ -291,6 +294,9 @@ class _Loop:
                 self._check(metrics)
                 self.writer.sync()
                 self.checkpointer.save(step, state, best_step=int(state.best_step))
+                if self.saved:
+                    self.checkpointer.wait()
+                    self.saved()
                 saved_at = time.perf_counter()
         if stopping:
             self.checkpointer.wait()
