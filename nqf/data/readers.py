@@ -201,11 +201,12 @@ def join(path: Path, tables: Sequence[Table]) -> Table:
             raise DataError(f"{table.path}: other columns than {tables[0].path.name}: {some(other)}")
     notes = [note for table in tables for note in table.notes]
     scans = {table.path: table.parquet for table in tables if table.parquet is not None}
-    frame = None
+    frame, unreadable = None, {}
     if scans:
-        frame, strange = joined(path, scans)
-        notes += strange
-    unreadable = {name: problem for table in tables for name, problem in table.unreadable.items()}
+        frame, strange, unreadable = joined(path, scans)
+        notes += [*strange, *(f"{path}: {problem}; it is not read" for problem in unreadable.values())]
+    for table in tables:
+        unreadable |= table.unreadable
 
     def rows(wanted: Sequence[str]) -> Rows:
         for table in tables:
