@@ -15,15 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from published import qwen3_folder
 
-pytest.importorskip("torch")
-
-from published import qwen3_folder  # noqa: E402
-
-from nqf.stages import joint  # noqa: E402
-from nqf.stages.run import open_run  # noqa: E402
-from nqf.training.checkpoint import restore_params  # noqa: E402
-from nqf.training.mesh import leaf_name  # noqa: E402
+from nqf.stages import joint
+from nqf.stages.run import open_run
+from nqf.training.checkpoint import restore_params
+from nqf.training.mesh import leaf_name
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]
 ROOT = Path(__file__).parents[2]
@@ -96,8 +93,7 @@ def trained(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(run: Path) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = max(place for place, line in enumerate(lines) if line["stage"] != "joint")
-    return [(line["step"], line["loss"]) for line in lines[last:] if line["stage"] == "joint" and "loss" in line]
+    return [(line["step"], line["loss"]) for line in lines if line["stage"] == "joint" and "loss" in line]
 
 
 def parameters(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
