@@ -21,19 +21,20 @@ import argparse
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.fs
 import ray
+import ray.data.expressions
 
 EVENTS = {"user": "user_id", "item": "item_id", "time": "timestamp", "rating": "rating", "review": "review"}
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
@@ -47,6 +48,9 @@ TYPES = {
     "list of numbers": pa.list_(pa.float64()),
 }
 MARK = "_prepared_with_ray.json"  # nqf passes names over that begin with _.
+
+
+BROKEN = "lines as JSON objects"
 
 
 class Refused(Exception):
@@ -138,19 +142,21 @@ def seconds(column: pa.Array, per_second: int) -> pa.Array:
         return pc.floor(pc.divide(column, float(per_second))).cast(pa.int64())
     if not is_text(dtype):
         return pa.nulls(len(column), pa.int64())
-    texts = column.to_pandas().astype(object)
-    numbers = texts.where(texts.str.fullmatch(r"-?\d+(\.\d*)?", na=False).astype(bool), None)
-    dated = pd.to_datetime(texts.where(numbers.isna(), None), format="ISO8601", utc=True, errors="coerce")
-    whole = [None if text is None or text != text else split_number(text, per_second) for text in numbers]
-    there = [None if pd.isna(time) else int(np.floor(time.timestamp())) for time in dated]
-    return pa.array([one if one is not None else other for one, other in zip(whole, there, strict=True)], pa.int64())
+    if column.null_count == len(column):
+        return pa.nulls(len(column), pa.int64())
+    whole = pa.array([None if value is None else split_number(value, per_second) for value in column.to_pylist()])
+    texts = pc.if_else(whole.is_valid(), pa.scalar(None, pa.string()), column).to_pandas()
+    dated = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce").dt.floor("s")
+    dated = (dated - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(seconds=1)
+    return pc.coalesce(whole.cast(pa.int64()), pa.array(dated, from_pandas=True).cast(pa.int64()))
 
 
-def split_number(text: str, per_second: int) -> int:
-    """Floor of a decimal number over `per_second`, with all its digits."""
-    whole, _, fraction = text.partition(".")
-    below = text.startswith("-") and int(fraction or 0) > 0
-    return (int(whole) - below) // per_second
+def split_number(value: str, per_second: int) -> int | None:
+    """Floor of a number over `per_second`, with all its digits; None if the text is none."""
+    if not re.fullmatch(r"-?\d{1,18}(\.\d*)?", value):
+        return None
+    whole, _, fraction = value.partition(".")
+    return (int(whole) - (value.startswith("-") and int(fraction or 0) > 0)) // per_second
 
 
 def number(column: pa.Array) -> pa.Array:
@@ -166,10 +172,14 @@ def text(column: pa.Array) -> pa.Array:
     """Texts; lists and objects as JSON, which nqf takes apart."""
     if is_text(column.type) or pa.types.is_integer(column.type):
         return column.cast(pa.string())
-    return pa.array([None if value is None else written(value) for value in column.to_pylist()], pa.string())
+    return pa.array(
+        [None if value is None else written(value) for value in column.to_pylist(maps_as_pydicts="lossy")], pa.string()
+    )
 
 
 def written(value: Any) -> str:
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -181,7 +191,9 @@ def kind_of(dtype: pa.DataType) -> str | None:
         if pa.types.is_null(dtype.value_type):
             return None
         inner = kind_of(dtype.value_type)
-        return {"text": "list of texts", "integer": "list of numbers", "number": "list of numbers"}.get(inner, "text")
+        return {"text": "list of texts", "integer": "list of numbers", "number": "list of numbers"}.get(
+            inner, "text" if inner in TYPES else inner
+        )
     if pa.types.is_struct(dtype) or pa.types.is_map(dtype):
         return "text"
     tests = {
@@ -204,7 +216,7 @@ def as_kind(column: pa.Array, kind: str) -> pa.Array:
 
 def read_lines(batch: pa.Table) -> pa.Table:
     """Rows of JSON lines. Objects and lists of other things than numbers and texts stay JSON."""
-    rows = [parsed(line) for line in batch["text"].to_pylist() if line.strip()]
+    rows = list(map(parsed, batch["text"].to_pylist()))
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: array([row.get(name) for row in rows]) for name in names}) if names else pa.table({})
 
@@ -212,11 +224,9 @@ def read_lines(batch: pa.Table) -> pa.Table:
 def parsed(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise Refused(f"a line is not JSON ({error}): {line[:80]!r}; fix it, or take it out") from error
-    if not isinstance(row, dict):
-        raise Refused(f"a line is no JSON object: {line[:80]!r}; fix it, or take it out")
-    return row
+    except ValueError:
+        row = None
+    return row if isinstance(row, dict) else {BROKEN: line}
 
 
 def array(values: list[Any]) -> pa.Array:
@@ -267,6 +277,9 @@ def tallied(batch: pa.Table, raw: dict[str, pa.Array], read: pa.Table, kinds: di
         wrong = pc.and_(column.is_valid(), read[name].combine_chunks().is_null())
         if count := pc.sum(wrong).as_py():
             unreadable[name] = [count, repr(column.filter(wrong)[0].as_py())[:60]]
+    if BROKEN in batch.column_names:
+        column = batch[BROKEN].drop_null()
+        unreadable[BROKEN] = [len(column), repr(column[0].as_py())[:60]]
     missing = {name: column.null_count for name, column in raw.items() if name.endswith("_id")}
     either = pa.nulls(len(batch), pa.bool_()).fill_null(False)
     for name in missing:
@@ -365,6 +378,8 @@ def tally(path: str, raw: ray.data.Dataset, count: Callable, needed: list[str], 
     batches = [batch for batch in batches if batch["rows"]]
     if not batches:
         raise Refused(f"{path}: there is no row in it")
+    if found := [batch["unreadable"][BROKEN] for batch in batches if BROKEN in batch["unreadable"]]:
+        raise Refused(f"{path}: {sum(count for count, _ in found)} lines are no JSON objects, such as {found[0][1]}")
     found = set.intersection(*(set(batch["columns"]) for batch in batches))
     every = list(dict.fromkeys(name for batch in batches for name in batch["columns"]))
     if lacking := [name for name in needed if name not in found]:
@@ -375,7 +390,7 @@ def tally(path: str, raw: ray.data.Dataset, count: Callable, needed: list[str], 
     for batch in batches:
         for name, (_, example) in batch["unreadable"].items():
             total = sum(other["unreadable"].get(name, [0])[0] for other in batches)
-            raise Refused(f"{path}: {total} values of {name} cannot be read, such as {example}; fix or empty them")
+            raise Refused(f"{path}: {total} values of {name} cannot be read, such as {example}; fix them")
     kinds: dict[str, set[str]] = {}
     for batch in batches:
         for name, kind in batch["kinds"].items():
@@ -422,20 +437,26 @@ def check_ids(path: str, found: dict[str, Any], drop: bool) -> None:
     print(f"{path}: {found['rows']:,} rows, of which {found['without']:,} without ids are left out")
 
 
-def single(path: str, items: ray.data.Dataset, arguments: argparse.Namespace, names: Iterable[str]) -> ray.data.Dataset:
-    """The items, each once.
+def single(
+    path: str, items: ray.data.Dataset, rows: int, arguments: argparse.Namespace, names: Iterable[str]
+) -> ray.data.Dataset:
+    """The items, each once; `rows` is their number, by which they are spread.
 
     Raises:
       Refused: Some are there more than once, and it was not asked for one of each.
     """
+    # Ray's default is 200, a task each, however few there are.
+    spread = max(int(ray.cluster_resources().get("CPU", 1)), rows // 10**6)
     if arguments.deduplicate:
         if arguments.newest and arguments.newest not in names:
             raise Refused(f"{path}: no column {arguments.newest} to tell the newest row by; fix --newest")
-        chosen = items.groupby("item_id").map_groups(newest, fn_args=(arguments.newest,), batch_format="pyarrow")
+        chosen = items.groupby("item_id", num_partitions=spread).map_groups(
+            newest, fn_args=(arguments.newest,), batch_format="pyarrow"
+        )
         # Groups come in any order.
         return chosen.sort("item_id")
-    repeated = items.select_columns(["item_id"]).groupby("item_id").count().filter(lambda row: row["count()"] > 1)
-    if first := repeated.take(1):
+    counts = items.select_columns(["item_id"]).groupby("item_id", num_partitions=spread).count()
+    if first := counts.filter(expr=ray.data.expressions.col("count()") > 1).take(1):
         raise Refused(
             f"{path}: item '{first[0]['item_id']}' is there {first[0]['count()']} times; keep one row per item, or "
             "have it done with --deduplicate"
@@ -537,7 +558,7 @@ def run(arguments: argparse.Namespace) -> None:
     kinds = decided(arguments.items, found_items["kinds"], options)
     batches = {"batch_format": "pyarrow", "batch_size": None}
     items = raw_items.map_batches(write_items, fn_args=(options, kinds), **batches)
-    items = single(arguments.items, items, arguments, kinds)
+    items = single(arguments.items, items, found_items["rows"], arguments, kinds)
     events = raw_events.map_batches(write_events, fn_args=(options,), **batches)
     counts = write({"items": items, "events": events}, arguments)
     print(f"{arguments.output}: {counts['items']:,} items, {counts['events']:,} events")
@@ -546,7 +567,11 @@ def run(arguments: argparse.Namespace) -> None:
 def main(words: list[str]) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse(words)
-    ray.init(address=arguments.address, num_cpus=arguments.cpus, log_to_driver=False, include_dashboard=False)
+    ray.init(
+        address=arguments.address, num_cpus=arguments.cpus, log_to_driver=False, include_dashboard=False,
+        logging_level=logging.WARNING,
+    )  # fmt: skip
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     # Blocks are written in the order in which they were read, not in that in which they are ready.
     context.execution_options.preserve_order = True
@@ -555,11 +580,6 @@ def main(words: list[str]) -> int:
         run(arguments)
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ray.exceptions.RayTaskError as error:
-        if not isinstance(error.cause, Refused):
-            raise
-        print(f"error: {error.cause}", file=sys.stderr)
         return 1
     return 0
 
