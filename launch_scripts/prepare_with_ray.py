@@ -51,6 +51,8 @@ MARK = "_prepared_with_ray.json"  # nqf passes names over that begin with _.
 
 
 BROKEN = "lines as JSON objects"
+# What pandas takes for nothing; as ids they are left to nqf's data.missing_words.
+NOTHING = ["NaN", "nan", "NULL", "null", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT"]
 
 
 class Refused(Exception):
@@ -74,7 +76,7 @@ class Options:
     keep: frozenset[str]
 
 
-# Columns of a batch. What is there and cannot be read becomes null; `problems` finds it by that.
+# Columns of a batch. What is there and cannot be read becomes null; `tallied` finds it by that.
 
 
 def plain(batch: pa.Table, name: str) -> pa.Array:
@@ -245,6 +247,10 @@ def array(values: list[Any]) -> pa.Array:
 def read_events(batch: pa.Table, options: Options, columns: dict[str, pa.Array] | None = None) -> pa.Table:
     """The events of a batch as they are written; `columns` takes up what they were read from."""
     raw = {role: plain(batch, options.names[role]) for role in EVENTS}
+    for role in ("time", "rating"):
+        if is_text(raw[role].type):
+            words = pc.is_in(raw[role], pa.array(NOTHING))
+            raw[role] = pc.if_else(words, pa.scalar(None, pa.string()), raw[role])
     if columns is not None:
         columns.update({EVENTS[role]: column for role, column in raw.items()})
     read: dict[str, Callable[[pa.Array], pa.Array]] = {

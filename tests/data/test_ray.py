@@ -256,6 +256,16 @@ def test_times(unit: str, value: str, expected: int | None, script: ModuleType) 
         assert script.seconds(column, per_second).to_pylist() == [expected]
 
 
+def test_words_for_nothing_are_missing_times_and_ratings(script: ModuleType) -> None:
+    pa = pytest.importorskip("pyarrow")
+    options = script.Options(names=script.EVENTS, per_second=1, text=frozenset(), keep=frozenset())
+    batch = pa.table({"user_id": ["NA"], "item_id": ["1"], "timestamp": ["NULL"], "rating": ["nan"]})
+    row = {"user_id": "NA", "item_id": "1", "timestamp": None, "rating": None, "review": None}
+    assert script.read_events(batch, options).to_pylist() == [row]
+    tally = json.loads(script.tally_events(batch, options)["tally"][0].as_py())
+    assert tally["unreadable"] == {} and tally["without"] == 0
+
+
 def test_ids(script: ModuleType) -> None:
     pa = pytest.importorskip("pyarrow")
     for values, expected in (
