@@ -32,6 +32,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.dataset
 import pyarrow.fs
 import ray
 import ray.data.expressions
@@ -421,7 +422,7 @@ def decided(path: str, kinds: dict[str, set[str]], options: Options) -> dict[str
         found = {"number"} if found == {"integer", "number"} else found
         if strange := found - TYPES.keys():
             raise Refused(
-                f"{path}: {name} is of the type {strange.pop()}; leave it out with --keep, or write it as text"
+                f"{path}: {name} is of the type {strange.pop()}; leave it out with --keep, or make it text before"
             )
         if name in options.text:
             found = {"text"}
@@ -512,7 +513,7 @@ def write(tables: dict[str, ray.data.Dataset], arguments: argparse.Namespace) ->
     for name in tables:
         if local:
             system.move(f"{folder}/_unfinished/{name}", f"{folder}/{name}")
-        counts[name] = ray.data.read_parquet(f"{base}/{name}").count()
+        counts[name] = pyarrow.dataset.dataset(f"{folder}/{name}", filesystem=system).count_rows()
     if local:
         system.delete_dir(f"{folder}/_unfinished")
     note(system, folder, {"finished": datetime.datetime.now(datetime.UTC).isoformat(), "rows": counts})
