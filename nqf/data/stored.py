@@ -181,7 +181,7 @@ def _clash(name: str, types: Mapping[Path, pl.DataType]) -> str:
             f"column '{some([name])}' holds {one} in {first.name} and {other} in {second.name}; write it with one type "
             "in all parts, cast before the table is written"
         )
-    inside: dict[str, dict[Path, pl.DataType]] = {}
+    inside: dict[str, dict[Path, Any]] = {}
     for part, dtype in types.items():
         if isinstance(dtype, (pl.List, pl.Array)):
             inside.setdefault(name, {})[part] = dtype.inner
