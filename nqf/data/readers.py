@@ -19,7 +19,7 @@ from nqf.data.errors import DataError
 from nqf.data.nested import Parted, parse_json, parse_python, plain, unpacked
 from nqf.data.parquet import checked
 from nqf.data.schema import USUAL_SEPARATOR, Field, nearest, some
-from nqf.data.stored import MAP, check_plain, joined, plain_columns, several_writes
+from nqf.data.stored import check_plain, joined, plain_columns, several_writes
 from nqf.data.text import MOST_COLUMNS, PLAIN, lines, marked_encoding, name_unnamed, open_text
 
 Columns = Mapping[str, Field | None]
@@ -291,7 +291,7 @@ def _unpacked(name: str, frame: pl.LazyFrame, field: Field | None) -> pl.Expr:
     texts = dtype == pl.String and field is not None and field.modality in ("category", "text", "image")
     # Lists of numbers and texts are what categories and vectors need.
     lists = isinstance(dtype, (pl.List, pl.Array)) and (field is None or getattr(dtype, "inner", dtype).is_nested())
-    if not texts and not lists and not isinstance(dtype, (pl.Struct, pl.Binary, pl.Duration, MAP)):
+    if not texts and not lists and not isinstance(dtype, (pl.Struct, pl.Binary, pl.Duration, pl.Map)):
         return column
     target = spooled_type(field)
 

@@ -29,8 +29,6 @@ _WRITES = (
 )
 LOGS = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 """Folders in a folder of parts that say which of them count."""
-_EXTENSION: Any = getattr(pl, "Extension", ())  # As `Map` newer than the oldest polars that will do.
-MAP: Any = getattr(pl, "Map", ())
 
 
 def plain_columns(frame: pl.LazyFrame) -> tuple[pl.LazyFrame, dict[str, str]]:
@@ -44,7 +42,7 @@ def plain_columns(frame: pl.LazyFrame) -> tuple[pl.LazyFrame, dict[str, str]]:
     """
     changed, unreadable = {}, {}
     for name, dtype in frame.collect_schema().items():
-        if isinstance(dtype, _EXTENSION):
+        if isinstance(dtype, pl.Extension):
             changed[name], problem = _plain(name, dtype)
             if problem:
                 unreadable[name] = f"column '{some([name])}' {problem}"
@@ -173,10 +171,10 @@ def _clash(name: str, types: Mapping[Path, pl.DataType]) -> str:
     for part, dtype in types.items():
         if kind := _kind(dtype):
             seen.setdefault(kind, part)
-    kinds = seen.keys() - {"texts"}
+    kinds = {kind: None for kind in seen if kind != "texts"}
     # A text can be a number, a time or a truth value; lists and objects have other texts in every library.
-    if len(kinds) > 1 or ("texts" in seen and kinds & {"lists", "objects", "durations"}):
-        (one, first), (other, second) = list(seen.items())[:2]
+    if len(kinds) > 1 or ("texts" in seen and kinds.keys() & {"lists", "objects", "durations"}):
+        (one, first), (other, second), *_ = ((kind, seen[kind]) for kind in (kinds if len(kinds) > 1 else seen))
         return (
             f"column '{some([name])}' holds {one} in {first.name} and {other} in {second.name}; write it with one type "
             "in all parts, cast before the table is written"

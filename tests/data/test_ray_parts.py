@@ -90,6 +90,12 @@ def test_kinds_are_not_mixed(one: str, other: str, tmp_path: Path) -> None:
             read_table(folder, tmp_path, {"v": None})
 
 
+def test_the_kinds_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "t", pl.Series(["x"]), pl.Series([7]), pl.Series([DAY]))
+    with pytest.raises(DataError, match=r"'v' holds numbers in 1\.parquet and times in 2\.parquet"):
+        read_table(folder, tmp_path, {"v": None})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_types_of_one_kind_are_read_together(kind: str, tmp_path: Path) -> None:
     nothing = pl.Series([None])
