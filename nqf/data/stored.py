@@ -14,14 +14,14 @@ from typing import Any
 
 import polars as pl
 
-from nqf.data.errors import DataError
+from nqf.data.errors import STRUCTURE_ERRORS, DataError
 from nqf.data.schema import some
 
 # Of Ray Data (ray.data._internal.tensor_extensions.arrow) and of Arrow
 # (https://arrow.apache.org/docs/format/CanonicalExtensions.html).
 _TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "arrow.fixed_shape_tensor")
 _RAGGED = "ray.data.arrow_variable_shaped_tensor"
-_AS_STORED = ("arrow.json", "arrow.bool8", "arrow.opaque")
+_AS_STORED = ("arrow.json", "arrow.bool8")
 # Folders and files of Ray and Spark carry a name of the write and a number of the part.
 _WRITES = (
     re.compile(r"(?P<write>.*[0-9a-f]{32})_(?P<number>\d{6}(_\d{6})?-\d+)\."),
@@ -43,7 +43,10 @@ def plain_columns(frame: pl.LazyFrame) -> tuple[pl.LazyFrame, dict[str, str]]:
     changed, unreadable = {}, {}
     for name, dtype in frame.collect_schema().items():
         if isinstance(dtype, pl.Extension):
-            changed[name], problem = _plain(name, dtype)
+            try:
+                changed[name], problem = _plain(name, dtype)
+            except (*STRUCTURE_ERRORS, ValueError):
+                changed[name], problem = pl.lit(None), f"says of its type '{dtype.ext_name()}' what cannot be read"
             if problem:
                 unreadable[name] = f"column '{some([name])}' {problem}"
         elif isinstance(dtype, (pl.Categorical, pl.Enum)):

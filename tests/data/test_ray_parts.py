@@ -61,6 +61,15 @@ def test_a_column_that_some_parts_lack_is_told(parts: Path, tmp_path: Path) -> N
     assert len(notes) == 1 and "1 of 2 parts, such as" in notes[0] and "have no column 'title'" in notes[0]
 
 
+def test_types_that_say_nonsense_of_themselves_are_refused(tmp_path: Path) -> None:
+    for metadata in ("[", "7", '{"shape": 3}', "{}", '["x", {}]', "null"):
+        name, stored = "ray.data.arrow_tensor_v2", pl.Series("v", [[1.0, 2.0]])
+        dtype = pl.Extension(name, stored.dtype, metadata)
+        stored.ext.to(dtype).to_frame().write_parquet(tmp_path / "v.parquet")
+        with pytest.raises(DataError, match=r"column 'v' (says of its type 'ray|holds arrays of)"):
+            read_table(tmp_path / "v.parquet", tmp_path, {"v": None})
+
+
 def folder_of(folder: Path, *values: pl.Series) -> Path:
     folder.mkdir()
     for number, series in enumerate(values):
