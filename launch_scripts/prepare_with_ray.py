@@ -471,13 +471,18 @@ def single(
     return items
 
 
-def prepare_folder(output: str, replace: bool) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Makes the folder, or empties one that this program made.
+def open_output(arguments: argparse.Namespace) -> tuple[pyarrow.fs.FileSystem, str, list[str]]:
+    """The folder to write, and what is in it.
 
     Raises:
-      Refused: It holds something else, or was made earlier and is not to be replaced.
+      Refused: It holds something else, was made earlier and is not to be replaced, or holds a raw table.
     """
+    output = arguments.output
     system, folder = located(output)
+    for raw in (arguments.items, arguments.events):
+        other, inside = located(raw)
+        if other.equals(system) and f"{inside}/".startswith(f"{folder.rstrip('/')}/"):
+            raise Refused(f"{output}: holds the raw table {raw}; give another folder")
     there = system.get_file_info(folder)
     if there.type == pyarrow.fs.FileType.File:
         raise Refused(f"{output}: is a file; give a folder")
@@ -486,13 +491,9 @@ def prepare_folder(output: str, replace: bool) -> tuple[pyarrow.fs.FileSystem, s
         entries = [info.base_name for info in system.get_file_info(pyarrow.fs.FileSelector(folder))]
     if entries and MARK not in entries:
         raise Refused(f"{output}: holds what this program did not make; give another folder")
-    if entries and not replace:
+    if entries and not arguments.replace:
         raise Refused(f"{output}: was made earlier; --replace makes it again")
-    for name in {"items", "events", "_unfinished"} & set(entries):
-        system.delete_dir(f"{folder}/{name}")
-    system.create_dir(folder, recursive=True)
-    note(system, folder, {"finished": None})
-    return system, folder
+    return system, folder, entries
 
 
 def note(system: pyarrow.fs.FileSystem, folder: str, tree: dict[str, Any]) -> None:
@@ -502,20 +503,23 @@ def note(system: pyarrow.fs.FileSystem, folder: str, tree: dict[str, Any]) -> No
 
 def write(tables: dict[str, ray.data.Dataset], arguments: argparse.Namespace) -> dict[str, int]:
     """Writes both tables; local folders get their names when both are whole. Returns the rows of each."""
-    system, folder = prepare_folder(arguments.output, arguments.replace)
+    system, folder, entries = open_output(arguments)
     base = arguments.output.rstrip("/") if "://" in arguments.output else folder
-    local = isinstance(system, pyarrow.fs.LocalFileSystem)
     # Stores of objects have no renaming; there the note tells that it is whole.
-    place = f"{base}/_unfinished" if local else base
+    local = isinstance(system, pyarrow.fs.LocalFileSystem)
+    for name in {"_unfinished", *([] if local else tables)} & set(entries):
+        system.delete_dir(f"{folder}/{name}")
+    system.create_dir(folder, recursive=True)
+    note(system, folder, {"finished": None})
     for name, table in tables.items():
-        table.write_parquet(f"{place}/{name}")
-    counts = {}
-    for name in tables:
-        if local:
-            system.move(f"{folder}/_unfinished/{name}", f"{folder}/{name}")
-        counts[name] = pyarrow.dataset.dataset(f"{folder}/{name}", filesystem=system).count_rows()
+        table.write_parquet(f"{base}/_unfinished/{name}" if local else f"{base}/{name}")
+    for name in tables if local else ():
+        if name in entries:
+            system.delete_dir(f"{folder}/{name}")
+        system.move(f"{folder}/_unfinished/{name}", f"{folder}/{name}")
     if local:
         system.delete_dir(f"{folder}/_unfinished")
+    counts = {name: pyarrow.dataset.dataset(f"{folder}/{name}", filesystem=system).count_rows() for name in tables}
     note(system, folder, {"finished": datetime.datetime.now(datetime.UTC).isoformat(), "rows": counts})
     return counts
 
@@ -549,6 +553,7 @@ def named(arguments: argparse.Namespace) -> dict[str, str]:
 
 def run(arguments: argparse.Namespace) -> None:
     names = named(arguments)
+    open_output(arguments)
     options = Options(
         names=names,
         per_second=UNITS[arguments.time_unit],

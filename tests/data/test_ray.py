@@ -157,6 +157,8 @@ def test_folders_of_others_are_left_alone(script: ModuleType, raw: Path, tmp_pat
     with pytest.raises(script.Refused, match="was made earlier; --replace makes it again"):
         make(script, raw, output)
     assert before == sorted(path.name for path in (output / "events").iterdir())
+    with pytest.raises(script.Refused, match="holds the raw table"):
+        make(script, raw, output, "--replace", items=output / "items")
     make(script, raw, output, "--replace")
     assert len(pl.read_parquet(output / "events")) == 400 and (output / "own.txt").read_text() == "dear"
 
