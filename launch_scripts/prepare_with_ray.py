@@ -156,10 +156,11 @@ def seconds(column: pa.Array, per_second: int) -> pa.Array:
 
 def split_number(value: str, per_second: int) -> int | None:
     """Floor of a number over `per_second`, with all its digits; None if the text is none."""
-    if not re.fullmatch(r"-?\d{1,18}(\.\d*)?", value):
+    if not re.fullmatch(r"-?\d{1,30}(\.\d*)?", value):
         return None
     whole, _, fraction = value.partition(".")
-    return (int(whole) - (value.startswith("-") and int(fraction or 0) > 0)) // per_second
+    result = (int(whole) - (value.startswith("-") and int(fraction or 0) > 0)) // per_second
+    return result if abs(result) < 2**63 else None
 
 
 def number(column: pa.Array) -> pa.Array:
@@ -348,8 +349,12 @@ def files_of(path: str) -> list[str]:
     return [f"{path.rstrip('/')}/{name[len(base) + 1 :]}" for name in names]
 
 
-def read_raw(path: str) -> ray.data.Dataset:
-    """A raw table, its rows in the order of its files."""
+def read_raw(path: str, needed: list[str]) -> ray.data.Dataset:
+    """A raw table, its rows in the order of its files.
+
+    Raises:
+      Refused: No such table, another kind, or a CSV file without a column that is needed.
+    """
     names = files_of(path)
     endings = {re.sub(r"\.gz$", "", name.lower()).rpartition(".")[2] for name in names}
     if endings <= {"jsonl", "ndjson", "json"}:
@@ -357,7 +362,11 @@ def read_raw(path: str) -> ray.data.Dataset:
         return lines.map_batches(read_lines, batch_format="pyarrow", batch_size=None)
     if endings == {"csv"}:
         # As texts: 007 is no 7, and nqf reads numbers and times of texts itself.
-        header = dict.fromkeys((column for name in names for column in header_of(name)), pa.string())
+        headers = {name: header_of(name) for name in names}
+        for name, found in headers.items():
+            # Ray fills such a column with nulls.
+            check_columns(name, needed, found)
+        header = dict.fromkeys((column for found in headers.values() for column in found), pa.string())
         return ray.data.read_csv(
             names,
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
@@ -374,6 +383,14 @@ def header_of(name: str) -> list[str]:
         return rows.schema.names
 
 
+def check_columns(path: str, needed: list[str], found: list[str]) -> None:
+    if lacking := [name for name in needed if name not in found]:
+        raise Refused(
+            f"{path}: no column {', '.join(lacking)} in some or all of it; there is {', '.join(found)}; name the "
+            "columns that are meant with --columns, as user=buyer"
+        )
+
+
 def tally(path: str, raw: ray.data.Dataset, count: Callable, needed: list[str], options: Options) -> dict[str, Any]:
     """What there is in a whole table.
 
@@ -387,13 +404,8 @@ def tally(path: str, raw: ray.data.Dataset, count: Callable, needed: list[str], 
         raise Refused(f"{path}: there is no row in it")
     if found := [batch["unreadable"][BROKEN] for batch in batches if BROKEN in batch["unreadable"]]:
         raise Refused(f"{path}: {sum(count for count, _ in found)} lines are no JSON objects, such as {found[0][1]}")
-    found = set.intersection(*(set(batch["columns"]) for batch in batches))
-    every = list(dict.fromkeys(name for batch in batches for name in batch["columns"]))
-    if lacking := [name for name in needed if name not in found]:
-        raise Refused(
-            f"{path}: no column {', '.join(lacking)} in some or all of it; it has {', '.join(every)}; name the columns "
-            "that are meant with --columns, as user=buyer"
-        )
+    for batch in batches:
+        check_columns(path, needed, batch["columns"])
     for batch in batches:
         for name, (_, example) in batch["unreadable"].items():
             total = sum(other["unreadable"].get(name, [0])[0] for other in batches)
@@ -560,9 +572,9 @@ def run(arguments: argparse.Namespace) -> None:
         text=frozenset(arguments.text),
         keep=frozenset(arguments.keep),
     )
-    raw_items, raw_events = read_raw(arguments.items), read_raw(arguments.events)
     given = [entry.partition("=")[0] for entry in arguments.columns]
     needed = [names[role] for role in EVENTS if role in ("user", "item") or role in given]
+    raw_items, raw_events = read_raw(arguments.items, [names["id"]]), read_raw(arguments.events, needed)
     found_items = tally(arguments.items, raw_items, tally_items, [names["id"]], options)
     found_events = tally(arguments.events, raw_events, tally_events, needed, options)
     check_ids(arguments.items, found_items, arguments.drop_missing_ids)

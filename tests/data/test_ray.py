@@ -166,7 +166,7 @@ def test_folders_of_others_are_left_alone(script: ModuleType, raw: Path, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("sku,", r"no column sku in some or all of it; it has buyer, .* --columns"),
+        ("sku,", r"part-0\.csv: no column sku in some or all of it; there is buyer, .* --columns"),
         (",1690000000,", r"1 values of timestamp cannot be read, such as 'soon'"),
         ("000,000,", r"1 rows have no user_id; fix them, or leave them out with --drop-missing-ids"),
         (",1,", r"1 values of rating cannot be read, such as 'bad'"),

@@ -12,6 +12,7 @@ from ray_folders import READ, REFUSED, ROWS, read
 
 from nqf.data.errors import DataError
 from nqf.data.readers import open_table, read_table
+from nqf.tools import data as command
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,12 @@ def test_a_column_that_some_parts_lack_is_told(parts: Path, tmp_path: Path) -> N
     rows, notes = read(parts / "lacking", {"title": "text"}, tmp_path)
     assert rows == [("1", "a"), ("2", None)]
     assert len(notes) == 1 and "1 of 2 parts, such as" in notes[0] and "have no column 'title'" in notes[0]
+
+
+def test_a_schema_is_made_of_the_other_columns(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["inspect", str(parts / "objects")])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "title: text n: number" in printed and "it is not read" in printed
 
 
 def test_types_that_say_nonsense_of_themselves_are_refused(tmp_path: Path) -> None:
