@@ -23,6 +23,7 @@ from nqf.config import DATA_PATHS, DataConfig
 from nqf.data.errors import DataError
 from nqf.data.readers import is_part
 from nqf.data.recbole import benchmark_names
+from nqf.data.stored import LOGS
 from nqf.data.unirec import test_name
 
 _LOG = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def _look(system: Any, path: str, kind: str) -> list[_Part]:
         # Some stores keep an empty object of a folder's own name in it.
         entries = [entry for entry in system.ls(path, detail=True) if entry["name"].strip("/") != path.strip("/")]
         parts = [_part(f"{name}/{_name(entry['name'])}", entry["name"], entry) for entry in entries]
-        parts = [part for part in parts if is_part(_name(part.path))]
+        parts = [part for part in parts if is_part(_name(part.path)) or _name(part.path) in LOGS]
         return [_part(name, path, entry), *sorted(parts, key=lambda part: part.name)]
     found, (head, _, tail) = [_part(name, path, entry)], path.rpartition(name)
     for other in [*benchmark_names(name), *([test_name(name)] if kind in ("", "unirec") else [])]:

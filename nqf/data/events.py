@@ -33,7 +33,7 @@ def write_interactions(
       table: Columns user_id, item_id, timestamp, rating and review.
       item_ids: String, the id of every item row.
       config: What to do with what cannot be used.
-      folder: Written: `TABLE`, its arrays and, if users have fewer than `data.min_interactions` events, theirs in `SHORT`.
+      folder: Written: `TABLE`, its arrays and, if users have fewer than `data.min_interactions` events, `SHORT`.
       scratch: For files on the way.
       where: The tables of the interactions and of the items, named in errors.
 

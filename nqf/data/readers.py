@@ -19,6 +19,7 @@ from nqf.data.errors import DataError
 from nqf.data.nested import Parted, parse_json, parse_python, plain, unpacked
 from nqf.data.parquet import checked
 from nqf.data.schema import USUAL_SEPARATOR, Field, nearest, some
+from nqf.data.stored import check_plain, joined, plain_columns, several_writes
 from nqf.data.text import MOST_COLUMNS, PLAIN, lines, marked_encoding, name_unnamed, open_text
 
 Columns = Mapping[str, Field | None]
@@ -44,6 +45,7 @@ class Table:
       notes: What was guessed or left out, in words; complete when the rows were read.
       parquet: The rows as a scan, where the file has types of its own.
       sequences: Columns that are taken apart at blanks, RecBole's way.
+      unreadable: Why a column cannot be read, by its name; in `rows` and `parquet` it is null.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Table:
     notes: list[str]
     parquet: pl.LazyFrame | None = None
     sequences: frozenset[str] = frozenset()
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read(self, columns: Columns, scratch: Path, optional: Collection[str] = ()) -> pl.LazyFrame:
         """Some columns as a lazy frame. Texts stay texts: an id such as 007 is what it is.
@@ -67,6 +70,8 @@ class Table:
         for name in columns:
             if name not in self.names and name not in optional:
                 raise DataError(f"{self.path}: no column '{some([name])}'{nearest(name, self.names)}")
+            if name in self.unreadable:
+                raise DataError(f"{self.path}: {self.unreadable[name]}")
         there = [name for name in columns if name in self.names]
         if self.parquet is None:
             return spool(self._noting_commas(self.rows(there), there, columns), columns, scratch, there)
@@ -129,7 +134,10 @@ def open_table(path: Path, dialect: DialectConfig = PLAIN, kind: str | None = No
       DataError: No such file, unknown kind, not readable, or a duplicate column.
     """
     if path.is_dir():
-        return join(path, [open_table(part, dialect, kind_of(path)) for part in parts_of(path)])
+        parts = parts_of(path)
+        table = join(path, [open_table(part, dialect, kind_of(path)) for part in parts])
+        table.notes[:0] = several_writes(path, [part.name for part in parts])
+        return table
     if not path.is_file():
         raise _absent(path)
     kind = kind or kind_of(path)
@@ -161,7 +169,9 @@ def parts_of(folder: Path) -> list[Path]:
     """The files of a folder that Spark, pandas or polars wrote, without their notes (`is_part`); of a file itself."""
     if not folder.is_dir():
         return [folder]
-    entries = sorted(entry for entry in folder.iterdir() if is_part(entry.name))
+    entries = sorted(folder.iterdir())
+    check_plain(folder, [entry.name for entry in entries])
+    entries = [entry for entry in entries if is_part(entry.name)]
     if inner := [entry for entry in entries if entry.is_dir()]:
         raise DataError(
             f"{folder}: has folders in it, such as {some([inner[0].name])}; columns that are names of folders are not "
@@ -189,15 +199,14 @@ def join(path: Path, tables: Sequence[Table]) -> Table:
         if set(table.names) != set(tables[0].names) and kind_of(table.path) in (*TEXTS, ".xlsx"):
             other = sorted(set(table.names) ^ set(tables[0].names))
             raise DataError(f"{table.path}: other columns than {tables[0].path.name}: {some(other)}")
-    scans = [table.parquet for table in tables if table.parquet is not None]
-    frame = None
-    if scans:
-        try:
-            frame = pl.concat(scans, how="diagonal_relaxed")
-            frame.collect_schema()
-        except pl.exceptions.PolarsError as error:
-            raise DataError(f"{path}: its parts do not fit together: {str(error)[:300]}") from error
     notes = [note for table in tables for note in table.notes]
+    scans = {table.path: table.parquet for table in tables if table.parquet is not None}
+    frame, unreadable = None, {}
+    if scans:
+        frame, strange, unreadable = joined(path, scans)
+        notes += [*strange, *(f"{path}: {problem}; it is not read" for problem in unreadable.values())]
+    for table in tables:
+        unreadable |= table.unreadable
 
     def rows(wanted: Sequence[str]) -> Rows:
         for table in tables:
@@ -208,7 +217,9 @@ def join(path: Path, tables: Sequence[Table]) -> Table:
             notes.extend(table.notes[known:])
 
     sequences = tables[0].sequences
-    return Table(path=path, names=names, rows=rows, notes=notes, parquet=frame, sequences=sequences)
+    return Table(
+        path=path, names=names, rows=rows, notes=notes, parquet=frame, sequences=sequences, unreadable=unreadable
+    )
 
 
 def _open_text(path: Path, dialect: DialectConfig, kind: str) -> Table:
@@ -255,6 +266,7 @@ def _open_parquet(path: Path) -> Table:
     try:
         frame = pl.scan_parquet(checked(path), glob=False)
         names = frame.collect_schema().names()
+        frame, unreadable = plain_columns(frame)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet: {str(error)[:300]}") from error
 
@@ -269,18 +281,17 @@ def _open_parquet(path: Path) -> Table:
                 return
             yield from batch.iter_rows()
 
-    return Table(path=path, names=names, rows=rows, notes=[], parquet=frame)
+    notes = [f"{path}: {problem}; it is not read" for problem in unreadable.values()]
+    return Table(path=path, names=names, rows=rows, notes=notes, parquet=frame, unreadable=unreadable)
 
 
 def _unpacked(name: str, frame: pl.LazyFrame, field: Field | None) -> pl.Expr:
     """A column of a Parquet file, with what `plain` makes of texts that hold lists, of objects and of bytes."""
     dtype, column = frame.collect_schema()[name], pl.col(name)
-    if isinstance(dtype, (pl.Categorical, pl.Enum)):
-        dtype, column = pl.String(), column.cast(pl.String)
     texts = dtype == pl.String and field is not None and field.modality in ("category", "text", "image")
     # Lists of numbers and texts are what categories and vectors need.
     lists = isinstance(dtype, (pl.List, pl.Array)) and (field is None or getattr(dtype, "inner", dtype).is_nested())
-    if not texts and not lists and not isinstance(dtype, (pl.Struct, pl.Binary, pl.Duration)):
+    if not texts and not lists and not isinstance(dtype, (pl.Struct, pl.Binary, pl.Duration, pl.Map)):
         return column
     target = spooled_type(field)
 

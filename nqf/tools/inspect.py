@@ -146,7 +146,7 @@ def open_items(source: Source, scratch: Path) -> pl.LazyFrame:
         return amazon.read_items(table.path, scratch, fields, source.dialect)
     if source.format == "unirec":
         return unirec.read_items(table.path, scratch, fields)
-    return table.read(fields, scratch)
+    return table.read({name: field for name, field in fields.items() if name not in table.unreadable}, scratch)
 
 
 def _listed(values: Sequence[Any]) -> bool:
