@@ -44,7 +44,9 @@ def write_interactions(
       DataError: Missing ids, unreadable times, bad values or unknown items, where the configuration refuses them, or
         nothing is left.
     """
-    draft = scratch / "canonical-events.parquet"
+    scratch = scratch / "ordering"
+    scratch.mkdir()
+    draft = scratch / "canonical.parquet"
     report = _write_readable(table, draft, config, where[0])
     known = pl.DataFrame({"item_id": item_ids, "item": pl.arange(len(item_ids), eager=True, dtype=pl.Int32)})
     _check_items(draft, known, config, report, where)
