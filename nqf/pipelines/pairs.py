@@ -16,7 +16,7 @@ class PairSource:
     """Where pairs are drawn from.
 
     Attributes:
-      users: int64 [pairs].
+      users: int32 [pairs].
       anchors: int32 [pairs].
       positives: int32 [pairs].
       trainable: int32, items that may be trained on.
@@ -67,17 +67,16 @@ def pair_source(interactions: Interactions, split: Split, items: int, held_out: 
       held_out: bool [items]; these and items without a training event are never trained on.
     """
     allowed = ~(held_out | split.cold)
-    users = np.repeat(np.arange(len(interactions.user_ids)), np.diff(interactions.offsets))
-    order = np.flatnonzero(split.train)
-    left, right = order[:-1], order[1:]
-    anchors, positives = interactions.items[left], interactions.items[right]
-    keep = (users[left] == users[right]) & allowed[anchors] & allowed[positives] & (anchors != positives)
+    users = np.repeat(np.arange(len(interactions.user_ids), dtype=np.int32), np.diff(interactions.offsets))
+    users, trained = users[split.train], interactions.items[split.train]
+    anchors, positives = trained[:-1], trained[1:]
+    keep = (users[:-1] == users[1:]) & allowed[anchors] & allowed[positives] & (anchors != positives)
     return PairSource(
-        users=users[left][keep],
+        users=users[:-1][keep],
         anchors=anchors[keep],
         positives=positives[keep],
         trainable=np.flatnonzero(allowed).astype(np.int32),
-        owned=np.unique(users[order] * items + interactions.items[order]),
+        owned=np.unique(users.astype(np.int64) * items + trained),
         items=items,
     )
 
