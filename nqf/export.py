@@ -164,7 +164,7 @@ def export_backbone(run_folder: Path, format: Literal["peft", "huggingface"], fo
             "use --format huggingface"
         )
     require(run, "joint")
-    trained = load_joint(run)
+    trained = load_joint(run, before=run.dataset.split.test)
     joint, variables, tokenizer = trained.parts, trained.variables, trained.parts.tokenizer
     assert tokenizer is not None, "the joint stage has a tokenizer"
     # Golden vectors are those of float32, which every other implementation can be held to.

@@ -149,7 +149,7 @@ class Recommender:
             trained, score, memory = load_scored(opened)
             recommender = cls(opened, trained, stage, score, memory)
         else:
-            recommender = cls(opened, load_users(opened), stage)
+            recommender = cls(opened, load_users(opened, before=opened.dataset.split.test), stage)
         changed = overlay.read_overlay(opened.folder / "items", opened.dataset.catalogue, opened.cache)
         recommender._put(changed.frame, changed.encoded)
         recommender._remove(changed.removed)

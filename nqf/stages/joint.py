@@ -104,7 +104,14 @@ def catalogue_tokenizer(run: Run) -> Tokenizer:
     return train_byte_bpe(texts(), run.config.joint.backbone.vocabulary)
 
 
-def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False, mesh: Mesh | None = None) -> RankParts:
+def joint_parts(
+    run: Run,
+    *,
+    abstract: bool = False,
+    trained: bool = False,
+    mesh: Mesh | None = None,
+    before: Cases | None = None,
+) -> RankParts:
     """The rank model with its language model.
 
     Args:
@@ -113,6 +120,7 @@ def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False, mesh
         small Qwen3 is trained, not read.
       trained: The stage has finished, so the tokens are those of the Item Q-Former that learned in it, if it did.
       mesh: Where a pretrained base is read to, each part straight to its devices; the default device if None.
+      before: As in `Run.tables`.
     """
     stage, dtype = run.config.joint, run.dtype
     backbone, frozen = stage.backbone, {}
@@ -134,7 +142,7 @@ def joint_parts(run: Run, *, abstract: bool = False, trained: bool = False, mesh
         tables = run.abstract_tables(stage.prompt.title_tokens)
     else:
         tokens = TOKENS if trained and stage.train_item_qformer else "tokens"
-        tables = run.tables(run.folder / tokens, titles=title_ids(run, tokenizer))
+        tables = run.tables(run.folder / tokens, titles=title_ids(run, tokenizer), before=before)
     reader = reader_of(stage, qwen3)
     prompts = run.config.evaluation.batch_size * stage.prompt.history_items
     return RankParts(
@@ -339,16 +347,19 @@ def keep_tokenizer(run: Run) -> None:
     barrier("tokenizer")
 
 
-def load_joint(run: Run, *, text_weight: float = 0.0, new_item_weight: float | None = None) -> Trained:
+def load_joint(
+    run: Run, *, text_weight: float = 0.0, new_item_weight: float | None = None, before: Cases | None = None
+) -> Trained:
     """The trained joint model.
 
     Args:
       run: The run.
+      before: As in `Run.tables`.
       text_weight: What the frozen similarity counts beyond what was learned (`nqf.stages.score`).
       new_item_weight: Factor of the frozen similarity of items that training never saw; None for the configuration's.
     """
     check_files(run.folder, "joint")
-    parts = joint_parts(run, trained=True)
+    parts = joint_parts(run, trained=True, before=before)
     module = parts.module.clone(text_weight=text_weight)
     if new_item_weight is not None:
         module = module.clone(new_item_weight=new_item_weight)
@@ -365,7 +376,7 @@ def load_joint(run: Run, *, text_weight: float = 0.0, new_item_weight: float | N
 
 def joint_vectors(run: Run, cases: Cases, shares: Shares = ALONE) -> tuple[np.ndarray, np.ndarray]:
     """User and item vectors of the trained joint model, without what counts and texts add (`nqf.stages.score`)."""
-    trained = load_joint(run)
+    trained = load_joint(run, before=cases)
     return case_vectors(run, "joint", trained.ranker, trained.variables, cases, shares)
 
 

@@ -17,6 +17,8 @@ from nqf import files
 from nqf.config import Config, load_config
 from nqf.data.errors import NPY_ERRORS
 from nqf.data.load import Dataset, open_dataset
+from nqf.data.splits import Cases
+from nqf.evaluation.baselines import known_events
 from nqf.fields.cache import CANDIDATE, FieldCache, open_cache
 from nqf.fields.whitening import Whitening, field_features, load_whitenings
 from nqf.interop.encoders import encoder_factories
@@ -120,18 +122,16 @@ class Run:
             return np.zeros((len(fields[names[0]][1]), 0), np.float16)
         return field_features(self.whitenings, {name: fields[name] for name in names})
 
-    @functools.cached_property
-    def neighbors(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `find_neighbors` finds in the training events."""
-        split = self.dataset.split
-        return find_neighbors(self.dataset.interactions, split.train, len(split.cold))
-
-    def tables(self, tokens_folder: Path, titles: np.ndarray | None = None) -> ItemTables:
+    def tables(
+        self, tokens_folder: Path, titles: np.ndarray | None = None, *, before: Cases | None = None
+    ) -> ItemTables:
         """Host tables of the whole catalogue.
 
         Args:
           tokens_folder: Folder with tokens.npy and vectors.npy.
           titles: Token ids of the titles, int32 [I, S]; default none.
+          before: Neighbors are those of the events that are known before these cases (`known_events`); by default those
+            of the training events.
         """
         # Of the joint stage, whoever restores its checkpoint checks the files; while it trains, there is no record.
         check_files(self.folder, "tokens")
@@ -147,7 +147,9 @@ class Run:
             features = np.concatenate(chunks)
             fields = features if "fields" in sources else fields
             if "neighbors" in sources:
-                neighbors = neighbor_features(features, *self.neighbors)
+                interactions, split = self.dataset.interactions, self.dataset.split
+                counted = split.train if before is None else known_events(interactions, split, before)
+                neighbors = neighbor_features(features, *find_neighbors(interactions, counted, items))
         return ItemTables(
             tokens=_mapped(tokens_folder / "tokens.npy"),
             vectors=_mapped(tokens_folder / "vectors.npy"),

@@ -165,13 +165,13 @@ def load_scored(run: Run) -> tuple[Trained, Score, Cooccurrence | None]:
     """
     score = score_of(run)
     memory = memory_of(run, run.dataset.split.test, score.counting) if score.cooccurrence else None
-    return load_with_text(run, score), score, memory
+    return load_with_text(run, score, run.dataset.split.test), score, memory
 
 
-def load_with_text(run: Run, score: Score) -> Trained:
-    """The joint model with what texts weigh in a score."""
+def load_with_text(run: Run, score: Score, before: Cases) -> Trained:
+    """The joint model with what texts weigh in a score, as it is before some cases."""
     weight = score.new_item_weight(run.config.evaluation.new_item_weight)
-    return load_joint(run, text_weight=score.text, new_item_weight=weight)
+    return load_joint(run, text_weight=score.text, new_item_weight=weight, before=before)
 
 
 def read_text(run: Run) -> np.ndarray:

@@ -33,9 +33,9 @@ from nqf.stages.stage import TRAINED, Stage
 from nqf.training.program import LossFn, Program
 
 
-def user_parts(run: Run, abstract: bool = False) -> RankParts:
-    """The rank model without a language model."""
-    tables = run.abstract_tables() if abstract else run.tables(run.folder / "tokens")
+def user_parts(run: Run, abstract: bool = False, *, before: Cases | None = None) -> RankParts:
+    """The rank model without a language model; `before` is that of `Run.tables`."""
+    tables = run.abstract_tables() if abstract else run.tables(run.folder / "tokens", before=before)
     return RankParts(
         module=rank_module(run.config, tables, run.dtype), tables=tables, max_history=run.config.user.max_history
     )
@@ -118,9 +118,9 @@ def user_program(run: Run, abstract: bool = False) -> Program:
     )
 
 
-def load_users(run: Run) -> Trained:
-    """The trained user model."""
-    parts = user_parts(run)
+def load_users(run: Run, *, before: Cases | None = None) -> Trained:
+    """The trained user model; `before` is that of `Run.tables`."""
+    parts = user_parts(run, before=before)
     params = restore_best(run.folder, "user", lambda: init_user(run, parts))
     return Trained(
         parts=parts,
@@ -132,7 +132,7 @@ def load_users(run: Run) -> Trained:
 
 def user_vectors(run: Run, cases: Cases, shares: Shares = ALONE) -> tuple[Any, Any]:
     """User and item vectors of the trained user model."""
-    trained = load_users(run)
+    trained = load_users(run, before=cases)
     return case_vectors(run, "user", trained.ranker, trained.variables, cases, shares)
 
 

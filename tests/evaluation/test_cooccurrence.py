@@ -182,7 +182,7 @@ def test_texts_that_are_added_count_alike_for_known_and_new_items(tiny_run: Path
     run = open_run(tiny_run)
     cases, width = run.dataset.split.test, run.config.candidates.width
     assert run.dataset.split.cold.any()
-    trained = load_with_text(run, score)
+    trained = load_with_text(run, score, cases)
     expected = case_vectors(run, "joint", trained.ranker, trained.variables, cases)
     for found, same in zip(with_text(run, joint_vectors(run, cases), score), expected, strict=True):
         np.testing.assert_allclose(found, same, atol=2e-5)

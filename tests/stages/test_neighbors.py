@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nqf import Recommender
 from nqf.data.interactions import Interactions
+from nqf.evaluation.baselines import known_events
 from nqf.evaluation.cooccurrence import Counting, count_pairs
 from nqf.stages.neighbors import COUNT, find_neighbors, neighbor_features
 from nqf.stages.run import open_run
@@ -57,18 +58,30 @@ def test_features_are_means_and_zero_without_neighbors() -> None:
 def test_what_is_to_be_predicted_is_no_neighbor(tiny_run: Path) -> None:
     run = open_run(tiny_run)
     split, events = run.dataset.split, run.dataset.interactions
-    items = len(split.cold)
-    alone = interactions([events.items[a:b][split.train[a:b]].tolist() for a, b in zip(events.offsets, events.offsets[1:], strict=False)])  # fmt: skip # noqa: E501
-    alone = Interactions(**{**vars(alone), "times": events.times[split.train]})
-    neighbors, weights = find_neighbors(alone, np.ones(len(alone.items), bool), items)
-    np.testing.assert_array_equal(run.neighbors[0], neighbors)
-    np.testing.assert_array_equal(run.neighbors[1], weights)
-    assert (run.neighbors[0][split.cold] < 0).all()
+    items, tokens = len(split.cold), run.folder / "tokens"
+    # A model that is tried knows what happened before, as counts do; one that is trained or chosen does not.
+    known = split.train.copy()
+    known[split.valid.cuts[~split.cold[events.items[split.valid.cuts]]]] = True
+    found = []
+    for before, counted in ((None, split.train), (split.valid, split.train), (split.test, known)):
+        users = zip(events.offsets, events.offsets[1:], strict=False)
+        alone = interactions([events.items[a:b][counted[a:b]].tolist() for a, b in users])
+        alone = Interactions(**{**vars(alone), "times": events.times[counted]})
+        neighbors, weights = find_neighbors(alone, np.ones(len(alone.items), bool), items)
+        tables = run.tables(tokens, before=before)
+        np.testing.assert_array_equal(tables.neighbors, neighbor_features(tables.fields, neighbors, weights))
+        assert (neighbors[split.cold] < 0).all()
+        found.append(tables.neighbors)
+    assert not known[split.test.cuts].any() and (found[2] != found[0]).any()
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_new_items_have_none_and_known_ones_keep_theirs(tiny_run: Path) -> None:
     rec = Recommender.load(tiny_run)
-    known, own = rec.items(rec.item_ids[:70]), open_run(tiny_run).neighbors[0][:, 0] >= 0
+    dataset = open_run(tiny_run).dataset
+    counted = known_events(dataset.interactions, dataset.split, dataset.split.test)
+    known = rec.items(rec.item_ids[:70])
+    own = find_neighbors(dataset.interactions, counted, len(dataset.split.cold))[0][:, 0] >= 0
     titles = zip(known["title"], known["price"], strict=True)
     rec.add_items(
         [{"item_id": f"new-{row}", "title": title, "price": price} for row, (title, price) in enumerate(titles)]

@@ -38,13 +38,13 @@ def sample_users(run: Run, results: Results, count: int) -> tuple[list[User], di
         run.console.print(f"no sample users: stage '{model}' has changed since: {reason}", markup=False)
         return [], {}
     score = score_of(run) if model == "joint" else Score()
-    trained = load_with_text(run, score) if model == "joint" else load_users(run)
+    cases = run.dataset.split.test if results.split == "test" else run.dataset.split.valid
+    trained = load_with_text(run, score, cases) if model == "joint" else load_users(run, before=cases)
     ranker, variables = trained.ranker, trained.variables
     item_vectors = ranker.item_vectors(variables)
 
     which = _draw(ranks[model], results.frame["cold"].to_numpy(), count)
     interactions = run.dataset.interactions
-    cases = run.dataset.split.test if results.split == "test" else run.dataset.split.valid
     # The rows of the results are those of the cases that were ranked.
     cases = cases[rankable(interactions, cases, repeats=results.repeats or results.repeated is None)]
     vectors = ranker.encode_cases(variables, interactions, run.features, cases, which)
