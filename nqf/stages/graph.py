@@ -32,7 +32,7 @@ from nqf.stages.artifacts import (
 from nqf.stages.fields import FIELDS, assist_fields
 from nqf.stages.item import ITEM
 from nqf.stages.joint import JOINT
-from nqf.stages.records import StageError, check_files, read_artifact, read_record
+from nqf.stages.records import RECORD, StageError, check_files, read_artifact, read_record
 from nqf.stages.run import Run
 from nqf.stages.sasrec import SASREC
 from nqf.stages.score import COUNTS, SCORE
@@ -155,13 +155,18 @@ def run_stage(run: Run, name: str, *, restart: bool = False) -> bool:
     if not restart:
         _refuse_other_settings(run.config, run.folder, stage)
     run.console.print(f"[bold]{name}[/bold]  running: {reason}", highlight=False, markup=True)
-    parts = parts_of(run.config, stage, run.folder)
+    parts, finished = parts_of(run.config, stage, run.folder), read_record(run.folder / name)
     if is_primary():
         _make_room(run, stage, restart)
         files.write_json(run.folder / name / STARTED, started(parts) | {"versions": versions()})
     barrier(f"{name} begins")
     begun = time.perf_counter()
-    result = _make(run, stage)
+    try:
+        result = _make(run, stage)
+    except Exception:
+        if finished and not stage.after and is_primary():
+            _put_back(run, stage, finished)
+        raise
     result["wall_seconds"] = round(time.perf_counter() - begun, 1)
     result["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if is_primary():
@@ -274,6 +279,13 @@ def _make_room(run: Run, stage: Stage, restart: bool) -> None:
         why = "--restart" if restart else "; ".join(differing or []) or "it left no record of its settings"
         run.console.print(f"[bold]{stage.name}[/bold]  discarding an earlier start: {why}", highlight=False)
     folders.remove_stage(folder, stage.writes)
+
+
+def _put_back(run: Run, stage: Stage, record: dict[str, Any]) -> None:
+    """Gives a stage that works in place its record back where it failed before it replaced anything."""
+    digests = record.get("files") or {}
+    if all((run.folder / name).is_file() and files.sha256(run.folder / name) == sha for name, sha in digests.items()):
+        files.write_json(run.folder / stage.name / RECORD, record)
 
 
 def _say_versions(run: Run, name: str) -> None:

@@ -207,6 +207,28 @@ def test_crash_leaves_nothing_that_looks_finished(graph: Graph, stage: str, reco
     )
 
 
+def test_tables_that_cannot_be_read_leave_the_finished_stage(graph: Graph, tmp_path: Path) -> None:
+    graph.train(CONFIG)
+    (graph.folder / "data").mkdir()
+    (graph.folder / "data" / "items.parquet").write_text("made")
+    record = graph.folder / "fields" / "stage.json"
+    tree = json.loads(record.read_text())
+    tree = {key: value for key, value in tree.items() if key != "sha256"}
+    tree["files"] = {"data/items.parquet": artifacts.files.sha256(graph.folder / "data" / "items.parquet")}
+    write_json(record, tree)
+    graph.crash = "fields"
+    with pytest.raises(Crash):
+        graph.train(changed(CONFIG, "data.items", str(tmp_path / "gone.csv")))
+    graph.crash = ""
+    assert graph.train(CONFIG) == []
+    # What was replaced before it failed is no more what the record says.
+    (graph.folder / "data" / "items.parquet").write_text("something else")
+    graph.crash = "fields"
+    with pytest.raises(Crash):
+        graph.train(changed(CONFIG, "data.items", str(tmp_path / "gone.csv")))
+    assert not record.exists()
+
+
 def test_crash_while_rebuilding_a_finished_stage(graph: Graph) -> None:
     graph.train(CONFIG)
     other = changed(CONFIG, "user.optim.epochs", 3)
