@@ -23,7 +23,7 @@ class TrainArguments(Config):
     Attributes:
       config: YAML file or name of a shipped configuration; without it, the configuration that the run folder holds.
       stage: What to run: one stage, or `all` that are missing or stale, followed by the evaluation.
-      run: Run folder, or its address (`gs://`, `s3://`, ...); `runs/<name>` by default.
+      run: Run folder or its address.
       assist: Train nothing; encode values for another `nqf train` of this run.
       restart: Start again the stages that were cut off, instead of resuming from their checkpoints.
       plan: Print each training stage's parameters, memory and largest batch; train nothing.

@@ -314,6 +314,7 @@ def copy_of(run: Path, tmp_path: Path) -> Path:
 REPORT = "import os, resource, signal, sys; from nqf.cli import guard; from nqf.report import main\n"
 
 
+@pytest.mark.ci
 def test_a_kill_leaves_the_old_page(tiny_run: Path, tmp_path: Path, record: Callable[..., None]) -> None:
     """At the worst moment: the new page is written and not yet in its place."""
     run = copy_of(tiny_run, tmp_path)

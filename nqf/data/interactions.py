@@ -140,10 +140,11 @@ def open_interactions(folder: Path) -> Interactions:
     table, users = checked(folder / TABLE), folder / USERS
     if not users.is_file():
         return load_interactions(table)
+    # Mapped so that a change stays in memory, as of any other array.
     return Interactions(
         user_ids=pl.read_parquet(checked(users), glob=False)["user_id"].to_list(),
         offsets=np.load(array_path(folder, "offsets"), allow_pickle=False),
-        **{name: np.load(array_path(folder, name), mmap_mode="r", allow_pickle=False) for name in MAPPED},
+        **{name: np.load(array_path(folder, name), mmap_mode="c", allow_pickle=False) for name in MAPPED},
         reviews=StoredReviews(table) if "review" in pl.read_parquet_schema(table) else None,
     )
 

@@ -287,6 +287,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "encoder_factories", lambda config: factories())
 
 
+@pytest.mark.ci
 def test_the_stage_with_assistants_is_the_stage_without(
     slow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -414,6 +414,7 @@ _LATER = st.sampled_from(
 )
 
 
+@pytest.mark.ci
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     written=_WRITTEN,

@@ -576,6 +576,7 @@ def folders(draw: st.DrawFn) -> tuple[str, Callable[[Path], None], bool]:
     return family, build, bool(unknown and unknown[1])
 
 
+@pytest.mark.ci
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=folders())
 def test_any_combination_equals_the_original_or_is_refused(

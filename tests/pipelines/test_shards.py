@@ -113,6 +113,7 @@ def test_uneven_slices_are_refused(run: Run) -> None:
         pairs(run, shard=(0, 5))
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_iteration_starts_anywhere_and_workers_change_nothing(run: Run) -> None:
     data = pairs(run)

@@ -59,6 +59,7 @@ def test_items_add(tiny_run: Path, tmp_path: Path, limit: int, kind: str, record
     )
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_recommend_all(tiny_run: Path, tmp_path: Path, record: Callable[..., None]) -> None:
     target = tmp_path / "out" / "all.parquet"

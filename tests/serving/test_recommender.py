@@ -355,6 +355,7 @@ def test_a_long_life(changing: Recommender, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(changing.item_ids) == 240 + 240
 
 
+@pytest.mark.ci
 def test_concurrent_calls_are_equal(changing: Recommender) -> None:
     histories = [changing.item_ids[start : start + 1 + start % 9] for start in range(50)]
     alone = [changing.recommend(history=history, k=5) for history in histories]

@@ -180,6 +180,7 @@ def test_concurrent_requests_share_batches(client: TestClient, service: Service)
             assert one.json() == other.json()
 
 
+@pytest.mark.ci
 def test_items_change_and_the_run_is_loaded_again(client: TestClient, service: Service, run: Path) -> None:
     ids = service.recommender.item_ids
     assert post(client, "/v1/items", items=[{"item_id": "new", "title": "Walnut desk", "price": 4.5}])["items"] == 241

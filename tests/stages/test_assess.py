@@ -11,6 +11,7 @@ from nqf.stages.records import StageError
 from nqf.stages.run import open_run
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_results_lie_by_split_protocol_and_trial(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -128,6 +128,7 @@ def test_any_number_of_processes_rank_the_same(workers: int, tmp_path: Path) -> 
     assert len(list((tmp_path / "parts").glob("ranks-scores-*.npz"))) > 2
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_processes_share_the_models_too(tiny_run: Path, run: Run, whole: tuple[bytes, dict], tmp_path: Path) -> None:
     runs, cards = [run, open_run(run.folder, run.console)], []
@@ -137,6 +138,7 @@ def test_processes_share_the_models_too(tiny_run: Path, run: Run, whole: tuple[b
     assert len(list((tmp_path / "parts").glob("users-joint-*.npz"))) > 2
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_killed_process_costs_its_part(run: Run, whole: tuple[bytes, dict], tmp_path: Path) -> None:
     parts = tmp_path / "parts"

@@ -50,6 +50,7 @@ def small() -> Config:
     return dataclasses.replace(config, baselines=dataclasses.replace(config.baselines, sasrec=False))
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_shop_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     items, events = shop()

@@ -90,6 +90,7 @@ def damage(folder: Path, rng: random.Random) -> str:
     return f"{kind} {path.relative_to(folder)}"
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_checkpoint_is_refused_or_harmless(
