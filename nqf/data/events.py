@@ -17,7 +17,7 @@ import polars as pl
 from nqf.config import DataConfig
 from nqf.data.catalogue import BAD, canonical, missing_ids, plain_ids, resolve
 from nqf.data.errors import DataError
-from nqf.data.interactions import MAPPED, SHORT, TABLE, USERS, array_path, from_frame, open_interactions
+from nqf.data.interactions import MAPPED, SHORT, TABLE, USERS, Interactions, array_path, from_frame, open_interactions
 from nqf.data.schema import Field, Schema
 
 # Events that are read at a time; events, and bytes of their reviews, that are put in order at a time.
@@ -26,7 +26,7 @@ _PIECE, _SHARE, _SHARE_BYTES = 500_000, 2_000_000, 2**27
 
 def write_interactions(
     table: pl.LazyFrame, item_ids: pl.Series, config: DataConfig, *, folder: Path, scratch: Path, where: tuple[str, str]
-) -> dict[str, Any]:
+) -> tuple[Interactions, dict[str, Any]]:
     """Reads, checks, counts and puts in order the events of a table; `open_interactions` opens what is written.
 
     Args:
@@ -38,7 +38,7 @@ def write_interactions(
       where: The tables of the interactions and of the items, named in errors.
 
     Returns:
-      What was read, left out and warned about (JSON-able).
+      The interactions as they are opened, and what was read, left out and warned about (JSON-able).
 
     Raises:
       DataError: Missing ids, unreadable times, bad values or unknown items, where the configuration refuses them, or
@@ -57,7 +57,7 @@ def write_interactions(
     if tied > 0.01:
         order = "in random order (data.shuffle_ties)" if config.shuffle_ties else "in the order of the source"
         report["warnings"].append(f"{tied:.0%} of consecutive interactions share their time; those stand {order}")
-    return report | {"count": len(interactions.items), "users": len(interactions.user_ids)}
+    return interactions, report | {"count": len(interactions.items), "users": len(interactions.user_ids)}
 
 
 def _write_readable(table: pl.LazyFrame, draft: Path, config: DataConfig, where: str) -> dict[str, Any]:
@@ -201,7 +201,6 @@ def _order(
     generator = np.random.default_rng(config.seed)
     users: list[str] = []
     offsets, tables = [np.zeros(1, np.int64)], {TABLE: [], SHORT: []}
-    raw = {name: (scratch / name).open("wb") for name in MAPPED}
     report |= dict.fromkeys(("duplicates", "short_users", "short_user_interactions"), 0)
     for number, share in enumerate(shares):
         share, short = _usable(share, config, report)
@@ -216,10 +215,9 @@ def _order(
             if name == TABLE:
                 users += part.user_ids
                 offsets.append(offsets[-1][-1] + part.offsets[1:])
-                for key, file in raw.items():
-                    file.write(getattr(part, key).tobytes())
-    for file in raw.values():
-        file.close()
+                for key in MAPPED:
+                    with (scratch / key).open("ab") as file:
+                        file.write(getattr(part, key).tobytes())
     for name, parts in tables.items():
         if parts:
             table = pl.concat([pl.scan_parquet(part, glob=False) for part in parts], how="diagonal")

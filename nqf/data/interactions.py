@@ -48,7 +48,7 @@ class Interactions:
     ratings: np.ndarray
     reviews: Sequence[str | None] | None
 
-    @property
+    @functools.cached_property
     def tied_share(self) -> float:
         """Share, 0 to 1, of the pairs of consecutive interactions of a user that have the same known time."""
         tied = (self.times[1:] == self.times[:-1]) & (self.times[1:] != MISSING_TIME)
@@ -136,7 +136,7 @@ def array_path(folder: Path, name: str) -> Path:
 
 
 def open_interactions(folder: Path) -> Interactions:
-    """Opens the interactions of a prepared folder, as memory maps where it has them, as it does from version 0.2 on."""
+    """Opens the interactions of a prepared folder: memory maps, which a folder of before version 0.3 has not."""
     table, users = checked(folder / TABLE), folder / USERS
     if not users.is_file():
         return load_interactions(table)

@@ -176,7 +176,7 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path, told: C
     title = tables.schema.title if tables.schema.title not in left_out else None
     schema = Schema(fields=fields, title=title, missing_words=config.missing_words)
     item_ids, schema, item_report = _write_items(tables, schema, config, target, scratch)
-    event_report = write_interactions(
+    interactions, event_report = write_interactions(
         tables.interactions,
         item_ids,
         config,
@@ -184,7 +184,6 @@ def _write(config: DataConfig, target: Path, scratch: Path, final: Path, told: C
         scratch=scratch,
         where=(str(tables.interactions_path), str(tables.items_path)),
     )
-    interactions = open_interactions(target)
     options = {"items": len(item_ids), "cold_share": config.cold_share, "refit": config.refit, "seed": config.seed}
     if config.split == "temporal":
         options |= {"valid_share": config.valid_share, "test_share": config.test_share}

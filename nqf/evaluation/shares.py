@@ -56,15 +56,14 @@ class Shares:
         if self.folder is None:
             return _joined([make(span) for span in spans])
         paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(spans))]
-        while True:
-            for path, span in zip(paths, spans, strict=True):
-                with files.claimed(path) as mine:
-                    if mine and not path.exists():
-                        arrays: dict[str, Any] = dict(make(span))
-                        with files.whole(path) as file:
-                            np.savez(file, **arrays)
-            if not files.abandoned(paths):
-                return _joined([_read(path, span) for path, span in zip(paths, spans, strict=True)])
+
+        def write(number: int) -> None:
+            arrays: dict[str, Any] = dict(make(spans[number]))
+            with files.whole(paths[number]) as file:
+                np.savez(file, **arrays)
+
+        _make_together(paths, write)
+        return _joined([_read(path, span) for path, span in zip(paths, spans, strict=True)])
 
     def once(self, name: str, make: Callable[[], None]) -> None:
         """Lets one of the processes do something, if it has not been done; returns when it has.
@@ -77,16 +76,26 @@ class Shares:
             make()
             return
         path = self.folder / name
-        while True:
-            with files.claimed(path) as mine:
-                if mine and not path.exists():
-                    make()
-                    files.write_text(path, "")
-            if not files.abandoned([path]):
-                return
+
+        def write(number: int) -> None:
+            make()
+            files.write_text(path, "")
+
+        _make_together([path], write)
 
 
 ALONE = Shares()
+
+
+def _make_together(paths: list[Path], write: Callable[[int], None]) -> None:
+    """Writes those files, by their numbers, that no other process writes; returns when all are there."""
+    while True:
+        for number, path in enumerate(paths):
+            with files.claimed(path) as mine:
+                if mine and not path.exists():
+                    write(number)
+        if not files.abandoned(paths):
+            return
 
 
 def _read(path: Path, span: slice) -> dict[str, np.ndarray]:

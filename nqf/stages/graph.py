@@ -32,7 +32,7 @@ from nqf.stages.artifacts import (
 from nqf.stages.fields import FIELDS, assist_fields
 from nqf.stages.item import ITEM
 from nqf.stages.joint import JOINT
-from nqf.stages.records import RECORD, StageError, check_files, read_artifact, read_record
+from nqf.stages.records import RECORD, StageError, altered_file, check_files, read_artifact, read_record
 from nqf.stages.run import Run
 from nqf.stages.sasrec import SASREC
 from nqf.stages.score import COUNTS, SCORE
@@ -283,8 +283,7 @@ def _make_room(run: Run, stage: Stage, restart: bool) -> None:
 
 def _put_back(run: Run, stage: Stage, record: dict[str, Any]) -> None:
     """Gives a stage that works in place its record back where it failed before it replaced anything."""
-    digests = record.get("files") or {}
-    if all((run.folder / name).is_file() and files.sha256(run.folder / name) == sha for name, sha in digests.items()):
+    if altered_file(run.folder, record) is None:
         files.write_json(run.folder / stage.name / RECORD, record)
 
 

@@ -74,12 +74,19 @@ def check_files(run: Path, stage: str) -> None:
     Raises:
       StageError: A file is missing or was altered.
     """
-    for name, digest in ((read_record(run / stage) or {}).get("files") or {}).items():
+    if name := altered_file(run, read_record(run / stage) or {}):
+        raise StageError(
+            f"{run / name}: missing or altered since stage '{stage}' finished; delete {run / stage / RECORD} "
+            f"and run python -m nqf.train --run {run} --stage all"
+        )
+
+
+def altered_file(run: Path, record: dict[str, Any]) -> str | None:
+    """The first file of a run that is not what a stage's record says; None if all are."""
+    for name, digest in (record.get("files") or {}).items():
         if not (run / name).is_file() or files.sha256(run / name) != digest:
-            raise StageError(
-                f"{run / name}: missing or altered since stage '{stage}' finished; delete {run / stage / RECORD} "
-                f"and run python -m nqf.train --run {run} --stage all"
-            )
+            return name
+    return None
 
 
 def check_parts(folder: Path, record: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,19 @@ class Run:
             return np.zeros((len(fields[names[0]][1]), 0), np.float16)
         return field_features(self.whitenings, {name: fields[name] for name in names})
 
+    @functools.cached_property
+    def _found_neighbors(self) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
+        return {}
+
+    def neighbors(self, before: Cases | None) -> tuple[np.ndarray, np.ndarray]:
+        """What `find_neighbors` finds in the events that `before` of `tables` means, which are counted once."""
+        interactions, split = self.dataset.interactions, self.dataset.split
+        counted = split.train if before is None else known_events(interactions, split, before)
+        key = hashlib.sha256(counted.tobytes()).digest()
+        if key not in self._found_neighbors:
+            self._found_neighbors[key] = find_neighbors(interactions, counted, len(split.cold))
+        return self._found_neighbors[key]
+
     def tables(
         self, tokens_folder: Path, titles: np.ndarray | None = None, *, before: Cases | None = None
     ) -> ItemTables:
@@ -147,9 +161,7 @@ class Run:
             features = np.concatenate(chunks)
             fields = features if "fields" in sources else fields
             if "neighbors" in sources:
-                interactions, split = self.dataset.interactions, self.dataset.split
-                counted = split.train if before is None else known_events(interactions, split, before)
-                neighbors = neighbor_features(features, *find_neighbors(interactions, counted, items))
+                neighbors = neighbor_features(features, *self.neighbors(before))
         return ItemTables(
             tokens=_mapped(tokens_folder / "tokens.npy"),
             vectors=_mapped(tokens_folder / "vectors.npy"),

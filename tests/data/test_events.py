@@ -36,7 +36,7 @@ def written(rows: list[tuple], folder: Path, config: DataConfig) -> dict:
     scratch.mkdir(parents=True)
     return events.write_interactions(
         table, ITEMS, config, folder=folder, scratch=scratch, where=("events.csv", "items.csv")
-    )
+    )[1]
 
 
 def lines(interactions: Interactions) -> tuple[list[str], list[tuple]]:
@@ -97,7 +97,7 @@ def test_users_stand_by_their_first_usable_event(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_arrays_opens(tmp_path: Path) -> None:
-    """As those of before version 0.2 are."""
+    """As those of before version 0.3 are."""
     written([("a", "i1", 3, 1.0, "good"), ("a", "i2", 2, None, None)], tmp_path, DataConfig(min_interactions=1))
     mapped = lines(open_interactions(tmp_path))
     for path in tmp_path.glob("events-*"):
