@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import begin, target
+from common import begin, file_rate, target
 
 LIMIT_GIB = 1.0
 BLOCK = 1_000_000
@@ -139,6 +139,7 @@ def main() -> None:
             )
             for count in dict.fromkeys(row[0] for row in rows if row[0] >= TARGET_EVENTS)
         ],
+        limits={"file in the page cache, bytes/s": file_rate(16 if options.quick else 256)},
         notes=["Each step is measured once. Processor time counts all threads."],
     )
 

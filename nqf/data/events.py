@@ -162,14 +162,7 @@ def _shares(draft: Path, known: pl.DataFrame, scratch: Path) -> Iterator[pl.Data
     Yields:
       Columns user_id, item (row), timestamp, rating and review, in the order of the source.
     """
-    events = _identified(pl.scan_parquet(draft, row_index_name="row", glob=False))
-    users = (
-        events.join(known.lazy(), on="item_id", how="semi")
-        .group_by("user_id")
-        .agg(pl.len().alias("events"), pl.col("row").min(), pl.col("review").str.len_bytes().sum().alias("bytes"))
-        .collect(engine="streaming")
-        .sort("row")
-    )
+    users = _count(draft, known).sort("row")
     # A share begins where the events before a user fill the one before.
     filled = pl.max_horizontal(
         *(
@@ -178,10 +171,8 @@ def _shares(draft: Path, known: pl.DataFrame, scratch: Path) -> Iterator[pl.Data
         )
     )
     users = users.select("user_id", share=filled.cast(pl.Int32))
-    rows = pl.scan_parquet(draft, glob=False)
     folders: dict[int, Path] = {}
-    for start in range(0, rows.select(pl.len()).collect().item(), _PIECE):
-        piece = rows.slice(start, _PIECE).select("user_id", "item_id", "timestamp", "rating", "review").collect()
+    for start, piece in _pieces(draft):
         piece = piece.join(known, on="item_id", maintain_order="left").join(users, on="user_id", maintain_order="left")
         for (share,), part in piece.partition_by("share", as_dict=True, include_key=False, maintain_order=True).items():
             folder = folders.setdefault(share, scratch / f"share-{share}")
@@ -194,12 +185,39 @@ def _shares(draft: Path, known: pl.DataFrame, scratch: Path) -> Iterator[pl.Data
         shutil.rmtree(folders[share])
 
 
+def _pieces(draft: Path) -> Iterator[tuple[int, pl.DataFrame]]:
+    """The events in pieces, each with the row where it begins."""
+    rows = pl.scan_parquet(draft, glob=False).select("user_id", "item_id", "timestamp", "rating", "review")
+    for start in range(0, rows.select(pl.len()).collect().item(), _PIECE):
+        yield start, rows.slice(start, _PIECE).collect()
+
+
+def _count(draft: Path, known: pl.DataFrame) -> pl.DataFrame:
+    """Users with usable events: user_id, events, row (of the first in the source) and bytes (of reviews)."""
+    # Counted piece by piece: the streaming engine's tables of all users at once are several times larger.
+    counts = {"user_id": pl.String, "row": pl.Int64, "events": pl.Int64, "bytes": pl.Int64}
+    parts = [pl.DataFrame(schema=counts)]
+    for start, piece in _pieces(draft):
+        events = piece.with_row_index("row", start).filter(pl.col("user_id").is_not_null())
+        events = events.join(known, on="item_id", how="semi")
+        parts.append(
+            events.select("user_id", "row", events=1, bytes=pl.col("review").str.len_bytes()).cast(counts)  # type: ignore
+        )
+        if sum(map(len, parts[1:])) > len(parts[0]):
+            parts = [_added(parts)]
+    return _added(parts)
+
+
+def _added(parts: list[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(parts).group_by("user_id").agg(pl.col("row").min(), pl.col("events", "bytes").sum())
+
+
 def _order(
     shares: Iterator[pl.DataFrame], folder: Path, scratch: Path, config: DataConfig, report: dict[str, Any]
 ) -> None:
     """Puts share by share in order, and writes the tables and arrays of a prepared folder."""
     generator = np.random.default_rng(config.seed)
-    users: list[str] = []
+    users: list[pl.Series] = []
     offsets, tables = [np.zeros(1, np.int64)], {TABLE: [], SHORT: []}
     report |= dict.fromkeys(("duplicates", "short_users", "short_user_interactions"), 0)
     for number, share in enumerate(shares):
@@ -213,7 +231,7 @@ def _order(
             tables[name].append(scratch / f"{number}-{name}")
             part.save(tables[name][-1])
             if name == TABLE:
-                users += part.user_ids
+                users.append(pl.Series("user_id", part.user_ids, pl.String))
                 offsets.append(offsets[-1][-1] + part.offsets[1:])
                 for key in MAPPED:
                     with (scratch / key).open("ab") as file:
@@ -226,22 +244,27 @@ def _order(
         for name, dtype in MAPPED.items():
             np.save(array_path(folder, name), np.memmap(scratch / name, dtype, mode="r"))
         np.save(array_path(folder, "offsets"), np.concatenate(offsets))
-        pl.DataFrame({"user_id": pl.Series(users, dtype=pl.String)}).write_parquet(folder / USERS)
+        pl.concat(users).to_frame().write_parquet(folder / USERS)
 
 
 def _usable(share: pl.DataFrame, config: DataConfig, report: dict[str, Any]) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The events of a share that are trained on, and those of users with too few; counts what is merged or left out."""
-    copies = share.is_duplicated() & share["timestamp"].is_not_null()
-    twice = share.filter(copies)
-    report["duplicates"] += len(twice) - twice.n_unique()
-    if config.duplicates == "merge":
-        # Without a time, the same item again may well be another event.
-        share = share.filter(~copies | pl.struct(pl.all()).is_first_distinct())
-    lengths = pl.len().over("user_id")
-    short = share.filter(lengths < config.min_interactions)
+    # Rows of one hash are few, and are all that is compared in full.
+    alike = share.hash_rows().is_duplicated().arg_true()
+    twice = share[alike]
+    # Without a time, the same item again may well be another event.
+    copies = twice.is_duplicated() & twice["timestamp"].is_not_null()
+    again = alike.filter(copies & ~twice.select(pl.struct(pl.all()).is_first_distinct()).to_series())
+    report["duplicates"] += len(again)
+    if config.duplicates == "merge" and len(again):
+        kept = np.ones(len(share), bool)
+        kept[again] = False
+        share = share.filter(kept)
+    few = share.select(pl.len().over("user_id") < config.min_interactions).to_series()
+    short = share.filter(few)
     report["short_users"] += short["user_id"].n_unique()
     report["short_user_interactions"] += len(short)
-    return share.filter(lengths >= config.min_interactions), short
+    return share.filter(~few), short
 
 
 def _say_counts(config: DataConfig, report: dict[str, Any], where: tuple[str, str], empty: bool) -> None:

@@ -203,10 +203,9 @@ def temporal(
     times = _filled_times(interactions)
     if not (times != MISSING_TIME).any():
         raise DataError("data.split: temporal needs timestamps, and no interaction has one; use leave-one-out")
-    ordered = np.sort(times)
-    last = len(ordered) - 1
-    first_cut = ordered[min(round(len(ordered) * (1 - valid_share - test_share)), last)]
-    second_cut = ordered[min(round(len(ordered) * (1 - test_share)), last)]
+    last = len(times) - 1
+    cuts = [min(round(len(times) * share), last) for share in (1 - valid_share - test_share, 1 - test_share)]
+    first_cut, second_cut = np.partition(times, cuts)[cuts]
     valid, short_valid = _last_inside(interactions, (times >= first_cut) & (times < second_cut))
     test, short_test = _last_inside(interactions, times >= second_cut)
     warnings = _refitted(refit)
@@ -289,8 +288,11 @@ def _refitted(refit: bool) -> list[str]:
 
 
 def _filled_times(interactions: Interactions) -> np.ndarray:
+    known = interactions.times != MISSING_TIME
+    if known.all():
+        return interactions.times
     events = np.arange(len(interactions.times))
-    latest = np.maximum.accumulate(np.where(interactions.times != MISSING_TIME, events, -1))
+    latest = np.maximum.accumulate(np.where(known, events, -1))
     own = latest >= interactions.offsets[interactions.users]
     return np.where(own, interactions.times[np.maximum(latest, 0)], MISSING_TIME)
 
@@ -298,7 +300,7 @@ def _filled_times(interactions: Interactions) -> np.ndarray:
 def _last_inside(interactions: Interactions, window: np.ndarray) -> tuple[Cases, int]:
     """Each user's last event in the window, and how many users had nothing before it."""
     events = np.flatnonzero(window)
-    users = interactions.users[events]
+    users = np.searchsorted(interactions.offsets, events, side="right") - 1
     newest = np.append(users[1:] != users[:-1], True)[: len(users)]
     users, cuts = users[newest], events[newest]
     known = cuts > interactions.offsets[users]
@@ -330,5 +332,6 @@ def _finish(
                 "users do not suffice; lower data.min_interactions or data.cold_share, change data.valid_share and "
                 "data.test_share, or add data"
             )
-    cold = np.bincount(interactions.items[train], minlength=items) == 0
+    cold = np.ones(items, bool)
+    cold[interactions.items[train]] = False
     return Split(train=train, valid=valid, test=test, cold=cold, removed=removed, warnings=tuple(warnings))

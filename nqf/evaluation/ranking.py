@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
+from nqf.ops.pins import on_local_devices
+
 BATCH = 512
 # Scores that stand at a time. On a CPU they are counted while they are still in its cache: 2^21 ran at the full rate of
 # the matrix product, 2^23 at a quarter of it.
@@ -103,7 +105,7 @@ def rank_vectors(
         for span in spans
     ]
     if items <= width:
-        items_CxD = _placed(_rows(item_vectors_IxD, width), "items")
+        items_CxD = on_local_devices(_rows(item_vectors_IxD, width), split=True)
         ahead = [
             _ahead_of_item(
                 _rows(user_vectors_NxD[span], batch), items_CxD, _rows(targets_N[span], batch), seen_BxS, items
@@ -117,9 +119,9 @@ def rank_vectors(
             _target_scores(_rows(user_vectors_NxD[span], batch), item_vectors_IxD, targets_N[span], width)
             for span in spans
         ]
-        ahead = [_placed(np.zeros(batch, np.int32)) for _ in spans]
+        ahead = [on_local_devices(np.zeros(batch, np.int32)) for _ in spans]
         for start in range(0, items, width):
-            chunk_CxD = _placed(_rows(item_vectors_IxD[start : start + width], width), "items")
+            chunk_CxD = on_local_devices(_rows(item_vectors_IxD[start : start + width], width), split=True)
             count = min(width, items - start)
             for number, span in enumerate(spans):
                 users_BxD = _rows(user_vectors_NxD[span], batch)
@@ -169,7 +171,7 @@ def top_k(
     seen = [[]] * users if seen is None else seen
     padded = [_padded(seen[span]) for span in spans]
     for start in range(0, items, width):
-        chunk_CxD = _placed(_rows(item_vectors_IxD[start : start + width], width), "items")
+        chunk_CxD = on_local_devices(_rows(item_vectors_IxD[start : start + width], width), split=True)
         count = min(width, items - start)
         for span, seen_BxS in zip(spans, padded, strict=True):
             size = span.stop - span.start
@@ -189,7 +191,7 @@ def top_k(
 def place_items(item_vectors_IxD: np.ndarray) -> jax.Array:
     """Item vectors on the devices, for `best_columns`, filled up with zeros to rows that all devices share evenly."""
     whole = 128 * jax.local_device_count()
-    return _placed(_rows(item_vectors_IxD, -(-len(item_vectors_IxD) // whole) * whole), "items")
+    return on_local_devices(_rows(item_vectors_IxD, -(-len(item_vectors_IxD) // whole) * whole), split=True)
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -358,7 +360,7 @@ def _target_scores(
     """Scores of the users' targets, float32 [B], by products of `width` items; N are the real ones of the B users."""
     scores_B = np.zeros(len(users_BxD), np.float32)
     for part in _spans(len(targets_N), width):
-        of_targets_CxD = _placed(_rows(item_vectors_IxD[targets_N[part]], width), "items")
+        of_targets_CxD = on_local_devices(_rows(item_vectors_IxD[targets_N[part]], width), split=True)
         rows = np.arange(part.start, part.stop)
         columns_B = np.zeros(len(users_BxD), np.int32)
         columns_B[rows] = rows - part.start
@@ -472,13 +474,6 @@ def _tile(users: int, items: int, batch: int, chunk: int | None) -> tuple[int, i
         chunk = min(max(1_024, scores // batch), _WIDEST)
     width = min(chunk, whole)
     return batch, -(-width // devices) * devices
-
-
-def _placed(values: np.ndarray, *axes: str) -> jax.Array:
-    """Puts an array on the devices of this process: whole on each, or an equal part of the rows with axis `items`."""
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("items",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
 
 
 def _rows(values: np.ndarray, count: int, fill: float = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh. Each function is the identity outside of a mesh, and on one of one device.
+"""Where arrays lie on devices. Each function on activations is the identity outside of a mesh, and on one device.
 
 Without pins XLA's partitioner may move whole batches of activations where it could move the weights of a layer. A batch
 is split by its examples, a table by its columns: those divide evenly whatever the size of the catalogue, and a lookup
@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec, get_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -77,3 +77,10 @@ def columns_to_batch(x: Any) -> Any:
     sizes = get_abstract_mesh().shape
     axes = column_axes(x.shape[-1], sizes) if sizes else ()
     return over_batch(over_batch(x, tuple(axis for axis in axes if axis not in BATCH_AXES)))
+
+
+def on_local_devices(values: Any, *, split: bool = False) -> Any:
+    """Puts arrays on the devices of this process: whole on each, or the rows, which divide evenly, split over them."""
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("rows",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.device_put(values, NamedSharding(mesh, PartitionSpec("rows") if split else PartitionSpec()))

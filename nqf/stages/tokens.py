@@ -13,6 +13,7 @@ from nqf import files
 from nqf.fields.cache import CANDIDATE, FieldCache
 from nqf.fields.whitening import fit_whitening, save_whitenings
 from nqf.models.item_qformer import ItemQFormer
+from nqf.ops.pins import on_local_devices
 from nqf.stages.item import ENCODE_CHUNK, gather_fields, load_items
 from nqf.stages.run import WHITENING, Run
 from nqf.stages.stage import Stage
@@ -22,13 +23,16 @@ from nqf.training.mesh import is_primary
 def encode_chunks(
     module: ItemQFormer, params: Any, cache: FieldCache, items: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Tokens [n, Q, D] and vectors [n, D] of the catalogue, float32, chunk by chunk."""
+    """Tokens [n, Q, D] and vectors [n, D] of the catalogue, float32, chunk by chunk, by all devices of this process."""
     encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
-    for start in range(0, items, ENCODE_CHUNK):
-        stop = min(start + ENCODE_CHUNK, items)
+    # Each device computes what a single one would at a time, as rounding depends on the shape.
+    size = min(ENCODE_CHUNK, items) * jax.local_device_count()
+    params = on_local_devices(jax.device_get(params))
+    for start in range(0, items, size):
+        stop = min(start + size, items)
         # The last chunk is padded with its last item, so that there is one compilation.
-        rows = np.minimum(np.arange(start, start + min(ENCODE_CHUNK, items)), stop - 1)
-        output = encode(params, *gather_fields(cache, rows))
+        rows = np.minimum(np.arange(start, start + size), stop - 1)
+        output = encode(params, *on_local_devices(gather_fields(cache, rows), split=True))
         count = stop - start
         yield (
             slice(start, stop),

@@ -16,6 +16,9 @@ from captured import arguments_of_fit
 
 from nqf.config import MeshConfig
 from nqf.evaluation.ranking import rank_vectors, top_k
+from nqf.stages import tokens as stage_tokens
+from nqf.stages.item import load_items
+from nqf.stages.run import open_run
 from nqf.training.checkpoint import Checkpointer
 from nqf.training.loop import make_state, make_train_step
 from nqf.training.mesh import layout, leaf_name, make_mesh, place, place_batch
@@ -111,11 +114,19 @@ def ranking() -> dict:
     return {"ranks": ranks, "rows": rows.tolist(), "scores": scores.tolist()}
 
 
+def tokens(run: Path, folder: Path) -> None:
+    """Writes the catalogue's tokens, computed in pieces on all devices."""
+    opened = open_run(run)
+    stage_tokens.ENCODE_CHUNK = 20
+    stage_tokens.write_tokens(opened, *load_items(opened), folder)
+
+
 def main() -> None:
     run, folder = map(Path, sys.argv[1:3])
     report = {"devices": jax.device_count(), "ranking": ranking(), "stages": {}}
     for stage in ("item", "joint"):
         report["stages"][stage], state = compare_meshes(run, stage)
+    tokens(run, folder)
     report["restored"] = restore_elsewhere(state, folder / "checkpoints")
     # For the comparison with what a process of one device reads.
     names = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}

@@ -72,6 +72,16 @@ def test_ranking_is_that_of_one_device(spread: tuple[Path, dict]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ci
+def test_tokens_are_the_bytes_of_one_device(spread: tuple[Path, dict], tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nqf.stages.tokens.ENCODE_CHUNK", 20)
+        eight_devices.tokens(tiny_run, tmp_path)
+    for name in ("tokens.npy", "vectors.npy"):
+        assert (spread[0] / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
 def test_checkpoint_of_eight_devices_is_restored_on_fewer(
     spread: tuple[Path, dict], record: Callable[..., None]
 ) -> None:
