@@ -86,10 +86,7 @@ class Bench:
             "question": self.question,
             "device": self.options.device,
             "quick": self.options.quick,
-            # Absolute paths say something about the machine that ran it and nothing to others.
-            "command": shlex.join(
-                ["python", f"benchmarks/{self.name}.py", *(Path(a).name if a[:1] == "/" else a for a in sys.argv[1:])]
-            ),
+            "command": shlex.join(["python", f"benchmarks/{self.name}.py", *_said(sys.argv[1:])]),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": machine(self.options.device),
             "load_before": self.load,
@@ -116,6 +113,13 @@ class Bench:
         for entry in targets:
             self.say(f"{entry['what']}: {_rounded(entry['found'])}, target {entry['sign']} {entry['target']}")
         self.say(f"wrote {path.name}")
+
+
+def _said(arguments: Sequence[str]) -> list[str]:
+    """Arguments for others to repeat: absolute paths are the machine's, and where files go is theirs to say."""
+    places = [at for at, argument in enumerate(arguments) if argument in ("--results", "--work")]
+    left = [argument for at, argument in enumerate(arguments) if at not in places and at - 1 not in places]
+    return [Path(argument).name if argument[:1] == "/" else argument for argument in left]
 
 
 def target(what: str, found: float, sign: str, wanted: float, bound: str) -> dict[str, Any]:

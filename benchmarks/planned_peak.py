@@ -60,6 +60,7 @@ def peaks(step: Any, state: Any, frozen: Any, batch: Any, repeats: int) -> list[
 def item_step(folder: str, repeats: int) -> tuple[int, list[int]]:
     """The planner's peak of the widened item step, and the measured ones."""
     import jax
+    import numpy as np
 
     from nqf.stages.plan import plan, program_of
     from nqf.stages.run import open_run
@@ -75,9 +76,10 @@ def item_step(folder: str, repeats: int) -> tuple[int, list[int]]:
     data = program.data(item.optim)
     optimizer = make_optimizer(item.optim, data.steps)
     step = make_train_step(program.loss_fn, optimizer, seed=0, skip=0)
-    state = jax.eval_shape(lambda params: make_state(params, optimizer), program.params)
+    state = jax.eval_shape(lambda: make_state(program.init(), optimizer))
+    frozen = jax.tree.map(np.asarray, program.frozen())
     planned = plan(program, run, "item").peak
-    return planned, peaks(step, state, program.frozen, data.batches[0], repeats)
+    return planned, peaks(step, state, frozen, data.batches[0], repeats)
 
 
 def joint_step(users: int, repeats: int, **sizes: Any) -> tuple[int, list[int]]:
