@@ -195,14 +195,13 @@ def _pieces(draft: Path) -> Iterator[tuple[int, pl.DataFrame]]:
 def _count(draft: Path, known: pl.DataFrame) -> pl.DataFrame:
     """Users with usable events: user_id, events, row (of the first in the source) and bytes (of reviews)."""
     # Counted piece by piece: the streaming engine's tables of all users at once are several times larger.
-    counts = {"user_id": pl.String, "row": pl.Int64, "events": pl.Int64, "bytes": pl.Int64}
-    parts = [pl.DataFrame(schema=counts)]
+    numbers = ("row", "events", "bytes")
+    parts = [pl.DataFrame(schema={"user_id": pl.String, **dict.fromkeys(numbers, pl.Int64)})]
     for start, piece in _pieces(draft):
         events = piece.with_row_index("row", start).filter(pl.col("user_id").is_not_null())
         events = events.join(known, on="item_id", how="semi")
-        parts.append(
-            events.select("user_id", "row", events=1, bytes=pl.col("review").str.len_bytes()).cast(counts)  # type: ignore
-        )
+        counted = events.with_columns(events=pl.lit(1), bytes=pl.col("review").str.len_bytes())
+        parts.append(counted.select("user_id", pl.col(numbers).cast(pl.Int64)))
         if sum(map(len, parts[1:])) > len(parts[0]):
             parts = [_added(parts)]
     return _added(parts)
