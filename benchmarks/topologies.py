@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from common import begin
@@ -73,8 +74,7 @@ def main() -> None:
         return
     from nqf.training.devices import TARGETS
 
-    rows = []
-    for name, model, axis in ((t, m, a) for t in options.targets for m in options.models for a in options.axes):
+    def row(name: str, model: str, axis: str) -> list[Any]:
         command = [sys.executable, __file__, "--device", "cpu", "--one", name, model, axis]
         done = subprocess.run(
             [*command, *(["--quick"] if options.quick else [])],
@@ -85,13 +85,17 @@ def main() -> None:
         target = TARGETS[name]
         if done.returncode:
             # What does not fit is said by the compiler, in its last line.
-            rows.append([name, model, f"{axis} {target.count}", *[""] * 6, done.stderr.strip().splitlines()[-1][:90]])
-            continue
+            return [name, model, f"{axis} {target.count}", *[""] * 6, done.stderr.strip().splitlines()[-1][:90]]
         found = json.loads(done.stdout.splitlines()[-1])
         times = (found["flops"] / target.count / target.flops, found["sent"] / target.link)
         gib = [found[key] / 2**30 for key in ("held", "temporaries", "peak", "sent")]
-        rows.append([name, model, f"{axis} {target.count}", *gib, *(1e3 * seconds for seconds in times), found["by"]])
         bench.say(f"{name}, {model}, {axis}: {gib[-1]:.2f} GiB sent")
+        return [name, model, f"{axis} {target.count}", *gib, *(1e3 * seconds for seconds in times), found["by"]]
+
+    programs = [(t, m, a) for t in options.targets for m in options.models for a in options.axes]
+    # A compiler of one program uses one core.
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        rows = list(compilers.map(lambda program: row(*program), programs))
     columns = ["devices", "model", "mesh", "held, GiB", "temporaries, GiB", "peak, GiB", "sent, GiB"]
     columns += ["products, ms", "traffic, ms", "compiled by"]
     bench.finish([{"title": "A step on each device", "columns": columns, "rows": rows}])

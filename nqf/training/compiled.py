@@ -32,7 +32,7 @@ class Collective:
     result: str
     bytes: float
     devices: int
-    times: int
+    times: float
     loops: int
 
     @property
@@ -52,8 +52,11 @@ def arrays_in(types: str) -> list[tuple[float, tuple[int, ...]]]:
     return found
 
 
-def instructions(text: str) -> Iterator[tuple[str, str, str, int, int]]:
-    """Instructions that a step runs, of a compiled program's text: operation, result types, line, times, loops."""
+def instructions(text: str) -> Iterator[tuple[str, str, str, float, int]]:
+    """Instructions that a step runs, of a compiled program's text: operation, result types, line, times, loops.
+
+    Times are not a number within a loop of which the program does not say how often it runs.
+    """
     bodies: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -63,20 +66,46 @@ def instructions(text: str) -> Iterator[tuple[str, str, str, int, int]]:
         elif name:
             bodies[name].append(line)
 
-    def walk(name: str, times: int, loops: int) -> Iterator[tuple[str, str, str, int, int]]:
+    def walk(name: str, times: float, loops: int) -> Iterator[tuple[str, str, str, float, int]]:
         for line in bodies.get(name, ()):
             if not (match := _INSTRUCTION.match(line)):
                 continue
             operation = match[3]
             yield operation, match[2], line, times, loops
             if operation == "while" and (body := re.search(r"body=%?([\w.\-]+)", line)):
-                count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                yield from walk(body[1], times * int(count[1] if count else 1), loops + 1)
+                yield from walk(body[1], times * _rounds(line, bodies), loops + 1)
             elif operation in ("call", "fusion", "conditional", "async-start", "custom-call"):
                 for called in _CALLED.findall(line):
                     yield from walk(called, times, loops)
 
     return walk(entry, 1, 0)
+
+
+def _rounds(line: str, bodies: dict[str, list[str]]) -> float:
+    """How often a loop runs: as XLA notes on a CPU, or by its condition, as libtpu leaves no note.
+
+    Counters begin at zero; a loop that was unrolled counts in larger steps.
+    """
+    if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(noted[1])
+    condition, body = (
+        "\n".join(bodies.get(found[1], ())) if (found := re.search(rf"{key}=%?([\w.\-]+)", line)) else ""
+        for key in ("condition", "body")
+    )
+    compared = re.search(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition)
+    results = re.search(r"ROOT .* tuple\((.*?)\)", body)
+    if not (compared and results):
+        return math.nan
+    place = re.search(rf"%?{re.escape(compared[1])} = \S+ get-tuple-element\(.*\), index=(\d+)", condition)
+    counter = re.findall(r"%?([\w.\-]+)(?:,|$)", results[1])[int(place[1])] if place else ""
+    added = re.search(rf"%?{re.escape(counter)} = \S+ add\(%?([\w.\-]+), %?([\w.\-]+)\)", body)
+    limit, steps = _constants(condition).get(compared[2]), _constants(body)
+    step = next((steps[name] for name in added.groups() if name in steps), None) if added else None
+    return math.nan if limit is None or not step else math.ceil(limit / step)
+
+
+def _constants(body: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)", body)}
 
 
 def collectives(text: str) -> list[Collective]:
