@@ -6,6 +6,7 @@ The step is compiled for the devices that are here, or for others that need not 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ class Plan:
       activations: Temporaries of the step, activations kept for the gradient above all.
       peak: Peak memory of the step.
       moved: Bytes that a step reads and writes at least: arguments, results, and temporaries once each way.
-      sent: Bytes that a device sends to others in a step.
+      sent: Bytes that a device sends to others in a step; not a number where the program does not tell.
       fixed: Part of the peak that does not grow with the batch.
       per_example: What each example of the batch adds.
       examples: Training examples, which no batch can exceed.
@@ -81,7 +82,7 @@ class Plan:
             "memory": self.moved / target.bandwidth,
             "traffic": self.sent / target.link,
         }
-        return max((value, name) for name, value in times.items())
+        return max((value, name) for name, value in times.items() if not math.isnan(value))
 
 
 def program_of(run: Run, stage: str) -> Program:
@@ -277,4 +278,6 @@ def _least(found: Plan, target: Target) -> str:
 
 
 def _size(count: float) -> str:
+    if math.isnan(count):
+        return "unknown"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

@@ -1,6 +1,7 @@
 """The planner: the largest batch, and what it refuses. Its prediction is measured by benchmarks/planned_peak.py."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 import typing
@@ -46,6 +47,8 @@ def test_a_step_takes_as_long_as_what_it_has_least_of() -> None:
     assert PLAN.seconds(target) == (3.0, "traffic")
     assert PLAN.seconds(dataclasses.replace(target, link=1e12)) == (2.0, "memory")
     assert PLAN.seconds(dataclasses.replace(target, link=1e12, bandwidth=1e9)) == (1.0, "products")
+    # What the program does not tell is no bound.
+    assert dataclasses.replace(PLAN, sent=math.nan).seconds(target) == (2.0, "memory")
 
 
 def test_every_target_can_be_asked_for() -> None:
