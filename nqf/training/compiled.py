@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16}
@@ -52,11 +52,22 @@ def arrays_in(types: str) -> list[tuple[float, tuple[int, ...]]]:
     return found
 
 
-def instructions(text: str) -> Iterator[tuple[str, str, str, float, int]]:
-    """Instructions that a step runs, of a compiled program's text: operation, result types, line, times, loops.
+class Instruction(NamedTuple):
+    """An instruction that a step runs: what it does, types of its result, its line, how often, and in what.
 
-    Times are not a number within a loop of which the program does not say how often it runs.
+    `times` is not a number within a loop of which the program does not say how often it runs.
     """
+
+    operation: str
+    result: str
+    line: str
+    times: float
+    loops: int
+    fused: bool
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """The instructions of a compiled program's text that a step runs."""
     bodies: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -66,17 +77,17 @@ def instructions(text: str) -> Iterator[tuple[str, str, str, float, int]]:
         elif name:
             bodies[name].append(line)
 
-    def walk(name: str, times: float, loops: int) -> Iterator[tuple[str, str, str, float, int]]:
+    def walk(name: str, times: float, loops: int, fused: bool = False) -> Iterator[Instruction]:
         for line in bodies.get(name, ()):
             if not (match := _INSTRUCTION.match(line)):
                 continue
             operation = match[3]
-            yield operation, match[2], line, times, loops
+            yield Instruction(operation, match[2], line, times, loops, fused)
             if operation == "while" and (body := re.search(r"body=%?([\w.\-]+)", line)):
                 yield from walk(body[1], times * _rounds(line, bodies), loops + 1)
             elif operation in ("call", "fusion", "conditional", "async-start", "custom-call"):
                 for called in _CALLED.findall(line):
-                    yield from walk(called, times, loops)
+                    yield from walk(called, times, loops, fused or operation == "fusion")
 
     return walk(entry, 1, 0)
 
@@ -110,8 +121,8 @@ def _constants(body: str) -> dict[str, int]:
 
 def collectives(text: str) -> list[Collective]:
     """Every exchange between devices of a compiled program, from its text."""
-    found = []
-    for operation, result, line, times, loops in instructions(text):
+    found: dict[Any, Collective] = {}
+    for number, (operation, result, line, times, loops, fused) in enumerate(instructions(text)):
         kind = operation.removesuffix("-start")
         if kind not in _KINDS:
             continue
@@ -119,8 +130,12 @@ def collectives(text: str) -> list[Collective]:
         if operation != kind and kind in ("all-gather", "collective-permute"):
             # The start of an exchange returns what it was given, too.
             size *= devices / (devices + 1) if kind == "all-gather" else 0.5
-        found.append(Collective(kind=kind, result=result, bytes=size, devices=devices, times=times, loops=loops))
-    return found
+        # A TPU's compiler spreads one exchange over many fusions that it runs beside, which share its channel.
+        channel = re.search(r"channel_id=(\d+)", line) if fused else None
+        one = Collective(kind=kind, result=result, bytes=size, devices=devices, times=times, loops=loops)
+        key = number if channel is None else channel[0]
+        found[key] = min(found.get(key, one), one, key=lambda piece: piece.times)
+    return list(found.values())
 
 
 def _group(line: str) -> int:

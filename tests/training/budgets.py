@@ -40,9 +40,9 @@ def costs(step: Any, state: Any, frozen: Any, batch: Any, lengths: tuple[int, ..
     """What a step costs; `lengths` are the axes of a batch of activations that no device may hold in a loop."""
     text = step.lower(state, frozen, batch).compile().as_text()
     whole = [
-        result[:80]
-        for _, result, _, _, loops in instructions(text)
-        if lengths and loops and any(set(lengths) <= set(shape) for _, shape in arrays_in(result))
+        one.result[:80]
+        for one in instructions(text)
+        if lengths and one.loops and any(set(lengths) <= set(shape) for _, shape in arrays_in(one.result))
     ]
     found = collectives(text)
     return {

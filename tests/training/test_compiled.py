@@ -35,7 +35,16 @@ PROGRAM = """HloModule jit_f
   %counter.2 = s32[]{:T(128)} get-tuple-element(%r), index=0
   %next.1 = s32[]{:T(128)} add(%counter.2, %two)
   %all-to-all.1 = f32[8]{0:T(128)} all-to-all(%v), replica_groups={{0,1}}
+  %piece.2 = f32[8]{0:T(128)} fusion(%v), kind=kCustom, calls=%later
   ROOT %tuple.2 = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%next.1, /*index=1*/%all-to-all.1)
+}
+
+%first (v: f32[4]) -> f32[12] {
+  ROOT %all-gather.8 = f32[12]{0} all-gather(%v), channel_id=8, replica_groups=[1,3]<=[3], dimensions={0}
+}
+
+%later (v: f32[4]) -> f32[12] {
+  ROOT %all-gather.9 = f32[12]{0} all-gather(%v), channel_id=8, replica_groups=[1,3]<=[3], dimensions={0}
 }
 
 %until_done (s: (pred[], f32[8])) -> pred[] {
@@ -55,6 +64,7 @@ ENTRY %main.2_spmd (a: f32[8]) -> f32[8] {
   %ag = (f32[2,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%y), replica_groups=[1,8]<=[8], dimensions={0}
   %agd = f32[16,4]{1,0} all-gather-done(%ag)
   %rs = f32[3]{0} reduce-scatter(%z), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, to_apply=%add
+  %piece.1 = f32[12]{0} fusion(%v), kind=kCustom, calls=%first
   %f = f32[4]{0} fusion(%g), kind=kCustom, calls=%fused
   ROOT %r = f32[8]{0} copy(%o)
 }
@@ -62,7 +72,10 @@ ENTRY %main.2_spmd (a: f32[8]) -> f32[8] {
 
 
 def test_exchanges_are_counted_as_often_as_they_run() -> None:
-    found = {one.kind + str(one.loops): one for one in collectives(PROGRAM)}
+    exchanges = collectives(PROGRAM)
+    # Two fusions have a piece each of one exchange of 12 numbers among three devices.
+    assert [one.sent for one in exchanges if one.devices == 3] == [48 * 2 / 3]
+    found = {one.kind + str(one.loops): one for one in exchanges if one.devices != 3}
     kinds = {"all-gather1", "all-gather0", "reduce-scatter0", "all-reduce0", "all-to-all1", "collective-permute1"}
     assert set(found) == kinds
     layer = found["all-gather1"]
