@@ -105,11 +105,13 @@ def _rounds(line: str, bodies: dict[str, list[str]]) -> float:
     )
     compared = re.search(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition)
     results = re.search(r"ROOT .* tuple\((.*?)\)", body)
-    if not (compared and results):
+    place = compared and re.search(
+        rf"^\s+%?{re.escape(compared[1])} = \S+ get-tuple-element\(.*\), index=(\d+)", condition, re.MULTILINE
+    )
+    if not (compared and results and place):
         return math.nan
-    place = re.search(rf"%?{re.escape(compared[1])} = \S+ get-tuple-element\(.*\), index=(\d+)", condition)
-    counter = re.findall(r"%?([\w.\-]+)(?:,|$)", results[1])[int(place[1])] if place else ""
-    added = re.search(rf"%?{re.escape(counter)} = \S+ add\(%?([\w.\-]+), %?([\w.\-]+)\)", body)
+    counter = re.findall(r"%?([\w.\-]+)(?:,|$)", results[1])[int(place[1])]
+    added = re.search(rf"^\s+%?{re.escape(counter)} = \S+ add\(%?([\w.\-]+), %?([\w.\-]+)\)", body, re.MULTILINE)
     limit, steps = _constants(condition).get(compared[2]), _constants(body)
     step = next((steps[name] for name in added.groups() if name in steps), None) if added else None
     return math.nan if limit is None or not step else math.ceil(limit / step)

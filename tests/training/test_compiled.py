@@ -57,10 +57,24 @@ PROGRAM = """HloModule jit_f
   ROOT %tuple.3 = (pred[], f32[8]{0}) tuple(%d, %collective-permute.1)
 }
 
+%elsewhere (q: (s32[], f32[8])) -> pred[] {
+  %limit.2 = s32[]{:T(128)} constant(5)
+  %flag.1 = s32[]{:T(128)} copy(%o)
+  ROOT %lt.2 = pred[]{:T(512)} compare(%flag.1, %limit.2), direction=LT
+}
+
+%unclear (r: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %one = s32[]{:T(128)} constant(1)
+  %other = s32[]{:T(128)} add(%u, %one)
+  %all-reduce.4 = f32[8]{0:T(128)} all-reduce(%v), replica_groups={{0,1}}, to_apply=%add
+  ROOT %tuple.4 = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%t, %all-reduce.4)
+}
+
 ENTRY %main.2_spmd (a: f32[8]) -> f32[8] {
   %while.1 = (s32[], f32[8]{0}) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"28"}}
   %while.2 = (s32[], f32[8]{0}) while(%t), condition=%counted, body=%twice
   %while.3 = (pred[], f32[8]{0}) while(%t), condition=%until_done, body=%endless
+  %while.4 = (s32[], f32[8]{0}) while(%t), condition=%elsewhere, body=%unclear
   %ag = (f32[2,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%y), replica_groups=[1,8]<=[8], dimensions={0}
   %agd = f32[16,4]{1,0} all-gather-done(%ag)
   %rs = f32[3]{0} reduce-scatter(%z), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, to_apply=%add
@@ -76,14 +90,14 @@ def test_exchanges_are_counted_as_often_as_they_run() -> None:
     # Two fusions have a piece each of one exchange of 12 numbers among three devices.
     assert [one.sent for one in exchanges if one.devices == 3] == [48 * 2 / 3]
     found = {one.kind + str(one.loops): one for one in exchanges if one.devices != 3}
-    kinds = {"all-gather1", "all-gather0", "reduce-scatter0", "all-reduce0", "all-to-all1", "collective-permute1"}
-    assert set(found) == kinds
+    outside = {"all-gather0", "reduce-scatter0", "all-reduce0"}
+    assert set(found) == {"all-gather1", "all-to-all1", "collective-permute1", "all-reduce1"} | outside
     layer = found["all-gather1"]
     assert (layer.bytes, layer.devices, layer.times) == (1024 * 3072 * 2, 8, 28)
     assert layer.sent == 28 * layer.bytes * 7 / 8
-    # libtpu leaves no note: seven rounds, two at a time. Of the last loop nobody knows, which is said.
+    # libtpu leaves no note: seven rounds, two at a time. Of the last two loops nobody knows, which is said.
     assert found["all-to-all1"].times == 4
-    assert math.isnan(found["collective-permute1"].sent)
+    assert math.isnan(found["collective-permute1"].sent) and math.isnan(found["all-reduce1"].sent)
     # The start returns its operand, too.
     assert found["all-gather0"].bytes == 16 * 4 * 4
     assert (found["reduce-scatter0"].devices, found["reduce-scatter0"].sent) == (4, 3 * 12)
