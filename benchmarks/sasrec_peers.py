@@ -6,8 +6,8 @@ PYTHON is an interpreter with `rectools[torch]`, which wants another pandas than
 The networks have the size of `baselines.sasrec_options`; what else RecTools needs is its own default. *softmax* is its
 SASRec with a softmax over the catalogue, *eSASRec* the recipe of Tikhonovich et al. 2025 (RecSys '25): LiGR layers and
 a softmax over 256 sampled negatives. Each is validated after each epoch and stops after the same number of epochs
-without a better NDCG@10; the test split is opened once each, for the best epoch. They run one after the other on two
-cores. Keeps what it found in benchmarks/results/sasrec_peers.json and writes docs/sasrec.md.
+without a better NDCG@10; the test split is opened once each, for the best epoch. They run one after the other, on the
+cores that the process may use. Keeps what it found in benchmarks/results/sasrec_peers.json and writes docs/sasrec.md.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def compared(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     provenance = {
         "command": f"python benchmarks/sasrec_peers.py --name {options.name} --config {options.config}",
-        "machine": machine("cpu"), "load": f"{os.getloadavg()[0]:.1f}", "date": f"{datetime.date.today()}",
-        "RecTools": version, "jax": importlib.metadata.version("jax"),
+        "machine": machine("cpu"), "cores used": len(os.sched_getaffinity(0)), "load": f"{os.getloadavg()[0]:.1f}",
+        "date": f"{datetime.date.today()}", "RecTools": version, "jax": importlib.metadata.version("jax"),
     }  # fmt: skip
     return {"rows": rows, "sizes": sizes, "users": len(ranks["nqf"]), "provenance": provenance}
 
@@ -175,7 +175,7 @@ def worker(settings: dict[str, Any]) -> None:
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # The cores that jax takes.
     seed_everything(settings["seed"], verbose=False)
     data = np.load(settings["data"])
 
