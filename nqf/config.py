@@ -642,7 +642,7 @@ class BackboneConfig:
       lora_alpha: Scale numerator of the adapters; the update is scaled by alpha / rank.
       lora_dropout: Dropout on the adapters' input.
       lora_targets: Projections that carry adapters.
-      attention: Attention kernel: `auto`, `xla` or `cudnn`.
+      attention: Attention kernel: `auto` (the fused one of the platform where it can be used), `xla` or `cudnn`.
       remat: Recompute activations of each layer in the backward pass.
     """
 

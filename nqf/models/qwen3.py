@@ -268,27 +268,32 @@ class Attention(nn.Module):
 
         k_BxTxGxK = RMSNorm(config, name="k_norm")(heads("k_proj", config.num_key_value_heads, x_BxTxD))
         own = apply_rope(k_BxTxGxK, cos, sin), heads("v_proj", config.num_key_value_heads, x_BxTxD)
+        # Tokens in causal order stand before those that have rows of the mask.
+        ordered = x_BxTxD.shape[1] - (0 if mask is None else mask.shape[2])
         if read_at is not None:
             if mask is None:
                 mask = (jnp.arange(x_BxTxD.shape[1]) <= read_at[..., None])[:, None]
             else:
-                mask = jnp.take_along_axis(mask, read_at[:, None, :, None], axis=2)
+                mask = jnp.take_along_axis(mask, read_at[:, None, :, None] - ordered, axis=2)
             x_BxTxD, cos, sin = (take_tokens(x, read_at) for x in (x_BxTxD, cos, sin))
+            ordered = 0
         q_BxTxHxK = RMSNorm(config, name="q_norm")(heads("q_proj", config.num_attention_heads, x_BxTxD))
-        k_BxSxGxK, v_BxSxGxK = own
+        q_BxTxHxK = apply_rope(q_BxTxHxK, cos, sin)
+        keys, values = own
+        before = 0 if prefix is None else prefix[0].shape[1]
         if prefix is not None:
-            k_BxSxGxK, v_BxSxGxK = (
+            keys, values = (
                 jnp.concatenate([jnp.broadcast_to(shared, (batch, *shared.shape[1:])), mine], axis=1)
                 for shared, mine in zip(prefix, own, strict=True)
             )
-        read_BxTxHxK = dot_product_attention(
-            apply_rope(q_BxTxHxK, cos, sin),
-            k_BxSxGxK,
-            v_BxSxGxK,
-            mask=mask,
-            is_causal=mask is None,
-            implementation=config.attention,
-        )
+        attend = functools.partial(dot_product_attention, implementation=config.attention)
+        read = []
+        if ordered:
+            first = before + ordered
+            read.append(attend(q_BxTxHxK[:, :ordered], keys[:, :first], values[:, :first], is_causal=True))
+        if mask is not None:
+            read.append(attend(q_BxTxHxK[:, ordered:], keys, values, mask=mask))
+        read_BxTxHxK = jnp.concatenate(read, axis=1)
         o_proj = _projection(config, "o_proj", config.hidden_size)
         return o_proj(read_BxTxHxK.reshape(*read_BxTxHxK.shape[:2], -1), deterministic), own
 
@@ -398,12 +403,14 @@ class Qwen3(nn.Module):
           attention_mask: bool or int [B, T], non-zero at valid tokens; padding may be on any side. None: all valid.
           inputs_embeds: float [B, T, D], in place of the ids' embeddings.
           position_ids: int [B, T]; by default the number of valid tokens before each.
-          mask: bool [B, 1, T, T], True where a token (row) may read another; in place of causal order and padding.
-            Every token must read something. After a prefix [B, 1, T, P + T].
+          mask: bool [B, 1, R, T], True where one of the last R tokens (row) may read another; in place of their causal
+            order, which those before them keep, and of `attention_mask`. Every token must read something. After a
+            prefix of P tokens [B, 1, R, P + T].
           prefix: What `read_prefix` returned for P tokens before all of these sequences; then `position_ids` and `mask`
             have to be given.
-          read_at: int [B or 1, P], the tokens whose states are wanted, by default all. The last of a few layers is then
-            computed for them alone: nobody would read what the others get there.
+          read_at: int [B or 1, P], the tokens whose states are wanted, by default all; with `mask`, some of those that
+            have rows. The last of a few layers is then computed for them alone: nobody would read what the others get
+            there.
           deterministic: Whether dropout is off; otherwise it draws from the stream `dropout`.
 
         Returns:

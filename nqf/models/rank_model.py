@@ -435,32 +435,45 @@ class RankModel(nn.Module):
         valid_slot = jnp.concatenate(
             [titles_BxSxW >= 0, jnp.broadcast_to(valid_BxS[..., None], (batch, slots, per_item))], axis=-1
         )
-        valid_BxL = jnp.concatenate(
-            [valid_slot.reshape(batch, -1), jnp.ones((batch, positions * (count + 1)), bool)], axis=1
-        )
+        valid_BxT = valid_slot.reshape(batch, -1)
         instruction_1xIxD = self.dropout(self.qwen3.embed(prompt.instruction[None]), deterministic=deterministic)
         pools_last = self.reader.prompt.pooling == "last"
         if positions == 1:
+            valid_BxL = jnp.pad(valid_BxT, ((0, 0), (0, count + 1)), constant_values=True)
             return self._read_one(instruction_1xIxD, embeds, valid_BxL, pools_last, deterministic)
         start, prefix = instruction_1xIxD.shape[1], None
         if start:
             # Often more than half of a short history's prompt, and the same in all of them.
             instructed_1xIxD, prefix = self.qwen3.read_prefix(instruction_1xIxD, deterministic=deterministic)
-        mask_BxLxL = layout.sees[None] & valid_BxL[:, None, :]
-        # A token's position is the number of tokens it sees before itself, so padding and other branches do not
-        # shift it.
-        position_ids = jnp.maximum(start + jnp.sum(mask_BxLxL, axis=-1) - 1, 0).astype(jnp.int32)
+        trunk = valid_BxT.shape[1]
+        # Tokens of the trunk that each branch reads: a token's position is the number of those before it.
+        read_BxP = jnp.cumsum(valid_slot.reshape(batch, slots, -1).sum(-1), axis=1)[:, slots - positions :]
+        reach_BxR = jnp.repeat(read_BxP, count + 1, axis=1)
+        mask_BxRxL = jnp.concatenate(
+            [
+                jnp.arange(trunk) < reach_BxR[..., None],
+                jnp.broadcast_to(layout.own, (batch, *layout.own.shape)),
+            ],
+            axis=-1,
+        )
+        position_ids = jnp.concatenate(
+            [
+                jnp.broadcast_to(jnp.arange(trunk), (batch, trunk)),
+                reach_BxR + jnp.tile(jnp.arange(count + 1), positions),
+            ],
+            axis=1,
+        )
         hidden = self.qwen3(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            mask=jnp.pad(mask_BxLxL, ((0, 0), (0, 0), (start, 0)), constant_values=True)[:, None],
+            inputs_embeds=_padding_last(embeds, valid_BxT),
+            position_ids=start + position_ids,
+            mask=jnp.pad(mask_BxRxL, ((0, 0), (0, 0), (start, 0)), constant_values=True)[:, None],
             prefix=prefix,
             read_at=jnp.asarray(layout.end_at)[None] if pools_last else None,
             deterministic=deterministic,
         )
         if pools_last:
             return hidden
-        weights = mask_BxLxL[:, layout.end_at].astype(jnp.float32)
+        weights = mask_BxRxL[:, layout.end_at - trunk].astype(jnp.float32)
         total = jnp.einsum("bpl,bld->bpd", weights, hidden.astype(jnp.float32))
         if start:
             total += jnp.sum(instructed_1xIxD.astype(jnp.float32), axis=1, keepdims=True)
@@ -480,14 +493,21 @@ class RankModel(nn.Module):
         instruction_BxIxD = jnp.broadcast_to(instruction_1xIxD, (batch, *instruction_1xIxD.shape[1:]))
         embeds_BxLxD = jnp.concatenate([instruction_BxIxD, embeds_BxLxD], axis=1)
         valid_BxL = jnp.pad(valid_BxL, ((0, 0), (start, 0)), constant_values=True)
-        order_BxL = jnp.argsort(~valid_BxL, axis=1, stable=True)
-        embeds = jnp.take_along_axis(embeds_BxLxD, order_BxL[..., None], axis=1)
+        embeds = _padding_last(embeds_BxLxD, valid_BxL)
         count_Bx1 = jnp.sum(valid_BxL, axis=1, keepdims=True)
         if pools_last:
             return self.qwen3(inputs_embeds=embeds, read_at=count_Bx1 - 1, deterministic=deterministic)
         hidden = self.qwen3(inputs_embeds=embeds, deterministic=deterministic)
         weights_BxL = (jnp.arange(hidden.shape[1])[None] < count_Bx1).astype(jnp.float32)
         return jnp.einsum("bl,bld->bd", weights_BxL / count_Bx1, hidden.astype(jnp.float32))[:, None]
+
+
+def _padding_last(x_BxLxD: jax.Array, valid_BxT: jax.Array) -> jax.Array:
+    """The first T tokens with their padding after them, so that causal order is all that reading them needs; the others
+    as they are."""
+    order_BxT = jnp.argsort(~valid_BxT, axis=1, stable=True)
+    ordered = jnp.take_along_axis(x_BxLxD[:, : order_BxT.shape[1]], order_BxT[..., None], axis=1)
+    return jnp.concatenate([ordered, x_BxLxD[:, order_BxT.shape[1] :]], axis=1)
 
 
 class PromptLayout(struct.PyTreeNode):
@@ -497,13 +517,13 @@ class PromptLayout(struct.PyTreeNode):
       item_at: int [S * Q], where item tokens stand.
       user_at: int [P * U], where user tokens stand.
       end_at: int [P], where the end tokens stand.
-      sees: bool [L, L], which token may read which, padding aside.
+      own: bool [R, R], R = P * (U + 1), which token of the branches may read which of them.
     """
 
     item_at: np.ndarray
     user_at: np.ndarray
     end_at: np.ndarray
-    sees: np.ndarray
+    own: np.ndarray
 
 
 def prompt_layout(slots: int, words: int, per_item: int, positions: int, user_tokens: int) -> PromptLayout:
@@ -518,20 +538,13 @@ def prompt_layout(slots: int, words: int, per_item: int, positions: int, user_to
     """
     per_slot, per_branch = words + per_item, user_tokens + 1
     trunk = slots * per_slot
-    length = trunk + positions * per_branch
     item_at = (np.arange(slots)[:, None] * per_slot + words + np.arange(per_item)).reshape(-1)
     branch_at = trunk + np.arange(positions)[:, None] * per_branch + np.arange(per_branch)
-    at = np.arange(length)
-    branch = np.where(at < trunk, -1, (at - trunk) // per_branch)
-    # The trunk ends, for branch i, after slot `slots - positions + i`.
-    reach = (slots - positions + branch + 1) * per_slot
-    reads_trunk = (at[None, :] < trunk) & np.where(
-        branch[:, None] < 0, at[None, :] <= at[:, None], at[None, :] < reach[:, None]
-    )
-    reads_branch = (branch[:, None] >= 0) & (branch[:, None] == branch[None, :]) & (at[None, :] <= at[:, None])
+    at = np.arange(positions * per_branch)
+    branch = at // per_branch
     return PromptLayout(
         item_at=item_at,
         user_at=branch_at[:, :user_tokens].reshape(-1),
         end_at=branch_at[:, -1],
-        sees=reads_trunk | reads_branch,
+        own=(branch[:, None] == branch[None, :]) & (at[None, :] <= at[:, None]),
     )

@@ -8,7 +8,7 @@ and its gradient move the rows of the step alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -77,6 +77,27 @@ def columns_to_batch(x: Any) -> Any:
     sizes = get_abstract_mesh().shape
     axes = column_axes(x.shape[-1], sizes) if sizes else ()
     return over_batch(over_batch(x, tuple(axis for axis in axes if axis not in BATCH_AXES)))
+
+
+def on_examples_and_heads(
+    attend: Callable[[Any, Any, Any], Any], q_BxTxHxK: Any, k_BxSxGxK: Any, v_BxSxGxK: Any
+) -> Any:
+    """Calls a kernel, which the compiler can't split, on each device with its examples and, if they divide, its heads.
+
+    Args:
+      attend: Of queries, keys and values to what is read, float [B, T, H, K].
+      q_BxTxHxK: Queries.
+      k_BxSxGxK: Keys.
+      v_BxSxGxK: Values.
+    """
+    mesh = get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)
+    rows, tensor = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["tensor"]
+    by_head = "tensor" if k_BxSxGxK.shape[2] % tensor == 0 else None
+    split = PartitionSpec(BATCH_AXES if q_BxTxHxK.shape[0] % rows == 0 else None, None, by_head)
+    whole = jax.shard_map(attend, in_specs=(split, split, split), out_specs=split, check_vma=False)
+    return whole(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)
 
 
 def on_local_devices(values: Any, *, split: bool = False) -> Any:

@@ -153,14 +153,20 @@ def _group(line: str) -> int:
 
 
 def product_flops(jaxpr: Any) -> float:
-    """Operations of all matrix products of a traced function, those in the bodies of loops as often as they run."""
+    """Operations of all matrix products of a traced function on all devices, those in the bodies of loops and in kernels
+    as often as they run; pieces that a kernel skips are counted too."""
     total = 0.0
     for equation in jaxpr.eqns:
+        rounds = equation.params.get("length", 1)
+        if equation.primitive.name == "pallas_call":
+            rounds = math.prod(equation.params["grid_mapping"].grid)
+        elif equation.primitive.name == "shard_map":
+            rounds = equation.params["mesh"].size
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
         inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
         inner = [getattr(x, "jaxpr", x) for x in inner]
-        total += equation.params.get("length", 1) * sum(product_flops(x) for x in inner if hasattr(x, "eqns"))
+        total += rounds * sum(product_flops(x) for x in inner if hasattr(x, "eqns"))
     return total

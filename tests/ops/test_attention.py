@@ -1,7 +1,10 @@
 """Attention against plain numpy, and the choice of its kernel."""
 
+import functools
 import logging
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,6 +52,37 @@ def test_causal(qkv: tuple) -> None:
     np.testing.assert_allclose(found, explicit, atol=1e-6)
 
 
+def test_causal_after_keys_of_others(qkv: tuple) -> None:
+    # The last of 5 queries stands at the last of 7 keys.
+    mask = np.broadcast_to(np.tril(np.ones((5, 7), bool), 2), (2, 6, 5, 7))
+    found = dot_product_attention(*qkv, is_causal=True)
+    np.testing.assert_allclose(found, reference(*qkv, mask, np.zeros(mask.shape)), atol=1e-5)
+    readable = np.ones((1, 1, 5, 7), bool)
+    readable[..., 1] = False
+    found = dot_product_attention(*qkv, is_causal=True, mask=jnp.asarray(readable))
+    np.testing.assert_allclose(found, reference(*qkv, mask & readable, np.zeros(mask.shape)), atol=1e-5)
+    with pytest.raises(ValueError, match="7 queries and 5 keys"):
+        dot_product_attention(qkv[1], qkv[0], qkv[0], is_causal=True)
+
+
+@pytest.mark.parametrize(("targets", "sources"), [(5, 7), (130, 130)])
+def test_splash_is_the_same_attention(targets: int, sources: int) -> None:
+    """The kernel for TPUs, interpreted; of two filled-up pieces and of one, with and without keys of others."""
+    rng = np.random.default_rng(2)
+    shapes = ((2, targets, 4, 128), (2, sources, 2, 128), (2, sources, 2, 128))
+    qkv = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    weights = rng.normal(size=shapes[0]).astype(np.float32)
+
+    def gradients(attend: Any) -> Any:
+        return jax.grad(lambda *qkv: jnp.sum(weights * attend(*qkv)), (0, 1, 2))(*qkv)
+
+    splash = functools.partial(attention._splash, interpret=True)
+    causal = functools.partial(dot_product_attention, is_causal=True)
+    np.testing.assert_allclose(splash(*qkv), causal(*qkv), atol=1e-5)
+    for found, wanted in zip(gradients(splash), gradients(causal), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
 def test_type_is_kept(qkv: tuple) -> None:
     half = [jnp.asarray(x, jnp.bfloat16) for x in qkv]
     assert dot_product_attention(*half).dtype == jnp.bfloat16
@@ -92,6 +126,26 @@ class TestChoice:
         assert self.choose("auto", **options) == "xla"
         with pytest.raises(ValueError, match=reason):
             self.choose("cudnn", **options)
+
+    def test_tpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(attention.jax, "default_backend", lambda: "tpu")
+        choice = {"dtype": jnp.float32, "head_dim": 128, "with_bias": False}
+        assert choose_implementation("auto", **choice, is_causal=True) == "splash"
+        assert choose_implementation("xla", **choice, is_causal=True) == "xla"
+        assert choose_implementation("auto", **choice) == "xla"
+        assert choose_implementation("auto", **choice, with_mask=True, is_causal=True) == "xla"
+        assert choose_implementation("auto", **choice | {"with_bias": True}, is_causal=True) == "xla"
+        assert choose_implementation("auto", **choice | {"head_dim": 64}, is_causal=True) == "xla"
+        with pytest.raises(ValueError, match="the backend is tpu"):
+            choose_implementation("cudnn", **choice, is_causal=True)
+
+    def test_a_program_for_other_devices_has_their_kernel(self) -> None:
+        device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert choose_implementation("auto", dtype=jnp.float32, head_dim=128, with_bias=False, is_causal=True) == (
+                "splash"
+            )
 
     def test_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
         attention._choose.cache_clear()

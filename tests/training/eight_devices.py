@@ -16,6 +16,8 @@ from captured import arguments_of_fit
 
 from nqf.config import MeshConfig
 from nqf.evaluation.ranking import rank_vectors, top_k
+from nqf.ops.attention import dot_product_attention
+from nqf.ops.pins import on_examples_and_heads
 from nqf.stages import tokens as stage_tokens
 from nqf.stages.item import load_items
 from nqf.stages.run import open_run
@@ -114,6 +116,21 @@ def ranking() -> dict:
     return {"ranks": ranks, "rows": rows.tolist(), "scores": scores.tolist()}
 
 
+def attention(mesh: jax.sharding.Mesh) -> dict:
+    """What a kernel that the compiler can't split is given on each device, and the difference to attention of all."""
+    random, seen = np.random.default_rng(0), []
+    qkv = [random.standard_normal((8, 5, heads, 4)).astype(np.float32) for heads in (4, 2, 2)]
+
+    def kernel(*qkv: jax.Array) -> jax.Array:
+        seen.extend(list(one.shape) for one in qkv)
+        return dot_product_attention(*qkv, is_causal=True)
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda *qkv: on_examples_and_heads(kernel, *qkv))(*qkv)
+    wanted = dot_product_attention(*map(jax.numpy.asarray, qkv), is_causal=True)
+    return {"seen": seen[:2], "difference": float(abs(np.asarray(found) - np.asarray(wanted)).max())}
+
+
 def tokens(run: Path, folder: Path) -> None:
     """Writes the catalogue's tokens, computed in pieces on all devices."""
     opened = open_run(run)
@@ -124,6 +141,7 @@ def tokens(run: Path, folder: Path) -> None:
 def main() -> None:
     run, folder = map(Path, sys.argv[1:3])
     report = {"devices": jax.device_count(), "ranking": ranking(), "stages": {}}
+    report["attention"] = {name: attention(mesh_of(*sizes)) for name, sizes in MESHES.items()}
     for stage in ("item", "joint"):
         report["stages"][stage], state = compare_meshes(run, stage)
     tokens(run, folder)

@@ -1,11 +1,14 @@
 """What is read of programs: exchanges between devices, and operations of products."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from nqf.ops.attention import _splash
+from nqf.ops.pins import on_examples_and_heads
 from nqf.training.compiled import collectives, product_flops
 
 # As XLA writes them: a loop of 28 rounds around an exchange, two without a note of their rounds, an exchange that
@@ -117,3 +120,15 @@ def test_products_in_loops_are_counted_as_often_as_they_run(remat: bool) -> None
     assert product_flops(jax.make_jaxpr(loss)(w, x).jaxpr) == 5 * once
     # Two products of a gradient, and with recomputation the forward one again.
     assert product_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) == (20 if remat else 15) * once
+
+
+def test_products_of_a_kernel_are_those_of_all_its_pieces() -> None:
+    q, k = jnp.ones((2, 600, 4, 128)), jnp.ones((2, 640, 2, 128))
+    # 600 queries are filled up to 640. Logits and what they read, for each query head, skipped pieces among them.
+    wanted = 2 * 4 * 2 * 2.0 * 640 * 640 * 128
+    causal = jax.make_jaxpr(functools.partial(_splash, interpret=True))
+    assert product_flops(causal(q, k, k).jaxpr) == wanted
+    # On a mesh each device has a part of it.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1, 2), ("data", "fsdp", "tensor"))):
+        split = jax.make_jaxpr(functools.partial(on_examples_and_heads, functools.partial(_splash, interpret=True)))
+        assert product_flops(split(q, k, k).jaxpr) == wanted

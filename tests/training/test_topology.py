@@ -72,6 +72,16 @@ def test_ranking_is_that_of_one_device(spread: tuple[Path, dict]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ci
+def test_kernels_that_no_compiler_splits_run_on_shards(spread: tuple[Path, dict]) -> None:
+    found = spread[1]["attention"]
+    # Eight examples with four heads of two pairs; two heads are not split over eight devices.
+    for name, (examples, heads) in {"data": (1, 4), "fsdp": (1, 4), "tensor": (8, 4), "mixed": (2, 2)}.items():
+        assert found[name]["seen"] == [[examples, 5, heads, 4], [examples, 5, heads // 2, 4]]
+        assert found[name]["difference"] < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.ci
 def test_tokens_are_the_bytes_of_one_device(spread: tuple[Path, dict], tiny_run: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nqf.stages.tokens.ENCODE_CHUNK", 20)
