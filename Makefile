@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 BENCH ?=
+# Where this is set, each of the processes that are started here would compile its libraries' source again: seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup setup-test quickstart test ci lint docs notebooks bench clean
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,9 @@ def _splash(q_BxTxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, in
         return jnp.pad(x_BxLxHxK, ((0, 0), (0, length - x_BxLxHxK.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
 
     scaled = (q_BxTxHxK.astype(jnp.float32) * width**-0.5).astype(q_BxTxHxK.dtype)
-    read_BxHxTxK = jax.vmap(attend)(lay(scaled, filled[0]), lay(k_BxSxGxK, filled[1]), lay(v_BxSxGxK, filled[1]))
+    laid = (lay(scaled, filled[0]), lay(k_BxSxGxK, filled[1]), lay(v_BxSxGxK, filled[1]))
+    # Without residuals it returns what is read alone.
+    read_BxHxTxK = cast(jax.Array, jax.vmap(attend)(*laid))
     return read_BxHxTxK.swapaxes(1, 2)[:, :targets]
 
 

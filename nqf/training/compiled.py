@@ -153,8 +153,8 @@ def _group(line: str) -> int:
 
 
 def product_flops(jaxpr: Any) -> float:
-    """Operations of all matrix products of a traced function on all devices, those in the bodies of loops and in kernels
-    as often as they run; pieces that a kernel skips are counted too."""
+    """Operations of all matrix products of a traced function, on all devices; those in the bodies of loops and in
+    kernels as often as they run, pieces that a kernel skips among them."""
     total = 0.0
     for equation in jaxpr.eqns:
         rounds = equation.params.get("length", 1)

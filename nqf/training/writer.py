@@ -6,9 +6,11 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 from rich.console import Console
@@ -31,9 +33,6 @@ class Writer:
     """
 
     def __init__(self, folder: Path, stage: str, *, resumed_step: int, enabled: bool = True) -> None:
-        # tensorboardX takes a quarter of a second to import, so only training pays for it.
-        from tensorboardX import SummaryWriter
-
         self._stage, self._enabled = stage, enabled
         if not enabled:
             return
@@ -44,7 +43,8 @@ class Writer:
             files.write_text(path, "".join(f"{line}\n" for line in kept))
         # Unbuffered, so that nothing is left to fail when it is closed.
         self._path, self._file = path, open(path, "ab", buffering=0, opener=_not_through_links)
-        self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=resumed_step + 1)
+        # Imported here, as only training pays for it.
+        self._board = _summary_writer()(str(folder / "tensorboard" / stage), purge_step=resumed_step + 1)
 
     def __enter__(self) -> Writer:
         return self
@@ -89,6 +89,20 @@ class Writer:
 
 def _not_through_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o644)
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's writer, imported without torch, whose arrays it would take, too: where torch is installed, that
+    costs each training seconds and hundreds of MiB."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = cast(Any, None)
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _keeps(line: str, stage: str, resumed_step: int) -> bool:

@@ -18,11 +18,13 @@ def free_port() -> int:
 @pytest.mark.slow
 @pytest.mark.ci
 def test_two_processes_end_as_one_process_with_two_devices(tmp_path: Path, record: Callable[..., None]) -> None:
-    address = f"127.0.0.1:{free_port()}"
+    # A checkpoint takes longer than a step of these models.
+    address, seldom = f"127.0.0.1:{free_port()}", ("--training.save_every_seconds", "600")
     together = [
         start(
             tmp_path / "two",
             "--training.distributed",
+            *seldom,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(index),
@@ -35,7 +37,7 @@ def test_two_processes_end_as_one_process_with_two_devices(tmp_path: Path, recor
         # The other one waits for a process that failed.
         for process in together:
             process.kill()
-    finish(start(tmp_path / "one", devices=2))
+    finish(start(tmp_path / "one", *seldom, devices=2))
     for stage in STAGES:
         assert outcome(tmp_path / "two", stage) == outcome(tmp_path / "one", stage), stage
     # One process writes: every line of the metrics is there once, and the second one is silent.

@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -394,3 +396,14 @@ def test_exchanged_checkpoint_is_refused(tmp_path: Path, record: Callable[..., N
 
 def test_log_interval_is_what_the_tests_assume() -> None:
     assert loop.LOG_EVERY == 20
+
+
+def test_a_training_does_not_import_torch(tmp_path: Path) -> None:
+    """tensorboardX takes torch's arrays, too, and imports it where it is installed."""
+    code = (
+        "import sys; from pathlib import Path; from nqf.training.writer import Writer;"
+        "Writer(Path(sys.argv[1]), 'item', resumed_step=0); assert 'torch' not in sys.modules; import tensorboardX.writer"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "tensorboard" / "item").iterdir())
