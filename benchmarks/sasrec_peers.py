@@ -1,6 +1,6 @@
 """Our SASRec beside those of RecTools: same split, mask and metrics, quality and time to it.
 
-    python benchmarks/sasrec_peers.py --python PYTHON --name NAME --config CONFIG [--epochs 40] [-- OPTION ...]
+    python benchmarks/sasrec_peers.py --python PYTHON --name NAME --config CONFIG [--epochs N] [-- OPTION ...]
 
 PYTHON is an interpreter with `rectools[torch]`, which wants another pandas than the tests. OPTIONs go to `nqf train`.
 The networks have the size of `baselines.sasrec_options`; what else RecTools needs is its own default. *softmax* is its
@@ -36,7 +36,8 @@ eSASRec (LiGR layers, sampled softmax) of [RecTools](https://github.com/MobileTe
 and mask, at the same size; the rest is each one's own default. The best epoch is chosen on validation and the test
 split opened once a row. Brackets are 95 % bootstrap intervals over users, *against* is the paired difference in NDCG@10
 to ours. *To 95 %* is the CPU time, compilation and validation included, until validation NDCG@10 reached 95 % of the
-best of all rows of its data set; a dash where it never did.
+best of all rows of its data set; a dash where it never did. What was *cut off* took all epochs that it was allowed, and
+may rank better after more.
 
 | data | model | epochs | validation NDCG@10 | test HR@10 | test NDCG@10 | against | CPU seconds | to 95 % |
 |---|---|---:|---:|---:|---:|---:|---:|---:|
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--python", type=Path, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, help="of RecTools' networks; by default those that ours may take")
     parser.add_argument("options", nargs="*")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,14 +80,15 @@ def compared(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ]
     subprocess.run([*nqf, "evaluate", str(run), "--sasrec"], cwd=ROOT, check=True)
     ranks = {"nqf": pl.read_parquet(run / "eval" / "per_user.parquet")["rank:sasrec"].to_numpy()}
-    rows = {"nqf": {"curve": curve, "cpu_seconds": spent}}
     sizes = write_data(run, scratch / "data.npz")
+    rows = {"nqf": {"curve": curve, "cpu_seconds": spent, "limit": sizes.pop("epochs")}}
     for name in ("softmax", "eSASRec"):
-        settings = sizes | {"model": name, "epochs": options.epochs, "data": str(scratch / "data.npz")}
+        limit = options.epochs or rows["nqf"]["limit"]
+        settings = sizes | {"model": name, "epochs": limit, "data": str(scratch / "data.npz")}
         made = subprocess.run(
             [options.python, __file__, "--worker", json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=True
         )
-        rows[name] = json.loads(made.stdout.splitlines()[-1])
+        rows[name] = json.loads(made.stdout.splitlines()[-1]) | {"limit": limit}
         ranks[name], version = rows[name].pop("ranks"), rows[name].pop("version")
     for name, ranks_N in ranks.items():
         rows[name] |= figures(ranks_N, ranks["nqf"])
@@ -116,7 +118,8 @@ def write_data(run: Path, path: Path) -> dict[str, Any]:
     np.savez(path, users=events.users, items=events.items, **arrays)
     return {
         "width": size.width, "layers": size.layers, "heads": size.heads, "length": size.max_history,
-        "dropout": size.dropout, "patience": size.patience, "seed": opened.config.seed,
+        "dropout": size.dropout, "patience": size.patience, "epochs": size.epochs,
+        "seed": opened.config.seed,
     }  # fmt: skip
 
 
@@ -142,7 +145,8 @@ def page(everything: dict[str, Any]) -> str:
         for name, row in found["rows"].items():
             reached = [seconds for seconds, value in row["curve"] if value >= 0.95 * best]
             cells = (
-                data, name if name == "nqf" else f"RecTools {name}", len(row["curve"]),
+                data, name if name == "nqf" else f"RecTools {name}",
+                f"{len(row['curve'])}{', cut off' if len(row['curve']) >= row['limit'] else ''}",
                 f"{max(value for _, value in row['curve']):.4f}", format_interval(row["hr@10"]),
                 format_interval(row["ndcg@10"]),
                 "" if name == "nqf" else format_interval(row["against"], signed=True), f"{row['cpu_seconds']:,.0f}",

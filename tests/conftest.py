@@ -4,10 +4,8 @@ import os
 
 # Before jax starts its backend: parity needs full float32 products, and two test workers share two cores.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs of the tests run for milliseconds; optimizing them takes a third of a test's time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
 import fcntl
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -15,6 +13,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+# Programs of the tests run for milliseconds, and compiling them took most of a test's time. Newer versions of XLA have
+# one kind of emitters, and end where they are told of another.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
+)
 # Programs of the tests' subprocesses are compiled once; the folder is this user's and this checkout's.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"nqf-tests-xla-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

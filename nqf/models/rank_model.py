@@ -446,23 +446,7 @@ class RankModel(nn.Module):
             # Often more than half of a short history's prompt, and the same in all of them.
             instructed_1xIxD, prefix = self.qwen3.read_prefix(instruction_1xIxD, deterministic=deterministic)
         trunk = valid_BxT.shape[1]
-        # Tokens of the trunk that each branch reads: a token's position is the number of those before it.
-        read_BxP = jnp.cumsum(valid_slot.reshape(batch, slots, -1).sum(-1), axis=1)[:, slots - positions :]
-        reach_BxR = jnp.repeat(read_BxP, count + 1, axis=1)
-        mask_BxRxL = jnp.concatenate(
-            [
-                jnp.arange(trunk) < reach_BxR[..., None],
-                jnp.broadcast_to(layout.own, (batch, *layout.own.shape)),
-            ],
-            axis=-1,
-        )
-        position_ids = jnp.concatenate(
-            [
-                jnp.broadcast_to(jnp.arange(trunk), (batch, trunk)),
-                reach_BxR + jnp.tile(jnp.arange(count + 1), positions),
-            ],
-            axis=1,
-        )
+        position_ids, mask_BxRxL = _branches(valid_slot, layout.own, positions)
         hidden = self.qwen3(
             inputs_embeds=_padding_last(embeds, valid_BxT),
             position_ids=start + position_ids,
@@ -500,6 +484,22 @@ class RankModel(nn.Module):
         hidden = self.qwen3(inputs_embeds=embeds, deterministic=deterministic)
         weights_BxL = (jnp.arange(hidden.shape[1])[None] < count_Bx1).astype(jnp.float32)
         return jnp.einsum("bl,bld->bd", weights_BxL / count_Bx1, hidden.astype(jnp.float32))[:, None]
+
+
+def _branches(valid_BxSxW: jax.Array, own_RxR: np.ndarray, positions: int) -> tuple[jax.Array, jax.Array]:
+    """Positions of all tokens after the instruction, int [B, L], and what those of the branches read, bool [B, R, L],
+    where the trunk's padding stands at its end."""
+    (batch, slots, per_slot), rows = valid_BxSxW.shape, len(own_RxR)
+    trunk, per_branch = slots * per_slot, rows // positions
+    # Tokens of the trunk that a branch reads: a token's position is the number of those before it.
+    read_BxP = jnp.cumsum(valid_BxSxW.sum(-1), axis=1)[:, slots - positions :]
+    read_BxR = jnp.repeat(read_BxP, per_branch, axis=1)
+    trunk_BxT = jnp.broadcast_to(jnp.arange(trunk), (batch, trunk))
+    mask_BxRxT = jnp.arange(trunk) < read_BxR[..., None]
+    return (
+        jnp.concatenate([trunk_BxT, read_BxR + jnp.tile(jnp.arange(per_branch), positions)], axis=1),
+        jnp.concatenate([mask_BxRxT, jnp.broadcast_to(own_RxR, (batch, rows, rows))], axis=-1),
+    )
 
 
 def _padding_last(x_BxLxD: jax.Array, valid_BxT: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ def start(
     folder: Path, *options: str, module: str = "nqf.train", devices: int = 1, **environment: str
 ) -> subprocess.Popen:
     """Starts a command on simulated devices; its output goes to the pipe of the returned process."""
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"  # As in conftest.py.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         command(folder, *options, module=module),
         cwd=ROOT,

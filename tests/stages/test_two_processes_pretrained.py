@@ -38,7 +38,7 @@ def start(run: Path, report: Path, base: Path, *options: str, devices: int, **en
     """Starts the joint stage of a run in a process of its own; what it says is in a file beside its report."""
     given = OPTIONS | {"joint.backbone.path": base}
     arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     program = [sys.executable, str(Path(__file__).with_name("watched_process.py")), str(report)]
     with open(report.with_suffix(".log"), "w") as log:
         return subprocess.Popen(

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ci]
 def budgets(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict], str]:
     """What budgets.py wrote, and what the compiler warned of."""
     path = tmp_path_factory.mktemp("budgets") / "report.json"
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     folders = [ROOT, ROOT / "benchmarks", ROOT / "tests", ROOT / "tests" / "training"]
     # A program that comes from a cache is not partitioned, and warns of nothing.
     quiet = {"JAX_ENABLE_COMPILATION_CACHE": "false"}

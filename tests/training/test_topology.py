@@ -24,7 +24,7 @@ def spread(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """What eight_devices.py wrote: its folder and its report."""
     folder = tmp_path_factory.mktemp("eight")
     # Optimizing the programs, which run for milliseconds, would take most of the time.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("eight_devices.py")), str(tiny_run), str(folder)],
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
