@@ -46,10 +46,10 @@ quickstart:  ## Train on the built-in catalogue, evaluate, write the report, and
 	  'Next:        $(BIN)/nqf serve $(RUN)    and open http://127.0.0.1:8000, a page to click through'
 
 test: setup-test  ## Run the tests for which a developer waits: all but those marked `ci`.
-	$(BIN)/python -m pytest -n 2 -m "not ci" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ci" tests
 
 ci: lint  ## What CI runs: style, types, all tests, and the fast ones on the newest Python that is installed.
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 	./.ci/newest
 
 lint: setup-test  ## Check style, spelling and types, and that the site can be built.
