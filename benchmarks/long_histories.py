@@ -60,7 +60,6 @@ PLANTED = """
     --user.optim.epochs 2 --user.optim.learning-rate 0.004 --user.optim.batch-size 60
     --joint.backbone.width 32 --joint.backbone.heads 2 --joint.backbone.kv-heads 1 --joint.backbone.mlp-width 64
     --joint.backbone.vocabulary 300 --joint.optim.epochs 8 --joint.optim.learning-rate 0.004 --joint.optim.batch-size 60
-    --joint.optim.validate-every 4
 """.split()
 
 

@@ -101,6 +101,7 @@ class ScoreHead(nn.Module):
         valid_BxN: jax.Array,
         text_BxNxT: jax.Array,
         has_text_BxN: jax.Array,
+        tokens_BxPxE: jax.Array | None = None,
     ) -> jax.Array:
         """Returns user vectors, float32 [B, P, V (+ T)]; their inner products with `item_side` are the logits.
 
@@ -110,6 +111,7 @@ class ScoreHead(nn.Module):
           valid_BxN: False in padding.
           text_BxNxT: Frozen text embeddings of the slots.
           has_text_BxN: False in padding and where the item has no text.
+          tokens_BxPxE: User tokens, side by side, of which the pooled state has been told.
         """
         slots, positions = valid_BxN.shape[1], pooled_BxPxD.shape[1]
         distance_PxN = jnp.arange(slots - positions, slots)[:, None] - jnp.arange(slots)[None, :]
@@ -123,6 +125,9 @@ class ScoreHead(nn.Module):
         pooled_BxPxD = pooled_BxPxD.astype(jnp.float32)
         width = self.config.width
         user = nn.Dense(width, name="project")(pooled_BxPxD)
+        if tokens_BxPxE is not None:
+            # What they say of a long history hardly finds its way through a language model that begins at random.
+            user += nn.Dense(width, use_bias=False, name="tokens")(tokens_BxPxE.astype(jnp.float32))
         if self.config.transitions:
             last = recent("transition_decay", learned_BxNxV, valid_BxN)
             # Which item follows which, as in a factorized Markov chain (FPMC, Rendle et al. 2010). Elements are of
@@ -158,8 +163,9 @@ class FrozenHead(nn.Module):
         valid_BxN: jax.Array,
         text_BxNxT: jax.Array,
         has_text_BxN: jax.Array,
+        tokens_BxPxE: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns float32 [B, P, T]; the arguments are those of `ScoreHead`."""
+        """Returns float32 [B, P, T]; the arguments are those of `ScoreHead`, without the tokens."""
         user, width = pooled_BxPxD.astype(jnp.float32), text_BxNxT.shape[-1]
         if user.shape[-1] != width:
             user = nn.Dense(width, use_bias=False, name="project")(user)
@@ -318,8 +324,8 @@ class RankModel(nn.Module):
           query tokens of the next item, float [B, P, Q, E].
         """
         learned = self.learned(tables, rows, deterministic=deterministic)
-        pooled = self._pooled(tables, learned, history, prompt, positions, deterministic)
-        users, predicted = self.head(pooled, *history_vectors(tables, learned, history)), None
+        pooled, tokens = self._pooled(tables, learned, history, prompt, positions, deterministic)
+        users, predicted = self.head(pooled, *history_vectors(tables, learned, history), tokens), None
         if self.reader is None:
             predicted = over_batch(self.regression(pooled)).reshape(*pooled.shape[:2], *self.item_tokens)
         return users, self.candidates(tables, learned, prompt, deterministic=deterministic), predicted
@@ -360,8 +366,8 @@ class RankModel(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """User vectors, float32 [B, P, V (+ T)]; the arguments are those of a call, and `learned`'s result."""
-        pooled = self._pooled(tables, learned_RxV, history, prompt, positions, deterministic)
-        return self.head(pooled, *history_vectors(tables, learned_RxV, history))
+        pooled, tokens = self._pooled(tables, learned_RxV, history, prompt, positions, deterministic)
+        return self.head(pooled, *history_vectors(tables, learned_RxV, history), tokens)
 
     def _pooled(
         self,
@@ -371,28 +377,31 @@ class RankModel(nn.Module):
         prompt: PromptIds | None,
         positions: int,
         deterministic: bool,
-    ) -> jax.Array:
-        """The state of every position that the score reads, float [B, P, D]."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The state of every position that the score reads, float [B, P, D], and the user tokens, side by side, [B, P,
+        E], where these have been read by a language model."""
         inputs = over_batch(_item_inputs(tables, learned_RxV, history.items))
         reader = self.reader
         if reader is None or prompt is None:
             tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
             # Of the width of frozen embeddings, as the reference's mean is.
             frozen = self.tower_config.frozen
-            return over_batch(tokens.mean(axis=2) if frozen else tokens.reshape(*tokens.shape[:2], -1))
+            return over_batch(tokens.mean(axis=2) if frozen else tokens.reshape(*tokens.shape[:2], -1)), None
         slots = min(reader.prompt.history_items, history.items.shape[1])
         positions = min(positions, slots)
-        user_tokens = None
+        user_tokens = side_by_side = None
         if reader.prompt.user_tokens:
             tokens = self.user_qformer(inputs, history, positions=positions, deterministic=deterministic)
             user_tokens = self.user_norm(self.user_projection(tokens))
+            side_by_side = over_batch(tokens.reshape(*tokens.shape[:2], -1))
         item_tokens = self.item_projection(inputs[:, -slots:])
         if reader.prompt.interactions:
             item_tokens = item_tokens + self.interactions(history)[:, -slots:, None]
         item_tokens = self.item_norm(item_tokens)
         items_BxS = history.items[:, -slots:]
         titles = jnp.where((items_BxS >= 0)[..., None], tables.titles[jnp.maximum(items_BxS, 0)], -1)
-        return self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
+        pooled = self._read(prompt, titles, item_tokens, items_BxS >= 0, user_tokens, positions, deterministic)
+        return pooled, side_by_side
 
     def _read(
         self,

@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +154,14 @@ def _digests(run: Path, stage: Stage, result: dict[str, Any]) -> dict[str, str]:
     return {str(path.relative_to(run)): files.sha256(path) for path in paths}
 
 
-def restore_best(run: Path, stage: str, init: Callable[[], Any]) -> Any:
+def restore_best(run: Path, stage: str, init: Callable[[], Any], *, zero: Collection[str] = ()) -> Any:
     """The best parameters of a finished training stage, after its files have been checked.
 
     Args:
       run: Run folder.
       stage: Name of the stage.
       init: Makes parameters of the same shapes; only traced.
+      zero: As in `restore_params`.
 
     Raises:
       StageError: The stage is not finished, or a file of it was altered.
@@ -172,7 +173,7 @@ def restore_best(run: Path, stage: str, init: Callable[[], Any]) -> Any:
     artifact = read_artifact(run, stage)
     if artifact is None:
         raise StageError(f"{run / stage}: this stage has not been run; run python -m nqf.train --run {run} --stage all")
-    return restore_params(run / stage / "checkpoints", artifact.result["best_step"], jax.eval_shape(init))
+    return restore_params(run / stage / "checkpoints", artifact.result["best_step"], jax.eval_shape(init), zero=zero)
 
 
 def started(parts: dict[str, Any]) -> dict[str, Any]:

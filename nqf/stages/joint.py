@@ -217,6 +217,11 @@ def start_joint(run: Run, params: Any) -> Any:
     own = ("log_scale", "decay", "transition", "transition_decay")
     if "head" in params["params"]:
         kept = {name: value for name, value in learned.get("head", {}).items() if name in own}
+        if "tokens" in params["params"]["head"]:
+            # Ranking begins as the user stage ended, and the language model has only to add to it.
+            project, of_tokens = params["params"]["head"]["project"], learned["head"]["project"]
+            kept["tokens"] = {"kernel": of_tokens["kernel"]}
+            kept["project"] = {"kernel": jnp.zeros_like(project["kernel"]), "bias": of_tokens["bias"]}
         taken["head"] = {**params["params"]["head"], **kept}
     params = {**params, "params": {**params["params"], **taken}}
     return params | ({"item_qformer": load_items(run)[1]} if "item_qformer" in params else {})
@@ -364,7 +369,8 @@ def load_joint(
     if new_item_weight is not None:
         module = module.clone(new_item_weight=new_item_weight)
     parts = dataclasses.replace(parts, module=module)
-    params = restore_best(run.folder, "joint", lambda: init_joint(run, parts))
+    # Up to version 0.2 the score read the user tokens through the language model alone.
+    params = restore_best(run.folder, "joint", lambda: init_joint(run, parts), zero=["params/head/tokens/kernel"])
     learned = params.get("item_qformer")
     return Trained(
         parts=parts,

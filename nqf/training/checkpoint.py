@@ -7,12 +7,13 @@ data is the step itself (`nqf.pipelines.datasets.TrainingData.iterate`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from nqf.training.mesh import leaf_name
@@ -122,7 +123,7 @@ class Checkpointer:
         )
 
 
-def restore_params(directory: Path, step: int, params: Any) -> Any:
+def restore_params(directory: Path, step: int, params: Any, *, zero: Collection[str] = ()) -> Any:
     """Restores the parameters of one step and nothing else, for this process alone.
 
     Of several processes, all have to call it: Orbax names the barriers of later saves by the number of operations
@@ -132,6 +133,7 @@ def restore_params(directory: Path, step: int, params: Any) -> Any:
       directory: Folder of a stage's checkpoints.
       step: Which checkpoint.
       params: Tree of arrays or `jax.ShapeDtypeStruct` with the expected names and shapes.
+      zero: Names of leaves that are zero where the checkpoint is of a version that did not have them.
 
     Raises:
       CheckpointError: No such checkpoint, a damaged one, or its leaves differ from `params`.
@@ -151,7 +153,14 @@ def restore_params(directory: Path, step: int, params: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if usable else device)
 
     with context:
-        return _read(path, {"params": jax.tree.map(leaf, params)})["params"]
+        new = {name for name in zero if f"params/{name}" not in _named(_described(path))}
+        if not new:
+            return _read(path, {"params": jax.tree.map(leaf, params)})["params"]
+        leaves: dict[str, Any] = flatten_dict(params, sep="/")
+        absent = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if name in new}
+        known = {name: leaf for name, leaf in leaves.items() if name not in new}
+        read = _read(path, {"params": jax.tree.map(leaf, unflatten_dict(known, sep="/"))})["params"]
+        return unflatten_dict(flatten_dict(read, sep="/") | absent, sep="/")
 
 
 @jax.jit
@@ -188,13 +197,7 @@ def _read(path: Path, wanted: Any) -> Any:
 
     If that is a dictionary, what else the checkpoint holds is left unread.
     """
-    try:
-        stored = ocp.metadata(str(path), "state").metadata
-    except Exception as error:
-        # Damaged files may raise anything that readers of JSON, protobuf and tensorstore can.
-        raise _damaged(path, _first_line(error)) from error
-    if not isinstance(stored, dict):
-        raise _damaged(path, "the description of its arrays cannot be read")
+    stored = _described(path)
     # Checkpoints of before checksums have none.
     summed = stored.pop(CHECKSUM, None) is not None
     names, parts, unread = sorted(_named(stored)), _parts(wanted), {}
@@ -221,6 +224,18 @@ def _read(path: Path, wanted: Any) -> Any:
         if differing:
             raise _damaged(path, f"the checksum of {', '.join(differing[:5])} differs")
     return read if isinstance(wanted, dict) else dataclasses.replace(wanted, **read)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Names, shapes and types of a checkpoint's arrays."""
+    try:
+        stored = ocp.metadata(str(path), "state").metadata
+    except Exception as error:
+        # Damaged files may raise anything that readers of JSON, protobuf and tensorstore can.
+        raise _damaged(path, _first_line(error)) from error
+    if not isinstance(stored, dict):
+        raise _damaged(path, "the description of its arrays cannot be read")
+    return stored
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:

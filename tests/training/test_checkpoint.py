@@ -122,6 +122,16 @@ def test_damaged_checkpoint_is_refused_or_harmless(
     )
 
 
+def test_what_older_versions_did_not_have_is_zero_where_that_is_said(checkpoints: Path) -> None:
+    wanted = jax.eval_shape(tree)["params"] | {"new": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}}
+    read = restore_params(checkpoints, 7, wanted, zero=["new/kernel", "dense/kernel", "nowhere"])
+    np.testing.assert_array_equal(read.pop("new")["kernel"], np.zeros(3))
+    # What the checkpoint has is read.
+    assert bits(read) == bits(tree()["params"])
+    with pytest.raises(CheckpointError, match="new/kernel: stored nothing"):
+        restore_params(checkpoints, 7, wanted, zero=["new/bias"])
+
+
 def test_checkpoint_of_another_model_is_refused_with_its_leaves(checkpoints: Path) -> None:
     wanted = tree()
     wanted["params"]["table"] = jnp.zeros((100, 4), jnp.int32)
