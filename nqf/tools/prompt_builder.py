@@ -202,6 +202,8 @@ class Recommender:
             return _unit(weight_N @ np.asarray(vectors_NxD, np.float32))
 
         user = _dense(weights, "project", state) if "project/kernel" in weights else state
+        if "tokens/kernel" in weights:
+            user = user + _dense(weights, "tokens", self.user_tokens(history).reshape(-1))
         if "transition/kernel" in weights:
             last = recent("transition_decay", self._tables["learned"][history.items])
             user = user + _dense(weights, "transition", last * math.sqrt(len(last)))
