@@ -232,7 +232,8 @@ def injected_prompts(run: Run, joint: RankParts, variables: Any) -> dict[str, np
         def keep_inputs(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
             if isinstance(context.module, Qwen3) and context.method_name == "__call__":
                 inputs.update(kwargs)
-                return jnp.zeros_like(kwargs["inputs_embeds"])
+                embeds, read_at = kwargs["inputs_embeds"], kwargs["read_at"]
+                return embeds if read_at is None else embeds[:, : read_at.shape[1]]
             if isinstance(context.module, Qwen3) and context.method_name == "read_prefix":
                 inputs["instruction"] = args[0]
             return call(*args, **kwargs)
