@@ -159,7 +159,7 @@ def test_frozen_candidates_are_scored_by_the_pooled_vector_itself() -> None:
     variables = jax.jit(lambda: model.init(jax.random.key(0), same, ROWS, history, PROMPT, positions=1))()
     assert "head" not in variables["params"]
     users, items, _ = model.apply(variables, same, ROWS, history, PROMPT, positions=1)
-    pooled = model.apply(variables, same, jnp.zeros((ITEMS, 0)), history, PROMPT, 1, True, method="_pooled")
+    pooled, _ = model.apply(variables, same, jnp.zeros((ITEMS, 0)), history, PROMPT, 1, True, method="_pooled")
     np.testing.assert_allclose(users, pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True) / 0.07, rtol=1e-4)
     np.testing.assert_allclose(items, same.text / jnp.linalg.norm(same.text, axis=-1, keepdims=True), rtol=1e-5)
 
