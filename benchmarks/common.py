@@ -375,6 +375,13 @@ def trace_table(title: str, run: Callable[[], object], top: int = 8) -> dict[str
 # Descriptions
 
 
+def table_options(folder: Path) -> list[str]:
+    """Options of `nqf train` for a folder in which a benchmark wrote items.csv, interactions.csv and schema.yaml."""
+    names = {"items": "items.csv", "interactions": "interactions.csv", "schema": "schema.yaml"}
+    given = [part for key, name in names.items() for part in (f"--data.{key}", str(folder / name))]
+    return ["--data.format", "table", *given]
+
+
 def machine(device: str) -> str:
     """What the figures were measured on."""
     cpu = platform.machine()

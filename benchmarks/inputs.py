@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine
+from common import machine, table_options
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -93,11 +93,6 @@ def train_planted(folder: Path) -> list[Path]:
     from nqf import train
 
     plant(folder)
-    tables = [
-        part
-        for key, name in (("items", "items.csv"), ("interactions", "interactions.csv"), ("schema", "schema.yaml"))
-        for part in (f"--data.{key}", str(folder / name))
-    ]
     (folder / "planted.yaml").write_text("name: planted\n")
     first, runs = None, []
     for way, options in WAYS.items():
@@ -110,9 +105,7 @@ def train_planted(folder: Path) -> list[Path]:
                 str(folder / "planted.yaml"),
                 "--run",
                 str(run),
-                "--data.format",
-                "table",
-                *tables,
+                *table_options(folder),
                 *CONFIG,
                 *options,
             ]

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine
+from common import machine, table_options
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -76,11 +77,11 @@ def plant(folder: Path, seed: int = 0) -> None:
     for user in range(USERS):
         # Nobody has an item twice.
         order = {kind: rng.sample(range(count), count) for kind, count in kinds.items()}
-        taste, time = f"taste {rng.randrange(TASTES)}", 1_600_000_000
+        taste, at = f"taste {rng.randrange(TASTES)}", 1_600_000_000
         rows = [taste] * SHOWN + [*["filler"] * BETWEEN, "sign", taste] * BLOCKS + ["sign"]
         for kind in rows:
-            time += 86_400
-            events.append(f"u{user},{kind} {order[kind].pop()},{time}")
+            at += 86_400
+            events.append(f"u{user},{kind} {order[kind].pop()},{at}")
     (folder / "interactions.csv").write_text("\n".join(events))
 
 
@@ -127,13 +128,12 @@ def measured(name: str, runs: dict[str, Path]) -> list[dict[str, Any]]:
         trained = load_joint(run)
         items = trained.ranker.item_vectors(trained.variables)
 
-        def encoded(trained: Any = trained, run: Any = run, cases: Any = cases, which: Any = which) -> np.ndarray:
-            return trained.ranker.encode_cases(trained.variables, run.dataset.interactions, run.features, cases, which)
-
-        users, before = encoded(), resource.getrusage(resource.RUSAGE_SELF)
-        encoded()
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        encode = functools.partial(
+            trained.ranker.encode_cases, trained.variables, interactions, run.features, cases, which
+        )
+        users, begun = encode(), time.process_time()
+        encode()
+        spent = time.process_time() - begun
         seen = None if repeats else pasts(interactions, cases)
         values = per_user(rank_vectors(users, items, targets, seen), (10,))["ndcg@10"]
         first = values if first is None else first
@@ -182,13 +182,8 @@ def main() -> None:
     if options.planted:
         plant(options.planted)
         (options.planted / "planted.yaml").write_text("name: planted\n")
-        tables = [
-            part
-            for key, name in (("items", "items.csv"), ("interactions", "interactions.csv"), ("schema", "schema.yaml"))
-            for part in (f"--data.{key}", str(options.planted / name))
-        ]
-        config = ["--config", str(options.planted / "planted.yaml"), "--data.format", "table"]
-        jobs.append(("planted", options.planted, [*config, *tables, *PLANTED], (60, 60), "--planted FOLDER"))
+        setting = ["--config", str(options.planted / "planted.yaml"), *table_options(options.planted), *PLANTED]
+        jobs.append(("planted", options.planted, setting, (60, 60), "--planted FOLDER"))
     if options.config:
         from nqf.config import load_config
 

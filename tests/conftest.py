@@ -17,9 +17,9 @@ from pathlib import Path
 # one kind of emitters, and end where they are told of another.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    * importlib.metadata.version("jaxlib").startswith("0.10."),
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else "--xla_backend_optimization_level=0",
 )
 # Programs of the tests' subprocesses are compiled once; the folder is this user's and this checkout's.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"nqf-tests-xla-{os.getuid()}"))

@@ -280,7 +280,6 @@ class Attention(nn.Module):
         q_BxTxHxK = RMSNorm(config, name="q_norm")(heads("q_proj", config.num_attention_heads, x_BxTxD))
         q_BxTxHxK = apply_rope(q_BxTxHxK, cos, sin)
         keys, values = own
-        before = 0 if prefix is None else prefix[0].shape[1]
         if prefix is not None:
             keys, values = (
                 jnp.concatenate([jnp.broadcast_to(shared, (batch, *shared.shape[1:])), mine], axis=1)
@@ -289,7 +288,8 @@ class Attention(nn.Module):
         attend = functools.partial(dot_product_attention, implementation=config.attention)
         read = []
         if ordered:
-            first = before + ordered
+            # What stands before the sequences, and these tokens.
+            first = keys.shape[1] - q_BxTxHxK.shape[1] + ordered
             read.append(attend(q_BxTxHxK[:, :ordered], keys[:, :first], values[:, :first], is_causal=True))
         if mask is not None:
             read.append(attend(q_BxTxHxK[:, ordered:], keys, values, mask=mask))

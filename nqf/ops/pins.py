@@ -35,10 +35,15 @@ def over_batch(x: Any, columns: tuple[str, ...] = ()) -> Any:
       x: An array of two axes or more.
       columns: Axes of the mesh over which the last one is split.
     """
-    sizes = get_abstract_mesh().shape
-    if x.shape[0] % math.prod(sizes.get(axis, 1) for axis in BATCH_AXES):
+    if not _divides(x):
         return x
     return pin(x, BATCH_AXES, *(None,) * (x.ndim - 2), columns or None)
+
+
+def _divides(x: Any) -> bool:
+    """Whether the examples, x's first axis, divide evenly over the mesh."""
+    sizes = get_abstract_mesh().shape
+    return x.shape[0] % math.prod(sizes.get(axis, 1) for axis in BATCH_AXES) == 0
 
 
 def over_all(x: Any) -> Any:
@@ -93,9 +98,8 @@ def on_examples_and_heads(
     mesh = get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)
-    rows, tensor = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["tensor"]
-    by_head = "tensor" if k_BxSxGxK.shape[2] % tensor == 0 else None
-    split = PartitionSpec(BATCH_AXES if q_BxTxHxK.shape[0] % rows == 0 else None, None, by_head)
+    by_head = "tensor" if k_BxSxGxK.shape[2] % mesh.shape["tensor"] == 0 else None
+    split = PartitionSpec(BATCH_AXES if _divides(q_BxTxHxK) else None, None, by_head)
     whole = jax.shard_map(attend, in_specs=(split, split, split), out_specs=split, check_vma=False)
     return whole(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)
 

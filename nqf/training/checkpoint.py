@@ -112,7 +112,8 @@ class Checkpointer:
         Raises:
           CheckpointError: The checkpoint is damaged, or its leaves differ from `state`'s.
         """
-        return _read(self._directory / str(step), state)
+        path = self._directory / str(step)
+        return _read(path, _described(path), state)
 
     def _not_saved(self, error: Exception) -> CheckpointError:
         whole = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
@@ -153,13 +154,14 @@ def restore_params(directory: Path, step: int, params: Any, *, zero: Collection[
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if usable else device)
 
     with context:
-        new = {name for name in zero if f"params/{name}" not in _named(_described(path))}
+        stored = _described(path)
+        new = {name for name in zero if f"params/{name}" not in _named(stored)}
         if not new:
-            return _read(path, {"params": jax.tree.map(leaf, params)})["params"]
+            return _read(path, stored, {"params": jax.tree.map(leaf, params)})["params"]
         leaves: dict[str, Any] = flatten_dict(params, sep="/")
-        absent = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if name in new}
-        known = {name: leaf for name, leaf in leaves.items() if name not in new}
-        read = _read(path, {"params": jax.tree.map(leaf, unflatten_dict(known, sep="/"))})["params"]
+        absent = {name: jnp.zeros(x.shape, x.dtype) for name, x in leaves.items() if name in new}
+        known = {name: leaf(x) for name, x in leaves.items() if name not in new}
+        read = _read(path, stored, {"params": unflatten_dict(known, sep="/")})["params"]
         return unflatten_dict(flatten_dict(read, sep="/") | absent, sep="/")
 
 
@@ -192,14 +194,13 @@ def _parts(state: Any) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def _read(path: Path, wanted: Any) -> Any:
-    """Reads a checkpoint into the names, shapes, dtypes and shardings of `wanted`.
+def _read(path: Path, stored: dict[str, Any], wanted: Any) -> Any:
+    """Reads a checkpoint, described by `stored`, into the names, shapes, dtypes and shardings of `wanted`.
 
     If that is a dictionary, what else the checkpoint holds is left unread.
     """
-    stored = _described(path)
     # Checkpoints of before checksums have none.
-    summed = stored.pop(CHECKSUM, None) is not None
+    summed, stored = CHECKSUM in stored, {name: tree for name, tree in stored.items() if name != CHECKSUM}
     names, parts, unread = sorted(_named(stored)), _parts(wanted), {}
     if isinstance(wanted, dict):
         unread = {
