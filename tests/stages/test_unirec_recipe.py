@@ -115,9 +115,10 @@ def test_joint_loss_is_the_reference_s(made: tuple[Run, Path]) -> None:
     tables = parts.tables.replace(tokens=output.tokens, vectors=output.vector)
     history = batch.history.replace(items=np.where(batch.history.items >= 0, batch.rows[batch.history.items], -1))
     learned = np.zeros((len(ids), 0), np.float32)
-    pooled = parts.module.apply(
+    states, _ = parts.module.apply(
         parts.variables(params), tables, learned, history, parts.prompt, 1, True, method="_pooled"
-    )[:, 0]
+    )
+    pooled = states[:, 0]
     positives, negatives = [], []
     for row in users:
         sample = samples[run.dataset.interactions.user_ids[row]]

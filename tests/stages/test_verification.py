@@ -54,12 +54,16 @@ def split(run: Path, other: Path) -> Path:
     return path
 
 
+def best_checkpoint(run: Path) -> Path:
+    step = json.loads((run / "joint" / "stage.json").read_text())["result"]["best_step"]
+    return run / "joint" / "checkpoints" / str(step)
+
+
 def checkpoint(run: Path, other: Path) -> Path:
     """The checkpoint of another training with the same shapes."""
-    step = json.loads((run / "joint" / "stage.json").read_text())["result"]["best_step"]
-    folder = run / "joint" / "checkpoints" / str(step)
+    folder, others = best_checkpoint(run), best_checkpoint(other)
     shutil.rmtree(folder)
-    shutil.copytree(other / "joint" / "checkpoints" / str(step), folder)
+    shutil.copytree(others, folder)
     return folder
 
 
