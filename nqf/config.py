@@ -778,9 +778,10 @@ class EvaluationConfig:
         whose learned part says less; in recommendations too. A validation with `data.cold_share` tells what it should
         be: known items give way to new ones as it grows.
       cooccurrence_weight: What the co-occurrence of known events counts beside the vectors of the joint stage, in
-        recommendations too; 0 for none. Default: chosen on the validation cases (stage `score`). Tables show the
-        vectors alone as well.
+        recommendations too; 0 for none. Default: chosen on the validation cases (stage `score`).
       text_weight: The same of the frozen texts' cosine, beyond what the joint stage learned.
+      factor_weight: What factors of the counted pairs weigh in vectors that rank by themselves in a dense index: row
+        `joint_vectors` of tables, `export --format index`; 0 for none. Default: chosen as the other two.
       recent_days: Window of the recent-popularity baseline, in days before the last training event; without
         timestamps the last tenth of the training events is used.
     """
@@ -794,6 +795,7 @@ class EvaluationConfig:
     new_item_weight: Weight = 1.75
     cooccurrence_weight: Weight | None = None
     text_weight: Weight | None = None
+    factor_weight: Weight | None = None
     recent_days: Annotated[float, Interval(gt=0, le=1e6)] = 30.0
 
 

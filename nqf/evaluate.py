@@ -31,6 +31,7 @@ class EvaluateArguments:
       new_item_weight: In place of the configuration's `evaluation.new_item_weight`, to choose it on `--split valid`.
       cooccurrence_weight: The same of `evaluation.cooccurrence_weight`.
       text_weight: The same of `evaluation.text_weight`.
+      factor_weight: The same of `evaluation.factor_weight`.
       into: Folder inside the run for the results; by default `eval` for the test split, and a folder in it for another
         split or protocol, seen items kept, or a trial of weights.
       parts: Share the work through parts in this folder with any number of processes that are given the same; each may
@@ -47,6 +48,7 @@ class EvaluateArguments:
     new_item_weight: Weight | None = None
     cooccurrence_weight: Weight | None = None
     text_weight: Weight | None = None
+    factor_weight: Weight | None = None
     into: str = ""
     parts: Path | None = None
     sasrec: bool = False
@@ -75,7 +77,7 @@ def _evaluate(options: EvaluateArguments, run: Run) -> None:
     from nqf.stages.graph import lock_run
     from nqf.tools.card import write_card
 
-    weights = ("new_item_weight", "cooccurrence_weight", "text_weight")
+    weights = ("new_item_weight", "cooccurrence_weight", "text_weight", "factor_weight")
     given = {name: getattr(options, name) for name in weights}
     given |= {"repeats": True if options.keep_seen else None}
     given = {name: value for name, value in given.items() if value is not None}

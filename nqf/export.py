@@ -62,6 +62,12 @@ scores = np.load("users.npy")[user] @ np.load("vectors.npy").T + (newest[[user]]
 scores[seen[[user]].indices] = -np.inf
 print(users[user], [items[row] for row in np.argsort(-scores, kind="stable")[:10]])
 ```
+{dense}"""
+_DENSE = """
+An index that holds dense vectors alone has `dense_vectors.npy` in their place: `np.load("dense_users.npy")[user] @
+np.load("dense_vectors.npy").T` is nearly that score. The pairs are in their last {width} columns, factorized:
+`newest @ np.load("dense_history.npy")` are those columns of the users, so that a new event changes a user's vector
+without the model. What it loses is the difference of the rows `joint` and `joint_vectors` of the run's evaluation.
 """
 _PEFT = """from peft import AutoPeftModelForFeatureExtraction
 
@@ -274,7 +280,9 @@ def export_vectors(
     (the rows' item ids), `users.npy` (float32 [users, width], of each user's whole history, not of unit length),
     `user_ids.json`, `newest.npz` (scipy's sparse format, float32 [users, items], what a user's newest items weigh),
     `pairs.npz` (float32 [items of histories, items], what each of them adds), `seen.npz` (bool [users, items], what is
-    left out), `index.json` (what they are) and `README.md` with a reader.
+    left out), `index.json` (what they are) and `README.md` with a reader. Where the run has weights for it
+    (`evaluation.factor_weight`), also vectors that rank nearly as well by themselves: `dense_vectors.npy`,
+    `dense_users.npy` and `dense_history.npy` (float32 [items of histories, F], for the users' last F columns).
     `parquet`: `items.parquet` (item_id, vector) and `users.parquet` (user_id, vector: of each user's whole history),
       without what counts add to the score.
     """
@@ -335,7 +343,14 @@ def _export_scores(recommender: Recommender, folder: Path) -> None:
     }
     for name, entries in matrices.items():
         scipy.sparse.save_npz(folder / f"{name}.npz", entries)
-    (folder / "README.md").write_text(_INDEX, encoding="utf-8")
+    dense = dict(zip(("users", "vectors", "history"), recommender.dense_side(), strict=True))
+    factors = dense["history"].shape[1]
+    if factors:
+        dense["vectors"] = dense["vectors"][kept]
+        for name, table in dense.items():
+            np.save(folder / f"dense_{name}.npy", table)
+    about = _INDEX.replace("{dense}", _DENSE.format(width=factors) if factors else "")
+    (folder / "README.md").write_text(about, encoding="utf-8")
 
 
 if __name__ == "__main__":

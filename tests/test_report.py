@@ -164,8 +164,8 @@ def test_the_table_sorts_and_the_map_changes(page: Path, tmp_path: Path) -> None
     down, up = seen["sorted"]
     assert down == sorted(down, reverse=True) and up == sorted(up)
     assert seen["states"] == ["none", "descending", "ascending"] and seen["marked"] == 1 and seen["focusable"] == 0
-    # What counts beside the vectors, and so has rows of its own, is chosen on validation.
-    chosen = {"joint_vectors", "sasrec_cooccurrence"}
+    # What counts beside the vectors, or in them, and so has rows of its own, is chosen on validation.
+    chosen = {"joint_vectors", "joint_learned", "sasrec_cooccurrence"}
     assert set(seen["names"]) - chosen == {
         "joint", "user", "popular", "recent_popular", "last_item_cosine", "cooccurrence", "cooccurrence_text", "sasrec",
     }  # fmt: skip

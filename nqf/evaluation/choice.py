@@ -106,6 +106,10 @@ class Trial:
         assert self._text_IxT is not None, "there are texts"
         return recent_text(self._interactions, self._cases, self.which, self._text_IxT) @ self._text_IxT.T
 
+    def newest(self, count: int) -> np.ndarray:
+        """The newest items before the targets of the tried cases, int [N, count], the newest first, -1 for none."""
+        return newest_of_cases(self._interactions, self._cases, self.which, count)
+
     def counted(self, how: Counting) -> Cooccurrence:
         """Counted pairs; the last ones are remembered."""
         if how not in self._counted:
@@ -212,7 +216,9 @@ def ascend(
             return dataclasses.replace(best, ndcg=value(best))
 
 
-def choose_weights(value: Callable[[Score], float], start: Score, free: Sequence[str]) -> Score:
+def choose_weights(
+    value: Callable[[Score], float], start: Score, free: Sequence[str], scales: Sequence[Mapping[str, Any]] = SCALES
+) -> Score:
     """What counts and texts weigh beside other scores, and how counts enter.
 
     Counts and texts may be a hint beside strong vectors or the other way round, and there is a hill at each: the ascent
@@ -222,13 +228,14 @@ def choose_weights(value: Callable[[Score], float], start: Score, free: Sequence
       value: NDCG@10 of the whole.
       start: How pairs count, and the weights that are given.
       free: Names of the weights that are not.
+      scales: Ways in which counts may enter, as changes of the counting.
     """
     grid, starts = {}, [start]
     if "cooccurrence" in free:
-        grid["scale"] = SCALES
+        grid["scale"] = scales
         starts += [
             dataclasses.replace(start, cooccurrence=weight, counting=dataclasses.replace(start.counting, **scale))
-            for scale in SCALES
+            for scale in scales
             for weight in (0.25, 2.0, 16.0)
         ]
     if "text" in free:

@@ -28,6 +28,7 @@ from nqf.data.schema import Schema
 from nqf.evaluation.baselines import known_events
 from nqf.evaluation.choice import Score
 from nqf.evaluation.cooccurrence import Cooccurrence, stand_in
+from nqf.evaluation.factors import factorize
 from nqf.evaluation.ranking import dense_batches, raise_one, raise_some, rank_vectors, ranks_from_scores
 from nqf.fields.cache import encode_items
 from nqf.fields.encoder import unit_rows
@@ -54,7 +55,7 @@ from nqf.stages.rank import Trained
 from nqf.stages.records import StageError, read_artifact
 from nqf.stages.remote import local_run
 from nqf.stages.run import Run, open_run
-from nqf.stages.score import load_scored
+from nqf.stages.score import dense_score_of, load_scored, memory_of, weigh_text
 from nqf.stages.user import load_users
 
 _HUB_METADATA = """---
@@ -570,6 +571,37 @@ class Recommender:
         interactions = self._run.dataset.interactions
         pasts = pasts_of(self._run.features, interactions, range(len(interactions.user_ids)))
         return list(interactions.user_ids), self._encode(self._stock, pasts), [past.items for past in pasts]
+
+    def dense_side(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Vectors that rank by their inner products alone, nearly as the whole score: see `evaluation.factor_weight`.
+
+        Returns:
+          Users that were trained on, in the order of `user_side`, float32 [users, dim + F]; items, float32 [items,
+          dim + F]; and what each item of a history adds to the last F of a user's, float32 [items, F], by the weights
+          of `score.counting`, newest first. F is 0 where factors weigh nothing.
+        """
+        stock, dense = self._stock, dense_score_of(self._run)
+        _, users, histories = self.user_side()
+        tables = self.trained.ranker.tables
+        new = ~np.asarray(tables.trained)
+        users, items = weigh_text(
+            self._run,
+            (users, stock.vectors),
+            dense,
+            new=new,
+            text_JxT=unit_rows(np.asarray(tables.text, np.float32)[new]),
+            before=self.score.text,
+        )
+        if not dense.cooccurrence:
+            return users, items, np.zeros((len(items), 0), np.float32)
+        memory = self.memory
+        if memory is None or memory.how != dense.counting:
+            memory = memory_of(self._run, self._run.dataset.split.test, dense.counting)
+        texts = unit_rows(np.asarray(tables.text, np.float32))
+        factors = factorize(stand_in(memory, texts))
+        newest_BxH = np.stack([newest(history, dense.counting.newest)[::-1] for history in histories])
+        users = np.concatenate([users, dense.cooccurrence * factors.users(newest_BxH)], axis=1)
+        return users, np.concatenate([items, factors.candidate], axis=1), dense.cooccurrence * factors.history
 
     @property
     def pairs(self) -> scipy.sparse.csr_matrix:

@@ -27,7 +27,7 @@ from nqf.stages.folder import claim
 from nqf.stages.graph import JOINT, NAMES, SASREC, USER, lock_run, run_stage
 from nqf.stages.records import StageError, check_parts, run_version
 from nqf.stages.run import Run
-from nqf.stages.score import counts_of, memory_of, score_of, trial_of, with_text
+from nqf.stages.score import counts_of, dense_score_of, memory_of, score_of, trial_of, with_factors, with_text
 from nqf.stages.stage import Stage
 
 
@@ -114,11 +114,15 @@ def scorers(run: Run, cases: Cases, shares: Shares = ALONE) -> dict[str, Scorer]
     """What is evaluated on some cases: what the run has trained, best first, and every baseline."""
     trained = trained_vectors(run, cases, shares)
     models: dict[str, Scorer] = dict(trained)
-    score = score_of(run)
-    if (score.cooccurrence or score.text) and "joint" in trained:
+    score, dense = score_of(run), dense_score_of(run)
+    if "joint" in trained:
         vectors = trained.pop("joint")
-        whole = with_text(run, vectors, score)
-        models = {"joint": with_pairs(run, cases, whole, score), "joint_vectors": vectors, **trained}
+        models = {"joint": with_pairs(run, cases, with_text(run, vectors, score), score)}
+        if dense.cooccurrence or dense.text:
+            rest = {"joint_vectors": with_factors(run, cases, vectors, dense), **trained, "joint_learned": vectors}
+        else:
+            rest = {"joint_vectors": vectors, **trained} if score.cooccurrence or score.text else trained
+        models |= rest
     models |= baseline_scorers(run, cases)
     if run.config.baselines.sasrec:
         # Trained here where `--stage all` did not.

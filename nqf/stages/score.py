@@ -1,7 +1,8 @@
 """Stages that choose on the validation cases what a score counts besides vectors. Nothing is trained.
 
 `counts`: how pairs of items count, alone and beside texts; the baselines `cooccurrence` and `cooccurrence_text`.
-`score`: what counts and texts weigh beside the joint stage's vectors, in evaluations and recommendations.
+`score`: what counts and texts weigh beside the joint stage's vectors, in evaluations and recommendations, and what
+factors of the counts weigh in vectors that a dense index ranks by alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from nqf.data.interactions import MISSING_TIME
 from nqf.data.splits import Cases
 from nqf.evaluation.baselines import known_events
 from nqf.evaluation.choice import CASES, Score, Trial, choose_counting, choose_weights, text_rows
-from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs, stand_in
+from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs, newest_of_cases, stand_in
+from nqf.evaluation.factors import RANK, factorize
 from nqf.fields.encoder import unit_rows
 from nqf.stages.artifacts import status
 from nqf.stages.folder import owned
@@ -78,8 +80,8 @@ def counts_of(run: Run) -> dict[str, Score]:
     return {name: Score.of(record[name]) for name in ("plain", "text")}
 
 
-def make_score(run: Run) -> dict[str, Any]:
-    """Runs the stage `score`; its record is the score, and NDCG@10 of it and of the vectors alone."""
+def make_score(run: Run, rank: int = RANK) -> dict[str, Any]:
+    """Runs the stage `score`; its record: the score, what factors weigh, NDCG@10 of both and of the vectors alone."""
     evaluation = run.config.evaluation
     given = {"cooccurrence": evaluation.cooccurrence_weight, "text": evaluation.text_weight}
     start = Score(counting=_counting(run), **{name: weight or 0.0 for name, weight in given.items()})
@@ -87,8 +89,8 @@ def make_score(run: Run) -> dict[str, Any]:
     texts = candidates.frozen_similarity and not candidates.frozen
     free = [name for name, weight in given.items() if weight is None and (texts or name != "text")]
     if run.config.data.refit or not len(run.dataset.split.valid.users):
-        if free:
-            keys = " and ".join(f"evaluation.{name}_weight" for name in free)
+        if missing := [*free, *(["factor"] if evaluation.factor_weight is None else [])]:
+            keys = " and ".join(f"evaluation.{name}_weight" for name in missing)
             run.console.print(
                 f"[yellow]warning[/yellow]  there are no validation cases to choose {keys} on, so they are 0; give "
                 "what a run without data.refit chose",
@@ -100,7 +102,8 @@ def make_score(run: Run) -> dict[str, Any]:
             start = dataclasses.replace(
                 start, gate=float(_gates(users, candidates.width).mean()) if len(users) else 0.0
             )
-        return dataclasses.asdict(start)
+        dense = dataclasses.replace(start, cooccurrence=evaluation.factor_weight or 0.0)
+        return dataclasses.asdict(start) | {"dense": dataclasses.asdict(dense if dense.cooccurrence else Score())}
     text_IxT = read_text(run)
     trial = trial_of(run, text_IxT)
     users, items = joint_vectors(run, run.dataset.split.valid[trial.which])
@@ -112,17 +115,30 @@ def make_score(run: Run) -> dict[str, Any]:
         start = dataclasses.replace(start, gate=float(gates_Nx1.mean()))
         learned_NxJ = users[:, :learned] @ items[new, :learned].T
 
-    def value(score: Score) -> float:
+    def value(score: Score, added_NxI: np.ndarray | None = None) -> float:
         if text_NxI is not None:
             # What texts give new items depends on what they weigh; `trial` adds its part for all.
             weight = score.new_item_weight(evaluation.new_item_weight)
             base_NxI[:, new] = learned_NxJ + ((gates_Nx1 + score.text) * weight - score.text) * text_NxI[:, new]
-        return trial.value(score, base_NxI, text_NxI)
+        return trial.value(score, base_NxI if added_NxI is None else base_NxI + added_NxI, text_NxI)
 
     alone = value(Score())
     chosen = choose_weights(value, start, free)
     _say(run, "score", chosen)
-    return {**dataclasses.asdict(chosen), "alone": alone}
+    record = {**dataclasses.asdict(chosen), "alone": alone}
+    if evaluation.factor_weight == 0:
+        return record
+    memory = trial.counted(chosen.counting)
+    near_NxI = factorize(memory, rank).scores(trial.newest(memory.how.newest))
+
+    def dense_value(score: Score) -> float:
+        return value(dataclasses.replace(score, cooccurrence=0.0), score.cooccurrence * near_NxI)
+
+    begin = dataclasses.replace(start, counting=chosen.counting, cooccurrence=evaluation.factor_weight or 0.0)
+    free = [*(["cooccurrence"] if evaluation.factor_weight is None else []), *(["text"] if "text" in free else [])]
+    dense = choose_weights(dense_value, begin, free, scales=({},))
+    _say(run, "dense", dense)
+    return {**record, "dense": dataclasses.asdict(dense)}
 
 
 def _gates(users_NxD: np.ndarray, learned: int) -> np.ndarray:
@@ -133,7 +149,7 @@ def _gates(users_NxD: np.ndarray, learned: int) -> np.ndarray:
 SCORE = Stage(
     name="score",
     after=("joint", "counts"),
-    reads=("evaluation.cooccurrence_weight", "evaluation.text_weight", "evaluation.new_item_weight"),
+    reads=tuple(f"evaluation.{name}_weight" for name in ("cooccurrence", "text", "factor", "new_item")),
     writes=(),
     checked=(),
     make=make_score,
@@ -156,6 +172,29 @@ def score_of(run: Run) -> Score:
         return Score(counting=_counting(run), **given)
     record = {name: value for name, value in record.items() if name in Score.__dataclass_fields__}
     return dataclasses.replace(Score.of(record), **given)
+
+
+def dense_score_of(run: Run) -> Score:
+    """What vectors that rank by themselves have beside what was learned: `cooccurrence` weighs factors of the counts.
+
+    All zero where the stage was never run, is stale, or is of a version before 0.4.
+    """
+    record, given = _record(run, SCORE, needed=False), run.config.evaluation.factor_weight
+    found = Score.of(record["dense"]) if record and "dense" in record else Score(counting=_counting(run))
+    return found if given is None else dataclasses.replace(found, cooccurrence=given)
+
+
+def with_factors(
+    run: Run, cases: Cases, vectors: tuple[np.ndarray, np.ndarray], score: Score
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of `joint_vectors` with what `dense_score_of` gives them: users float32 [N, D + F], items [I, D + F]."""
+    users_NxD, items_IxD = with_text(run, vectors, score)
+    if not score.cooccurrence:
+        return users_NxD, items_IxD
+    factors = factorize(memory_of(run, cases, score.counting))
+    newest = newest_of_cases(run.dataset.interactions, cases, np.arange(len(cases.users)), score.counting.newest)
+    users_NxF = score.cooccurrence * factors.users(newest)
+    return np.concatenate([users_NxD, users_NxF], axis=1), np.concatenate([items_IxD, factors.candidate], axis=1)
 
 
 def load_scored(run: Run) -> tuple[Trained, Score, Cooccurrence | None]:
@@ -188,17 +227,40 @@ def memory_of(run: Run, cases: Cases, how: Counting) -> Cooccurrence:
 
 def with_text(run: Run, vectors: tuple[np.ndarray, np.ndarray], score: Score) -> tuple[np.ndarray, np.ndarray]:
     """The vectors of `load_with_text`, of those without it: users float32 [N, D] and items float32 [I, D]."""
+    if not score.text:
+        return vectors
+    new = run.dataset.split.cold
+    return weigh_text(run, vectors, score, new=new, text_JxT=read_text(run)[new])
+
+
+def weigh_text(
+    run: Run,
+    vectors: tuple[np.ndarray, np.ndarray],
+    score: Score,
+    *,
+    new: np.ndarray,
+    text_JxT: np.ndarray,
+    before: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors with other weights of texts.
+
+    Args:
+      run: The run.
+      vectors: Users float32 [N, D] and items float32 [I, D] of the joint stage.
+      score: What texts shall weigh.
+      new: bool [I], items that training never saw.
+      text_JxT: Their texts, unit rows.
+      before: What texts weigh in the users' vectors beyond what was learned.
+    """
     users_NxD, items_IxD = vectors
     candidates = run.config.candidates
-    if not score.text or candidates.frozen or not candidates.frozen_similarity:
+    if candidates.frozen or not candidates.frozen_similarity:
         return vectors
-    learned, new = candidates.width, run.dataset.split.cold
-    text = users_NxD[:, learned:]
-    users_NxD = np.concatenate([users_NxD[:, :learned], text + score.text * unit_rows(text)], axis=1)
-    weight = score.new_item_weight(run.config.evaluation.new_item_weight)
+    learned, text = candidates.width, users_NxD[:, candidates.width :]
+    text = text + (score.text - before) * unit_rows(text)
     items_IxD = items_IxD.copy()
-    items_IxD[new, learned:] = weight * read_text(run)[new]
-    return users_NxD, items_IxD
+    items_IxD[new, learned:] = score.new_item_weight(run.config.evaluation.new_item_weight) * text_JxT
+    return np.concatenate([users_NxD[:, :learned], text], axis=1), items_IxD
 
 
 def _record(run: Run, stage: Stage, *, needed: bool = True) -> dict[str, Any] | None:

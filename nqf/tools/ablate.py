@@ -183,7 +183,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
         model: {
             name: paired_difference(ranks[model], ranks[name], (10,))["ndcg@10"] for name in RIVALS if name in ranks
         }
-        for model in ("joint", "joint_vectors", "user")
+        for model in ("joint", "joint_vectors", "joint_learned", "user")
         if model in ranks
     }
 

@@ -52,22 +52,21 @@ def _section(study: dict[str, Any]) -> list[str]:
         "text encoder | training | device, date |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
     ]
-    for name in _BASELINES:
-        if name in first["masked"]:
-            lines.append(_line(name, [first], name))
+    lines += [_line(name, [first], name) for name in _BASELINES if name in first["masked"]]
     for raw, rows in variants.items():
         name = text_span(raw)
         lines.append(_line(f"**{name}**", rows, "joint"))
-        # Rows of before there was a co-occurrence beside the vectors have no such line.
-        if "joint_vectors" in rows[0]["masked"]:
-            lines.append(_line(f"{name}: without co-occurrence", rows, "joint_vectors"))
+        # Rows of before there were counts beside the vectors, or in them, have no such lines.
+        learned = "joint_learned" if "joint_learned" in rows[0]["masked"] else "joint_vectors"
+        if learned == "joint_learned":
+            lines.append(_line(f"{name}: dense vectors alone", rows, "joint_vectors"))
+        if learned in rows[0]["masked"]:
+            lines.append(_line(f"{name}: without co-occurrence", rows, learned))
         lines.append(_line(f"{name}: user stage alone", rows, "user"))
         if first is not rows[0] and first["segments"] != rows[0]["segments"]:
             # Other data, other baselines: they stand beside the variant.
             lines += [_line(f"{name}: {rival}", rows, rival) for rival in _BASELINES if rival in rows[0]["masked"]]
-    lines.append("")
-    lines.append("What each variant changes:")
-    lines.append("")
+    lines += ["", "What each variant changes:", ""]
     for name, rows in variants.items():
         changes = ", ".join(code_span(f"{key}: {value}") for key, value in rows[0]["changes"].items()) or "nothing"
         seeds = ", ".join(str(row["seed"]) for row in rows)
@@ -93,7 +92,7 @@ def _line(label: str, rows: list[dict[str, Any]], model: str) -> str:
     # SASRec is a baseline; its time is not the model's.
     seconds = np.mean([sum(row["stage_seconds"].values()) - row["stage_seconds"].get("sasrec", 0) for row in rows])
     made = rows[0]["provenance"]
-    trained = model in ("joint", "joint_vectors", "user")
+    trained = model in ("joint", "joint_vectors", "joint_learned", "user")
     cells = [
         label,
         cell("masked", "all", "hr@10"),

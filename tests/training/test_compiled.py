@@ -10,6 +10,7 @@ import pytest
 from nqf.ops.attention import _splash
 from nqf.ops.pins import on_examples_and_heads
 from nqf.training.compiled import collectives, product_flops
+from nqf.training.mesh import AXES
 
 # As XLA writes them: a loop of 28 rounds around an exchange, two without a note of their rounds, an exchange that
 # begins and ends apart, groups in three notations.
@@ -129,6 +130,7 @@ def test_products_of_a_kernel_are_those_of_all_its_pieces() -> None:
     causal = jax.make_jaxpr(functools.partial(_splash, interpret=True))
     assert product_flops(causal(q, k, k).jaxpr) == wanted
     # On a mesh each device has a part of it.
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1, 2), ("data", "fsdp", "tensor"))):
+    mesh = jax.sharding.AbstractMesh((2, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
         split = jax.make_jaxpr(functools.partial(on_examples_and_heads, functools.partial(_splash, interpret=True)))
         assert product_flops(split(q, k, k).jaxpr) == wanted

@@ -20,7 +20,7 @@ from nqf.tools.report import figures
 from nqf.tools.report.cards import STYLE, Card, cards_html
 from nqf.tools.templates import html, plain
 
-_TRAINED = ("joint", "joint_vectors", "user")
+_TRAINED = ("joint", "joint_vectors", "joint_learned", "user")
 _HERE = Path(__file__).parent
 _SEGMENTS = {"all": "all users", "warm": "warm targets", "cold": "cold targets"}
 
