@@ -8,6 +8,7 @@ factors of the counts weigh in vectors that a dense index ranks by alone.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,17 +129,24 @@ def make_score(run: Run, rank: int = RANK) -> dict[str, Any]:
     record = {**dataclasses.asdict(chosen), "alone": alone}
     if evaluation.factor_weight == 0:
         return record
-    memory = trial.counted(chosen.counting)
+    start = dataclasses.replace(start, counting=chosen.counting, cooccurrence=evaluation.factor_weight or 0.0)
+    free = [*(["cooccurrence"] if evaluation.factor_weight is None else []), *(["text"] if "text" in free else [])]
+    dense = _choose_dense(trial, value, start, free, rank)
+    _say(run, "dense", dense)
+    return {**record, "dense": dataclasses.asdict(dense)}
+
+
+def _choose_dense(
+    trial: Trial, value: Callable[[Score, np.ndarray], float], start: Score, free: Sequence[str], rank: int
+) -> Score:
+    """What factors of the pairs weigh in their place, and texts beside them."""
+    memory = trial.counted(start.counting)
     near_NxI = factorize(memory, rank).scores(trial.newest(memory.how.newest))
 
     def dense_value(score: Score) -> float:
         return value(dataclasses.replace(score, cooccurrence=0.0), score.cooccurrence * near_NxI)
 
-    begin = dataclasses.replace(start, counting=chosen.counting, cooccurrence=evaluation.factor_weight or 0.0)
-    free = [*(["cooccurrence"] if evaluation.factor_weight is None else []), *(["text"] if "text" in free else [])]
-    dense = choose_weights(dense_value, begin, free, scales=({},))
-    _say(run, "dense", dense)
-    return {**record, "dense": dataclasses.asdict(dense)}
+    return choose_weights(dense_value, start, free, scales=({},))
 
 
 def _gates(users_NxD: np.ndarray, learned: int) -> np.ndarray:
