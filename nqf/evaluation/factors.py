@@ -16,8 +16,8 @@ from nqf.evaluation.cooccurrence import Cooccurrence, Counting
 RANK = 256
 """Most values of an item. Ranks of 64, 128, 256 and 512 keep 63, 79, 87 and 94 % of the NDCG@10 of the pairs themselves
 on validation cases of amazon-beauty (12,101 items), and 98, 97, 96 and 96 % on those of ml-100k (1,682)."""
-# Values of one table at most: 1 GiB.
-_VALUES = 2**28
+# Values of one table at most: 256 MiB; while it is computed, ARPACK has twice as many at hand.
+_VALUES = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,12 +57,13 @@ def factorize(memory: Cooccurrence, rank: int = RANK) -> PairFactors:
 
     Args:
       memory: The pairs.
-      rank: F at most; less where there are fewer items or more than 2^28 values in a table.
+      rank: F at most; less where there are fewer items or so many that a table would have more than 2^26 values.
     """
     items, _ = cast(tuple[int, int], memory.pairs.shape)
     rank = min(rank, items - 1, _VALUES // max(1, items))
     if rank < 1 or not memory.pairs.nnz:
-        nothing = np.zeros((items if memory.counts_as is None else memory.counts_as.shape[0], 0), np.float32)
+        count, _ = cast(tuple[int, int], (memory.pairs if memory.counts_as is None else memory.counts_as).shape)
+        nothing = np.zeros((count, 0), np.float32)
         return PairFactors(history=nothing, candidate=nothing, how=memory.how)
     if 2 * rank < items:
         # A start that is given makes the same factors each time.

@@ -90,7 +90,7 @@ def test_stage_without_memory_continues(smallest_run: Path, tmp_path: Path, reco
             pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
             resource.prlimit(process.pid, resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
         try:
-            process.communicate(timeout=60)
+            process.communicate(timeout=20)
         except subprocess.TimeoutExpired:
             # A thread of XLA or TensorStore that gets no memory may leave the others waiting for it. Whoever runs the
             # command ends it then, as a container does.
