@@ -61,6 +61,14 @@ def test_scores_are_those_of_the_pairs() -> None:
     assert found[0, 12] == pytest.approx(found[0, 2], abs=1e-5) and not found[0, 13]
 
 
+@pytest.mark.parametrize("pairs", [[(1, 2)], [(2, 1), (1, 2), (5, 3)], [(item, item + 1) for item in range(90)]])
+def test_few_pairs_of_many_items(pairs: list[tuple[int, int]]) -> None:
+    rows, columns = np.transpose(pairs)
+    counted = scipy.sparse.csr_matrix((np.ones(len(pairs), np.float32), (rows, columns)), shape=(1_000, 1_000))
+    factors = factorize(Cooccurrence(pairs=counted, how=Counting()))
+    np.testing.assert_allclose(factors.history @ factors.candidate.T, counted.toarray(), atol=1e-4)
+
+
 @pytest.mark.parametrize("items", [1, 5])
 def test_nothing_counted_has_no_factors(items: int) -> None:
     memory = Cooccurrence(pairs=scipy.sparse.csr_matrix((items, items), dtype=np.float32), how=Counting())
