@@ -16,7 +16,7 @@ from nqf.evaluation.cooccurrence import Cooccurrence, Counting
 RANK = 256
 """Most values of an item. Alone, ranks of 64, 128, 256 and 512 keep 63, 79, 87 and 94 % of the NDCG@10 of the pairs on
 validation cases of amazon-beauty (12,101 items), and 98, 97, 96 and 96 % on those of ml-100k (1,682); beside learned
-vectors they differ less (docs/dense-vectors.md). With 128, all validation cases of amazon-beauty had .0775, not .0779."""
+vectors they differ less (docs/dense-vectors.md). All validation cases of amazon-beauty had .0775 with 128, .0779 so."""
 # Values of one table at most: 256 MiB; while it is computed, ARPACK has twice as many at hand.
 _VALUES = 2**26
 
