@@ -34,14 +34,14 @@ values of each item ("rank"). *learned* is what training made, without either.
 
 ## On validation cases, by rank
 
-NDCG@10 on at most 4,000 cases. Weights are chosen on the same cases, for each rank anew.
+NDCG@10 on at most 4,000 cases. Weights are chosen on the same cases, for each rank by itself.
 
 """
 TEST = """
 ## On the test split, at rank {rank}
 
-Opened once, with what was chosen on validation. Brackets are 95 % bootstrap intervals over users, of paired differences
-in NDCG@10 in the last column.
+With what was chosen on validation. Brackets are 95 % bootstrap intervals over users, in the last column those of paired
+differences in NDCG@10.
 
 | data | score | HR@10 | NDCG@10 | against |
 |---|---|---:|---:|---|
