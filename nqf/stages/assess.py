@@ -119,10 +119,10 @@ def scorers(run: Run, cases: Cases, shares: Shares = ALONE) -> dict[str, Scorer]
         vectors = trained.pop("joint")
         models = {"joint": with_pairs(run, cases, with_text(run, vectors, score), score)}
         if dense.cooccurrence or dense.text:
-            rest = {"joint_vectors": with_factors(run, cases, vectors, dense), **trained, "joint_learned": vectors}
-        else:
-            rest = {"joint_vectors": vectors, **trained} if score.cooccurrence or score.text else trained
-        models |= rest
+            models |= {"joint_vectors": with_factors(run, cases, vectors, dense), "joint_learned": vectors}
+        elif score.cooccurrence or score.text:
+            models["joint_vectors"] = vectors
+        models |= trained
     models |= baseline_scorers(run, cases)
     if run.config.baselines.sasrec:
         # Trained here where `--stage all` did not.

@@ -97,7 +97,7 @@ def test_rows_of_an_evaluation(dense_run: Path) -> None:
     dense, cases, interactions = dense_score_of(run), run.dataset.split.test, run.dataset.interactions
     assert dense.cooccurrence == 3 and dense.text == 0.5
     results = assess(run, into="trial")
-    assert list(results.models)[:4] == ["joint", "joint_vectors", "user", "joint_learned"]
+    assert list(results.models)[:4] == ["joint", "joint_vectors", "joint_learned", "user"]
     ranks = model_ranks(results.frame)
     vectors = joint_vectors(run, cases)
     cuts = zip(cases.users, cases.cuts, strict=True)
