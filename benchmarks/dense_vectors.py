@@ -62,6 +62,7 @@ def main() -> None:
 
 def measured(folder: Path) -> dict[str, Any]:
     """Figures of one run, and where they come from."""
+    from nqf.evaluation.choice import Score
     from nqf.evaluation.factors import factorize
     from nqf.evaluation.metrics import paired_difference
     from nqf.evaluation.results import model_ranks, read_results
@@ -73,7 +74,7 @@ def measured(folder: Path) -> dict[str, Any]:
     for rank in RANKS:
         record = make_score(run, rank)
         begun = time.process_time()
-        factorize(memory_of(run, run.dataset.split.test, run_counting(record)), rank)
+        factorize(memory_of(run, run.dataset.split.test, Score.of(record["dense"]).counting), rank)
         seconds = time.process_time() - begun
         rows[str(rank)] = {"ndcg": record["dense"]["ndcg"], "cpu_seconds": seconds}
         rows |= {"learned": {"ndcg": record["alone"]}, "whole": {"ndcg": record["ndcg"]}}
@@ -101,12 +102,6 @@ def measured(folder: Path) -> dict[str, Any]:
         "machine": machine("cpu"),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def run_counting(record: dict[str, Any]) -> Any:
-    from nqf.evaluation.choice import Score
-
-    return Score.of(record["dense"]).counting
 
 
 def page(everything: dict[str, Any]) -> str:

@@ -343,13 +343,13 @@ def _export_scores(recommender: Recommender, folder: Path) -> None:
     }
     for name, entries in matrices.items():
         scipy.sparse.save_npz(folder / f"{name}.npz", entries)
-    dense = dict(zip(("users", "vectors", "history"), recommender.dense_side(), strict=True))
-    factors = dense["history"].shape[1]
-    if factors:
-        dense["vectors"] = dense["vectors"][kept]
-        for name, table in dense.items():
+    about = ""
+    if dense := recommender.dense_side(vectors, histories):
+        queries, items, added = dense
+        for name, table in {"users": queries, "vectors": items[kept], "history": added}.items():
             np.save(folder / f"dense_{name}.npy", table)
-    about = _INDEX.replace("{dense}", _DENSE.format(width=factors) if factors else "")
+        about = _DENSE.format(width=added.shape[1])
+    about = _INDEX.replace("{dense}", about)
     (folder / "README.md").write_text(about, encoding="utf-8")
 
 

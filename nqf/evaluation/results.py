@@ -35,6 +35,8 @@ from nqf.evaluation.shares import ALONE, Shares
 from nqf.evaluation.table import print_table
 
 Protocol = Literal["full", "legacy"]
+TRAINED = ("joint", "joint_vectors", "joint_learned", "user")
+"""Rows of what a run has trained, by their names in tables."""
 
 _RECOMMENDED = 10
 _RANK = "rank:"

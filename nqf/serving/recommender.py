@@ -572,16 +572,30 @@ class Recommender:
         pasts = pasts_of(self._run.features, interactions, range(len(interactions.user_ids)))
         return list(interactions.user_ids), self._encode(self._stock, pasts), [past.items for past in pasts]
 
-    def dense_side(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def dense_side(
+        self, users: np.ndarray, histories: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Vectors that rank by their inner products alone, nearly as the whole score: see `evaluation.factor_weight`.
 
+        Args:
+          users: Vectors of `user_side`, float32 [users, dim].
+          histories: Likewise.
+
         Returns:
-          Users that were trained on, in the order of `user_side`, float32 [users, dim + F]; items, float32 [items,
-          dim + F]; and what each item of a history adds to the last F of a user's, float32 [items, F], by the weights
-          of `score.counting`, newest first. F is 0 where factors weigh nothing.
+          Users, float32 [users, dim + F]; items, float32 [items, dim + F]; and what each item of a history adds to the
+          last F of a user's, float32 [items, F], by the weights of `score.counting`, newest first. None where factors
+          weigh nothing.
         """
         stock, dense = self._stock, dense_score_of(self._run)
-        _, users, histories = self.user_side()
+        if not dense.cooccurrence:
+            return None
+        if self.memory is not None and self.memory.how == dense.counting:
+            memory = self._counted(stock, self.memory)
+        else:
+            memory = stand_in(memory_of(self._run, self._run.dataset.split.test, dense.counting), unit_rows(stock.text))
+        factors = factorize(memory)
+        if not factors.candidate.size:
+            return None
         tables = self.trained.ranker.tables
         new = ~np.asarray(tables.trained)
         users, items = weigh_text(
@@ -592,13 +606,6 @@ class Recommender:
             text_JxT=unit_rows(np.asarray(tables.text, np.float32)[new]),
             before=self.score.text,
         )
-        if not dense.cooccurrence:
-            return users, items, np.zeros((len(items), 0), np.float32)
-        memory = self.memory
-        if memory is None or memory.how != dense.counting:
-            memory = memory_of(self._run, self._run.dataset.split.test, dense.counting)
-        texts = unit_rows(np.asarray(tables.text, np.float32))
-        factors = factorize(stand_in(memory, texts))
         newest_BxH = np.stack([newest(history, dense.counting.newest)[::-1] for history in histories])
         users = np.concatenate([users, dense.cooccurrence * factors.users(newest_BxH)], axis=1)
         return users, np.concatenate([items, factors.candidate], axis=1), dense.cooccurrence * factors.history

@@ -185,7 +185,7 @@ def score_of(run: Run) -> Score:
 def dense_score_of(run: Run) -> Score:
     """What vectors that rank by themselves have beside what was learned: `cooccurrence` weighs factors of the counts.
 
-    All zero where the stage was never run, is stale, or is of a version before 0.4.
+    All zero where the stage was never run, is stale, or is of a version before 0.3.
     """
     record, given = _record(run, SCORE, needed=False), run.config.evaluation.factor_weight
     found = Score.of(record["dense"]) if record and "dense" in record else Score(counting=_counting(run))

@@ -172,7 +172,7 @@ def run_variant(variant: Variant, others: list[Path]) -> dict[str, Any]:
 def row_of(variant: Variant) -> dict[str, Any]:
     """What is kept of a finished run."""
     from nqf.evaluation.metrics import paired_difference
-    from nqf.evaluation.results import model_ranks, read_results
+    from nqf.evaluation.results import TRAINED, model_ranks, read_results
     from nqf.stages.graph import NAMES
     from nqf.stages.records import read_artifact
 
@@ -183,7 +183,7 @@ def row_of(variant: Variant) -> dict[str, Any]:
         model: {
             name: paired_difference(ranks[model], ranks[name], (10,))["ndcg@10"] for name in RIVALS if name in ranks
         }
-        for model in ("joint", "joint_vectors", "joint_learned", "user")
+        for model in TRAINED
         if model in ranks
     }
 

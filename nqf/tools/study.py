@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nqf.evaluation.results import format_interval
+from nqf.evaluation.results import TRAINED, format_interval
 from nqf.files import write_text
 from nqf.tools.templates import code_span, text_span
 
@@ -92,7 +92,7 @@ def _line(label: str, rows: list[dict[str, Any]], model: str) -> str:
     # SASRec is a baseline; its time is not the model's.
     seconds = np.mean([sum(row["stage_seconds"].values()) - row["stage_seconds"].get("sasrec", 0) for row in rows])
     made = rows[0]["provenance"]
-    trained = model in ("joint", "joint_vectors", "joint_learned", "user")
+    trained = model in TRAINED
     cells = [
         label,
         cell("masked", "all", "hr@10"),

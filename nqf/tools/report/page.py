@@ -15,12 +15,11 @@ import polars as pl
 from markupsafe import Markup
 
 from nqf.evaluation.metrics import paired_difference
-from nqf.evaluation.results import Results, cut_off, format_interval, model_ranks
+from nqf.evaluation.results import TRAINED, Results, cut_off, format_interval, model_ranks
 from nqf.tools.report import figures
 from nqf.tools.report.cards import STYLE, Card, cards_html
 from nqf.tools.templates import html, plain
 
-_TRAINED = ("joint", "joint_vectors", "joint_learned", "user")
 _HERE = Path(__file__).parent
 _SEGMENTS = {"all": "all users", "warm": "warm targets", "cold": "cold targets"}
 
@@ -104,10 +103,10 @@ def render(report: Report) -> str:
     """The page."""
     results, k = report.results, cut_off(report.results, None)
     models = list(results.models)
-    main = next((model for model in _TRAINED if model in models), models[0])
-    baselines = [model for model in models if model not in _TRAINED] or [main]
+    main = next((model for model in TRAINED if model in models), models[0])
+    baselines = [model for model in models if model not in TRAINED] or [main]
     best = max(baselines, key=lambda model: results.models[model]["all"][f"ndcg@{k}"][0])
-    shown = list(dict.fromkeys([main, *(model for model in _TRAINED if model in models), best]))
+    shown = list(dict.fromkeys([main, *(model for model in TRAINED if model in models), best]))
     colors = figures.series_colors(models, shown)
     steps = {stage: result["best_step"] for stage, result in report.stages.items() if "best_step" in result}
     script = (_HERE / "report.js").read_text(encoding="utf-8")
