@@ -404,6 +404,8 @@ class OptimConfig:
       final_share: Learning rate at the end as a share of the peak.
       weight_decay: Decoupled weight decay on matrices; none on norms, biases and tables.
       clip_norm: Largest global norm of the trainable gradient.
+      average: Share of the steps so far over which the parameters that are validated and kept are averaged,
+        exponentially; with 0 they are those of the last step.
       validate_every: Epochs between validations.
       patience: Validations without improvement before the stage stops; 0 never stops early.
     """
@@ -416,6 +418,7 @@ class OptimConfig:
     final_share: Share = 0.05
     weight_decay: Weight = 0.01
     clip_norm: Annotated[float, Interval(gt=0, le=1e6)] = 1.0
+    average: Share = 0.1
     validate_every: Count = 1
     patience: CountOrNone = 0
 

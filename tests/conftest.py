@@ -35,7 +35,9 @@ RECORDS = TESTS.parent / "runs" / "reliability"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: trains or compares with torch; left out on the newest Python")
+    config.addinivalue_line(
+        "markers", "slow: trains, opens a browser or compares with torch; left out on the newest Python"
+    )
     config.addinivalue_line("markers", "targets: compiles steps of true size for TPUs; needs libtpu, minutes each")
     config.addinivalue_line(
         "markers", "ci: trains again or starts many processes; left out by `make test`, run by `make ci`"

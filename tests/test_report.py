@@ -21,11 +21,16 @@ from nqf.stages.folder import claim
 from nqf.stages.records import StageError
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed; .ci/run installs Debian's")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=10000 --dump-dom"
 ).split()
+
+
+def needs_browser(test: Callable) -> Callable:
+    """Skips where there is none; slow, as a page is the same whatever Python wrote it."""
+    reason = "no Chromium is installed; .ci/run installs Debian's"
+    return pytest.mark.slow(pytest.mark.skipif(BROWSER is None, reason=reason)(test))
 
 
 class Links(HTMLParser):

@@ -139,13 +139,13 @@ def plan(program: Program, run: Run, stage: str, mesh: Mesh | None = None) -> Pl
 
 
 def _compile(program: Program, run: Run, data: TrainingData, mesh: Mesh, here: bool) -> dict[str, float]:
-    optimizer = make_optimizer(program.optim, data.steps)
-    state = jax.eval_shape(lambda: make_state(program.init(), optimizer))
+    optimizer, average = make_optimizer(program.optim, data.steps), program.optim.average
+    state = jax.eval_shape(lambda: make_state(program.init(), optimizer, average=average))
     shardings = layout(state, mesh)
     frozen = jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x), program.frozen())
     state, frozen = placed(state, shardings), placed(frozen, layout(frozen, mesh))
     skip = run.config.training.skip_non_finite
-    step = make_train_step(program.loss_fn, optimizer, seed=0, skip=skip, shardings=shardings)
+    step = make_train_step(program.loss_fn, optimizer, seed=0, skip=skip, average=average, shardings=shardings)
     # Batches of one stage differ in length; the largest decides.
     count = len(data.batches)
     at = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BATCHES)).astype(int))

@@ -7,8 +7,9 @@ data is the step itself (`nqf.pipelines.datasets.TrainingData.iterate`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -106,14 +107,24 @@ class Checkpointer:
         except Exception as error:
             raise self._not_saved(error) from error
 
-    def restore(self, step: int, state: Any) -> Any:
+    def restore(self, step: int, state: Any, *, copied: Mapping[str, str] = MappingProxyType({})) -> Any:
         """Restores a step into the shapes, dtypes and shardings of `state`, whatever devices wrote it.
+
+        Args:
+          step: Name of the checkpoint.
+          state: A dictionary or a dataclass of trees of arrays.
+          copied: Fields of a dataclass that are copies of other ones where the checkpoint is of a version without them.
 
         Raises:
           CheckpointError: The checkpoint is damaged, or its leaves differ from `state`'s.
         """
         path = self._directory / str(step)
-        return _read(path, _described(path), state)
+        stored = _described(path)
+        new = {name: source for name, source in copied.items() if name in _parts(state) and name not in stored}
+        read = _read(path, stored, dataclasses.replace(state, **dict.fromkeys(new)) if new else state)
+        # Copies, as a state that holds the same buffer twice cannot be donated.
+        made = {name: jax.tree.map(jnp.copy, getattr(read, source)) for name, source in new.items()}
+        return dataclasses.replace(read, **made) if made else read
 
     def _not_saved(self, error: Exception) -> CheckpointError:
         whole = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
@@ -188,10 +199,11 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _parts(state: Any) -> dict[str, Any]:
-    """The top level of a tree, which is a dictionary or a dataclass."""
+    """The top level of a tree, which is a dictionary or a dataclass, without what is None."""
     if isinstance(state, dict):
         return state
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _read(path: Path, stored: dict[str, Any], wanted: Any) -> Any:

@@ -38,7 +38,8 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: int32 scalar, steps done.
-      params: Trainable parameters.
+      params: Trainable parameters, as they are validated and kept.
+      raw: Those that the steps update, of which `params` are the moving average; None where nothing is averaged.
       opt_state: Optimizer state.
       best: float32 scalar, best validation score so far.
       best_step: int32 scalar, step of the best score.
@@ -49,6 +50,7 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array
     params: Any
+    raw: Any
     opt_state: Any
     best: jax.Array
     best_step: jax.Array
@@ -78,8 +80,8 @@ class FitResult:
     seconds: float
 
 
-def make_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def make_state(params: Any, optimizer: optax.GradientTransformation, *, average: float = 0.0) -> TrainState:
+    """The state before the first step; `average` is that of `make_train_step`."""
 
     def zero() -> jax.Array:
         # One array for each: a state that holds the same buffer twice cannot be donated.
@@ -88,6 +90,7 @@ def make_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(
         step=zero(),
         params=jax.tree.map(jnp.copy, params),
+        raw=jax.tree.map(jnp.copy, params) if average else None,
         opt_state=optimizer.init(params),
         best=jnp.full((), -jnp.inf, jnp.float32),
         best_step=zero(),
@@ -98,7 +101,13 @@ def make_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, seed: int, skip: int, shardings: Any = None
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    skip: int,
+    average: float = 0.0,
+    shardings: Any = None,
 ) -> Callable:
     """Compiles `(state, frozen, batch) -> (state, metrics)`; the state is donated, the frozen tree is not.
 
@@ -110,6 +119,9 @@ def make_train_step(
       optimizer: Updates the parameters.
       seed: Seed of the steps' random keys.
       skip: Non-finite batches before `failed` is set.
+      average: Share of the steps so far over which the kept parameters are averaged. With `t` steps before, a step
+        counts as 1 / (1 + average * t), so the window grows with the training: the power function average of Karras
+        et al. 2024 (arXiv 2312.02696, section 3.1), whose gamma is 1 / average - 1. With 0 nothing is averaged.
       shardings: Where the state lies, and the mesh that activations are pinned to; by default wherever it is.
     """
 
@@ -117,20 +129,27 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        trained = state.raw if average else state.params
         with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, key)
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, frozen, batch, key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params, raw = optax.apply_updates(trained, updates), None
+        if average:
+            share, raw = 1 / (1 + average * state.step), params
+            params = jax.tree.map(lambda mean, new: mean + share.astype(mean.dtype) * (new - mean), state.params, raw)
+        params, raw, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, raw, opt_state),
+            (state.params, state.raw, state.opt_state),
         )
         step, skipped = state.step + 1, state.skipped + ~finite
         one_too_many = ~finite & (skipped == skip + 1)
         state = state.replace(
             step=step,
             params=params,
+            raw=raw,
             opt_state=opt_state,
             skipped=skipped,
             failed=jnp.where(one_too_many, step, state.failed),
@@ -171,18 +190,25 @@ def fit(
     """
     mesh, data = make_mesh(training.mesh), program.data(program.optim)
     optimizer = make_optimizer(program.optim, data.steps)
-    state = make_state(program.start(program.init()), optimizer)
+    average = program.optim.average
+    state = make_state(program.start(program.init()), optimizer, average=average)
     shardings = layout(state, mesh)
     state, frozen = place(state, shardings), program.frozen()
     frozen = place(frozen, layout(frozen, mesh))
     train_step = make_train_step(
-        program.loss_fn, optimizer, seed=program.seed, skip=training.skip_non_finite, shardings=shardings
+        program.loss_fn,
+        optimizer,
+        seed=program.seed,
+        skip=training.skip_non_finite,
+        average=average,
+        shardings=shardings,
     )
     validate, checkpoints = program.validate(), folder / stage / "checkpoints"
     with Checkpointer(checkpoints, keep=training.keep) as checkpointer, StopRequest() as request:
         latest = checkpointer.latest()
         if latest is not None:
-            state = checkpointer.restore(latest, state)
+            # Up to version 0.2 nothing was averaged; a training that was cut off then is averaged from there on.
+            state = checkpointer.restore(latest, state, copied={"raw": "params"})
         start = int(state.step)
         if latest not in (None, start):
             raise CheckpointError(f"{checkpoints / str(latest)}: holds step {start}; it was renamed or exchanged")

@@ -27,7 +27,7 @@ def inputs(request):
 
 @pytest.fixture(scope="module")
 def params(inputs):
-    params = QFormer(config=CONFIG).init(jax.random.key(0), *inputs[:2])["params"]
+    params = jax.jit(QFormer(config=CONFIG).init)(jax.random.key(0), *inputs[:2])["params"]
     # Biases start at zero and norms at one; random ones make sure that none is forgotten or swapped.
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))

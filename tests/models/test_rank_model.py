@@ -1,6 +1,7 @@
 """The joint model: each branch of a training prompt is the prompt that ends there."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,12 @@ def history() -> History:
     return history_of_items(items, 0).replace(age=age)
 
 
+def init(model: RankModel, items: ItemTables, rows: np.ndarray, batch: History) -> Any:
+    """Fresh parameters; compiled, as operation by operation takes ten times as long."""
+    made = jax.jit(model.init, static_argnames="positions")
+    return made(jax.random.key(0), items, rows, batch, PROMPT, positions=1)["params"]
+
+
 @pytest.mark.parametrize(
     ("pooling", "user_tokens", "words"), [("last", True, WORDS), ("mean", True, 0), ("last", False, WORDS)]
 )
@@ -70,7 +77,7 @@ def test_a_branch_is_the_prompt_that_ends_there(pooling, user_tokens, words):
     )
     model, rows, batch = model_of(prompt), np.arange(ITEMS, dtype=np.int32), history()
     items = dataclasses.replace(tables(), titles=tables().titles[:, :words])
-    params = model.init(jax.random.key(0), items, rows, batch, PROMPT, positions=1)["params"]
+    params = init(model, items, rows, batch)
     apply = jax.jit(model.apply, static_argnames="positions")
     together, *_ = apply({"params": params}, items, rows, batch, PROMPT, positions=SLOTS)
     for slot in (3, SLOTS - 1):
@@ -89,18 +96,19 @@ def test_a_branch_is_the_prompt_that_ends_there(pooling, user_tokens, words):
 def test_padding_before_a_history_changes_nothing():
     model, rows, batch = model_of(PromptConfig(history_items=SLOTS)), np.arange(ITEMS, dtype=np.int32), history()
     items = dataclasses.replace(tables(), titles=tables().titles[:, :0])
-    params = model.init(jax.random.key(0), items, rows, batch, PROMPT, positions=1)["params"]
-    padded, *_ = model.apply({"params": params}, items, rows, batch, PROMPT, positions=1)
+    params = init(model, items, rows, batch)
+    apply = jax.jit(model.apply, static_argnames="positions")
+    padded, *_ = apply({"params": params}, items, rows, batch, PROMPT, positions=1)
     short = jax.tree.map(lambda x: x[:1, 2:], batch)
     np.testing.assert_allclose(
-        model.apply({"params": params}, items, rows, short, PROMPT, positions=1)[0], padded[:1], atol=1e-5
+        apply({"params": params}, items, rows, short, PROMPT, positions=1)[0], padded[:1], atol=1e-5
     )
 
 
 def test_an_item_that_training_never_saw_is_scored_by_its_content():
     model, rows = model_of(PromptConfig(history_items=SLOTS)), np.arange(ITEMS, dtype=np.int32)
     items = tables()
-    params = model.init(jax.random.key(0), items, rows, history(), PROMPT, positions=1)["params"]
+    params = init(model, items, rows, history())
     width, weight = model.tower_config.width, model.new_item_weight
     assert weight != 1
 

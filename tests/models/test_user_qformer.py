@@ -33,7 +33,8 @@ def random_history(seed: int, slots: int = SLOTS, padding: int = 1) -> History:
 def model():
     module = UserQFormer(config=QFormerConfig(width=WIDTH, heads=2, mlp_width=16, queries=2, layers=2))
     inputs = np.random.default_rng(0).normal(size=(1, SLOTS, PER_ITEM, 5)).astype(np.float32)
-    params = module.init(jax.random.key(0), inputs, random_history(0), positions=SLOTS)
+    init = jax.jit(module.init, static_argnames="positions")
+    params = init(jax.random.key(0), inputs, random_history(0), positions=SLOTS)
     # The biases start at zero; random ones make sure that the tests see them.
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     return jax.jit(module.apply, static_argnames="positions"), params, inputs

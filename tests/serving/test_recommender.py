@@ -339,9 +339,9 @@ def test_a_long_life(changing: Recommender, monkeypatch: pytest.MonkeyPatch) -> 
     arrays = len(jax.live_arrays())
     tracemalloc.start()
     sizes = []
-    for number in range(40, 240):
+    for number in range(40, 140):
         live(number)
-        if number % 50 == 49:
+        if number % 25 == 14:
             gc.collect()
             sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
@@ -349,10 +349,10 @@ def test_a_long_life(changing: Recommender, monkeypatch: pytest.MonkeyPatch) -> 
     # On the devices, only the vectors of the three pieces that were begun.
     assert len(jax.live_arrays()) <= arrays + 3
     # What remains of an item is its row, its vectors and its title: a few kilobytes.
-    growth = np.diff(sizes) / 50
+    growth = np.diff(sizes) / 25
     # The counts that an item takes of its neighbors, in rows and columns, are some thousands of bytes of it.
     assert growth.max() < 20_000, growth
-    assert len(changing.item_ids) == 240 + 240
+    assert len(changing.item_ids) == 240 + 140
 
 
 @pytest.mark.ci

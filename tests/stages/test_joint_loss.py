@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,8 +159,14 @@ def test_frozen_candidates_are_scored_by_the_pooled_vector_itself() -> None:
     history = jax.tree.map(jnp.asarray, history_of_items(SEQUENCES[:, :-1], 0))
     variables = jax.jit(lambda: model.init(jax.random.key(0), same, ROWS, history, PROMPT, positions=1))()
     assert "head" not in variables["params"]
-    users, items, _ = model.apply(variables, same, ROWS, history, PROMPT, positions=1)
-    pooled, _ = model.apply(variables, same, jnp.zeros((ITEMS, 0)), history, PROMPT, 1, True, method="_pooled")
+
+    @jax.jit
+    def read(variables: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        users, items, _ = model.apply(variables, same, ROWS, history, PROMPT, positions=1)
+        pooled, _ = model.apply(variables, same, jnp.zeros((ITEMS, 0)), history, PROMPT, 1, True, method="_pooled")
+        return users, items, pooled
+
+    users, items, pooled = read(variables)
     np.testing.assert_allclose(users, pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True) / 0.07, rtol=1e-4)
     np.testing.assert_allclose(items, same.text / jnp.linalg.norm(same.text, axis=-1, keepdims=True), rtol=1e-5)
 

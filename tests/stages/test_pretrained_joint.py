@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_on(base: Path, tiny_run: Path, run: Path, **options: Any) -> dict[str, list[bytes]]:
+def train_on(
+    base: Path, tiny_run: Path, run: Path, stages: Sequence[str] = ("joint", "score"), **options: Any
+) -> dict[str, list[bytes]]:
     """Runs the joint stage on a copy of a finished run; returns the base's bits before and after training."""
     shutil.copytree(tiny_run, run)
     bits = {}
@@ -83,7 +86,7 @@ def train_on(base: Path, tiny_run: Path, run: Path, **options: Any) -> dict[str,
     arguments = [part for name, value in options.items() for part in (f"--{name}", *str(value).split())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "fit", watched)
-        for stage in ("joint", "score"):
+        for stage in stages:
             train.main(["--run", str(run), "--stage", stage, *arguments])
     return bits
 
@@ -230,10 +233,14 @@ ALONE: dict[str, dict[str, Any]] = {
     "bfloat16": {"training.dtype": "bfloat16"},
 }
 
+READ_OTHERWISE = ("mean pooling", "interactions", "tied candidates", "bfloat16")
+"""Those that also change how a trained model reads: the others are seen in the losses alone."""
+
 
 def curve_of(base: Path, tiny_run: Path, run: Path, option: str) -> list[float]:
     """The losses of two epochs."""
-    bits = train_on(base, tiny_run, run, **ALONE[option], **{"joint.optim.epochs": 2})
+    stages = ("joint", "score") if option in READ_OTHERWISE else ("joint",)
+    bits = train_on(base, tiny_run, run, stages, **ALONE[option], **{"joint.optim.epochs": 2})
     assert bits["before"] == bits["after"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["stage"] == "joint" and "loss" in line][-2:]
@@ -255,9 +262,10 @@ def test_each_option_alone(option: str, base: Path, tiny_run: Path, tmp_path: Pa
         np.testing.assert_allclose(curve, plain, rtol=0.02)
     else:
         assert np.abs(np.subtract(curve, plain)).max() > 1e-4
-    run = open_run(tmp_path / "run")
-    frame = Recommender.load(run.folder).recommend(user=run.dataset.interactions.user_ids[0], k=3)
-    assert len(frame) == 3 and frame["score"].is_finite().all()
+    if option in READ_OTHERWISE:
+        run = open_run(tmp_path / "run")
+        frame = Recommender.load(run.folder).recommend(user=run.dataset.interactions.user_ids[0], k=3)
+        assert len(frame) == 3 and frame["score"].is_finite().all()
 
 
 def test_item_qformer_learns_on_beside_a_pretrained_backbone(base: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -596,8 +596,9 @@ def test_a_machine_that_is_taken_away_resumes_elsewhere(tiny_run: Path, tmp_path
     shutil.copytree(tmp_path / "store" / "r", whole)
 
     def start(run: str, machine: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "nqf.train", "--run", run, "--stage", "item", "--item.optim.epochs", "3"]
-        command += ["--training.save_every_seconds", "0"]
+        command = [sys.executable, "-m", "nqf.train", "--run", run, "--stage", "item", "--item.optim.epochs", "4"]
+        # Few steps, as there is a checkpoint after each.
+        command += ["--item.optim.batch-size", "256", "--training.save_every_seconds", "0"]
         env = os.environ | {"NQF_CACHE": str(tmp_path / machine)}
         return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 

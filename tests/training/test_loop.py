@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
 from nqf.config import MeshConfig, OptimConfig, TrainingConfig
@@ -97,6 +99,7 @@ def run_fit(
     score: Callable[[int], float] | None = None,
     select: bool = True,
     data: TrainingData = DATA,
+    average: float = 0.1,
     **training: Any,
 ) -> FitResult:
     """Trains the toy; `at_validation` is called with the number of the validation."""
@@ -115,7 +118,7 @@ def run_fit(
         variables=lambda params: {"params": params},
         loss_fn=loss_fn,
         data=lambda optim: data,
-        optim=OptimConfig(batch_size=BATCH, epochs=EPOCHS, learning_rate=0.05),
+        optim=OptimConfig(batch_size=BATCH, epochs=EPOCHS, learning_rate=0.05, average=average),
         seed=0,
         validate=lambda: validate if select else None,
         score="score",
@@ -359,6 +362,50 @@ def test_bad_step_changes_nothing_but_counters() -> None:
     state, _ = step(state, frozen, DATA.batches[0])
     assert (int(state.step), int(state.skipped), int(state.failed)) == (4, 3, 3)
     assert step._cache_size() == 1
+
+
+def test_kept_parameters_are_the_power_function_average_of_the_raw_ones() -> None:
+    """Against the recursion of Karras et al. 2024, by hand in float64, and against the plain run of the same steps."""
+    optimizer, share, frozen = optax.adam(0.1), 0.25, {"target": np.float32(2.0)}
+    step = make_train_step(poisoned(4), optimizer, seed=0, skip=1, average=share)
+    plain = make_train_step(poisoned(4), optimizer, seed=0, skip=1)
+    state, alone = make_state(PARAMS, optimizer, average=share), make_state(PARAMS, optimizer)
+    mean = np.zeros((3, 2))
+    for number in range(12):
+        state, metrics = step(state, frozen, DATA.batches[number])
+        alone, expected = plain(alone, frozen, DATA.batches[number])
+        # What is averaged changes nothing of what is trained.
+        assert_equal(jax.device_get((state.raw, metrics)), jax.device_get((alone.params, expected)))
+        if number != 3:  # A step that is left out is none of the average either.
+            mean += (np.asarray(state.raw["dense"]["kernel"], np.float64) - mean) / (1 + share * number)
+        np.testing.assert_allclose(state.params["dense"]["kernel"], mean, rtol=1e-6)
+        assert number == 0 or np.abs(mean - state.raw["dense"]["kernel"]).max() > 1e-3
+    assert alone.raw is None and int(state.skipped) == 1
+
+
+def test_a_training_of_a_version_without_averages_resumes(tmp_path: Path) -> None:
+    """Its checkpoints have no raw parameters: from there on, what it kept is where both begin."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(count: int) -> None:
+        if count == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run_fit(tmp_path, at_validation=stop, average=0.0)
+    assert "raw" not in stored_names(tmp_path / "toy" / "checkpoints" / "30")
+    shutil.copytree(tmp_path, tmp_path.with_name("plain"))
+    averaged, plain = run_fit(tmp_path), run_fit(tmp_path.with_name("plain"), average=0.0)
+    assert averaged.steps == plain.steps == EPOCHS * PER_EPOCH
+    names = stored_names(tmp_path / "toy" / "checkpoints" / "90")
+    assert {"raw", "params"} <= names
+    assert np.abs(averaged.params["dense"]["kernel"] - plain.params["dense"]["kernel"]).max() > 1e-4
+
+
+def stored_names(checkpoint: Path) -> set[str]:
+    return set(ocp.metadata(str(checkpoint), "state").metadata)
 
 
 def test_non_finite_gradient_of_a_finite_loss_is_caught() -> None:
