@@ -1,12 +1,13 @@
-"""Work on many cases, cut into parts of a fixed number of them, which any number of processes share through a folder.
+"""Work on many cases or items, cut into parts of a fixed number of them, which processes share through a folder.
 
 A part is the same to the byte whoever makes it, so a process that is ended costs the part that it was at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from nqf import files
 from nqf.data.errors import NPY_ERRORS
 
 CASES = 32_768
-"""Cases of a part. A process by itself cuts them in the same way. In smaller parts the batches that are not full, one
-for each length of histories, would cost more than a few percent."""
+"""Cases or items of a part. A process by itself cuts them in the same way. In smaller parts the batches that are not
+full, one for each length of histories, would cost more than a few percent."""
+
+
+Make = Callable[[slice], Mapping[str, np.ndarray]]
+"""Makes the arrays of some cases, [cases, ...]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class Shares:
         """Cases of a part."""
         return CASES
 
-    def rows(self, name: str, count: int, make: Callable[[slice], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def rows(self, name: str, count: int, make: Make) -> dict[str, np.ndarray]:
         """Makes arrays with a row per case, together with the other processes; returns when all parts are there.
 
         Parts that another process is at are waited for, and made here should it end.
@@ -52,10 +57,21 @@ class Shares:
         Raises:
           ValueError: A file with the name of a part is none; it is kept.
         """
-        spans = [slice(start, min(start + self.size, count)) for start in range(0, max(count, 1), self.size)]
+        parts = [arrays for _, arrays in self.each(name, count, make)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def each(self, name: str, count: int, make: Make) -> Iterator[tuple[slice, Mapping[str, np.ndarray]]]:
+        """The arrays of `rows`, one part after the other; the first comes when all are there."""
+        spans = self._spans(count)
         if self.folder is None:
-            return _joined([make(span) for span in spans])
-        paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(spans))]
+            yield from ((span, make(span)) for span in spans)
+            return
+        self.fill(name, count, make)
+        yield from ((span, _read(path, span)) for span, path in zip(spans, self._paths(name, count), strict=True))
+
+    def fill(self, name: str, count: int, make: Make) -> None:
+        """Makes the parts of `rows` that are not there, together with the other processes, and reads none."""
+        spans, paths = self._spans(count), self._paths(name, count)
 
         def write(number: int) -> None:
             arrays: dict[str, Any] = dict(make(spans[number]))
@@ -63,7 +79,21 @@ class Shares:
                 np.savez(file, **arrays)
 
         _make_together(paths, write)
-        return _joined([_read(path, span) for path, span in zip(paths, spans, strict=True)])
+
+    def _spans(self, count: int) -> list[slice]:
+        return [slice(start, min(start + self.size, count)) for start in range(0, max(count, 1), self.size)]
+
+    def _paths(self, name: str, count: int) -> list[Path]:
+        assert self.folder is not None
+        return [self.folder / f"{name}-{number:05d}.npz" for number in range(len(self._spans(count)))]
+
+    def remove(self, name: str) -> None:
+        """Deletes the parts of `rows`, which nobody needs any more, and the folder if nothing else is in it."""
+        assert self.folder is not None
+        for path in (*self.folder.glob(f"{name}-*.npz"), *self.folder.glob(f".{name}-*")):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def once(self, name: str, make: Callable[[], None]) -> None:
         """Lets one of the processes do something, if it has not been done; returns when it has.
@@ -104,9 +134,5 @@ def _read(path: Path, span: slice) -> dict[str, np.ndarray]:
         if not arrays or any(array.shape[:1] != (span.stop - span.start,) for array in arrays.values()):
             raise ValueError(f"not of {span.stop - span.start} cases")
     except NPY_ERRORS as error:
-        raise ValueError(f"{path}: not a part of this evaluation ({error}); move it away") from error
+        raise ValueError(f"{path}: not a part of this work ({error}); move it away") from error
     return arrays
-
-
-def _joined(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -100,7 +100,7 @@ def test_what_is_no_part_is_refused_and_kept(tmp_path: Path) -> None:
     shares = Shares(folder=tmp_path)
     for content in (b"years", b"PK\x03\x04"):
         (tmp_path / "x-00001.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"x-00001.npz: not a part of this evaluation .*; move it away"):
+        with pytest.raises(ValueError, match=r"x-00001.npz: not a part of this work .*; move it away"):
             shares.rows("x", 100, lambda span: {"row": np.arange(100)[span]})
         assert (tmp_path / "x-00001.npz").read_bytes() == content
     np.savez(tmp_path / "x-00001.npz", row=np.arange(3))
