@@ -4,10 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 BENCH ?=
+# Of two cores: a third process has them while the others wait for disks, kills and commands.
+WORKERS ?= 3
 # Where this is set, each of the processes that are started here would compile its libraries' source again: seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup setup-test quickstart test ci lint docs notebooks bench clean
+.PHONY: help setup setup-test quickstart test ci lint style types newest-installed docs notebooks bench clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,19 +48,26 @@ quickstart:  ## Train on the built-in catalogue, evaluate, write the report, and
 	  'Next:        $(BIN)/nqf serve $(RUN)    and open http://127.0.0.1:8000, a page to click through'
 
 test: setup-test  ## Run the tests for which a developer waits: all but those marked `ci`.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ci" tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not ci" tests
 
-ci: lint  ## What CI runs: style, types, all tests, and the fast ones on the newest Python that is installed.
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
-	./.ci/newest
+ci:  ## What CI runs: style, types, all tests, and the fast ones on the newest Python that is installed.
+	@$(MAKE) --no-print-directory -j 2 lint newest-installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	./.ci/newest $(WORKERS)
 
-lint: setup-test  ## Check style, spelling and types, and that the site can be built.
+lint: style types docs  ## Check style, spelling and types, and that the site can be built.
+
+style: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/python docs/words.py
+
+types: setup-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	@$(MAKE) --no-print-directory docs
+
+newest-installed: setup-test
+	./.ci/newest
 
 docs: setup-test  ## Build the site of docs/ and of the docstrings into build/site; a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from nqf import export
 from nqf.ablate import load_study
 from nqf.config import ConfigError, load_config
 from nqf.files import PARTIAL
@@ -210,15 +211,4 @@ def test_one_command_trains_and_tabulates(tiny_run: Path, tmp_path: Path) -> Non
     assert recommender.item_vectors.shape == (len(before) + 1, before.shape[1])
     assert (recommender.item_vectors[:-1] == before).all()
     for format in ("index", "huggingface"):
-        command = [
-            sys.executable,
-            "-m",
-            "nqf.export",
-            str(folder),
-            "--format",
-            format,
-            "--output",
-            str(tmp_path / format),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
+        export.main([str(folder), "--format", format, "--output", str(tmp_path / format)])
