@@ -39,24 +39,24 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: int32 scalar, steps done.
       params: Trainable parameters, as they are validated and kept.
-      raw: Those that the steps update, of which `params` are the moving average; None where nothing is averaged.
       opt_state: Optimizer state.
       best: float32 scalar, best validation score so far.
       best_step: int32 scalar, step of the best score.
       stale: int32 scalar, validations since then.
       skipped: int32 scalar, batches left out because loss or gradient was not finite.
       failed: int32 scalar, step at which there was one too many of them; 0 for none.
+      raw: What the steps update, and `params` are the moving average of; None where nothing is averaged.
     """
 
     step: jax.Array
     params: Any
-    raw: Any
     opt_state: Any
     best: jax.Array
     best_step: jax.Array
     stale: jax.Array
     skipped: jax.Array
     failed: jax.Array
+    raw: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,13 +90,13 @@ def make_state(params: Any, optimizer: optax.GradientTransformation, *, average:
     return TrainState(
         step=zero(),
         params=jax.tree.map(jnp.copy, params),
-        raw=jax.tree.map(jnp.copy, params) if average else None,
         opt_state=optimizer.init(params),
         best=jnp.full((), -jnp.inf, jnp.float32),
         best_step=zero(),
         stale=zero(),
         skipped=zero(),
         failed=zero(),
+        raw=jax.tree.map(jnp.copy, params) if average else None,
     )
 
 
