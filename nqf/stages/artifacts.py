@@ -16,6 +16,8 @@ import polars as pl
 from nqf import __version__, files
 from nqf.config import DATA_PATHS, Config, to_tree
 from nqf.data import addresses
+from nqf.data.errors import DataError
+from nqf.data.parquet import checked
 from nqf.data.recbole import benchmark_files
 from nqf.data.schema import load_schema
 from nqf.data.unirec import test_file
@@ -67,19 +69,26 @@ def pictures_digest(run: Path) -> str | None:
     """SHA-256 over the local pictures that the run's catalogue names; None where it names none.
 
     A picture that is replaced in place changes it: the field cache knows pictures by their content.
+
+    Raises:
+      StageError: The catalogue cannot be read.
     """
     items, schema = run / "data" / "items.parquet", run / "data" / "schema.yaml"
     if not items.is_file() or not schema.is_file():
         return None
     names = [field.name for field in load_schema(schema).fields if field.modality == "image"]
-    columns = [name for name in names if name in pl.read_parquet_schema(items)]
-    paths = (
-        pl.read_parquet(items, columns=columns, glob=False).unpivot()["value"].drop_nulls().unique().sort()
-        if columns
-        else []
-    )
+    if not names:
+        return None
+    try:
+        columns = [name for name in names if name in pl.read_parquet_schema(checked(items))]
+        table = pl.read_parquet(items, columns=columns, glob=False)
+    except (pl.exceptions.PolarsError, DataError, OSError) as error:
+        raise StageError(
+            f"{items}: damaged ({str(error).strip().splitlines()[0][:200]}); delete it, and run python -m nqf.train "
+            f"--run {run} --stage fields"
+        ) from error
     digest, found = hashlib.sha256(), False
-    for path in paths:
+    for path in table.unpivot()["value"].drop_nulls().unique().sort() if columns else []:
         if not path.startswith(("http://", "https://")) and Path(path).is_file():
             digest.update(f"{path}|{files.sha256(path)}|".encode())
             found = True

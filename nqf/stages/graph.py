@@ -266,8 +266,8 @@ def _make_room(run: Run, stage: Stage, restart: bool) -> None:
     folder = run.folder / stage.name
     folders.claim(run.folder, stage.name, *stage.also)
     differing = _begun(run.folder, stage, parts_of(run.config, stage, run.folder), folder)
-    if differing == [] and not restart:
-        # Checkpoints and parts are resumed from; what else is there is written over.
+    resumes = stage.program is not None or any(folder.glob("parts-*"))
+    if resumes and differing == [] and not restart:
         _say_versions(run, stage.name)
         return
     if not stage.after:
