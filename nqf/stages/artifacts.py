@@ -84,8 +84,8 @@ def pictures_digest(run: Path) -> str | None:
         table = pl.read_parquet(items, columns=columns, glob=False)
     except (pl.exceptions.PolarsError, DataError, OSError) as error:
         raise StageError(
-            f"{items}: damaged ({str(error).strip().splitlines()[0][:200]}); delete it, and run python -m nqf.train "
-            f"--run {run} --stage fields"
+            f"{items}: damaged ({str(error).strip().splitlines()[0][:200]}); delete it and {run / 'fields' / RECORD}, "
+            f"and run python -m nqf.train --run {run} --stage all"
         ) from error
     digest, found = hashlib.sha256(), False
     for path in table.unpivot()["value"].drop_nulls().unique().sort() if columns else []:
