@@ -6,6 +6,8 @@ RUN ?= runs/quickstart
 BENCH ?=
 # Of two cores: a third process has them while the others wait for disks, kills and commands.
 WORKERS ?= 3
+# Files in the order of tests/conftest.py; without this those with the fewest tests come last, however long they take.
+PYTEST := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Where this is set, each of the processes that are started here would compile its libraries' source again: seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -48,11 +50,11 @@ quickstart:  ## Train on the built-in catalogue, evaluate, write the report, and
 	  'Next:        $(BIN)/nqf serve $(RUN)    and open http://127.0.0.1:8000, a page to click through'
 
 test: setup-test  ## Run the tests for which a developer waits: all but those marked `ci`.
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not ci" tests
+	$(BIN)/python -m pytest $(PYTEST) -m "not ci" tests
 
 ci:  ## What CI runs: style, types, all tests, and the fast ones on the newest Python that is installed.
 	@$(MAKE) --no-print-directory -j 2 lint newest-installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	$(BIN)/python -m pytest $(PYTEST) tests
 	./.ci/newest $(WORKERS)
 
 lint: style types docs  ## Check style, spelling and types, and that the site can be built.
