@@ -4,8 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 BENCH ?=
-# Of two cores: a third process has them while the others wait for disks, kills and commands.
-WORKERS ?= 3
+WORKERS ?= 2
 # Files in the order of tests/conftest.py; without this those with the fewest tests come last, however long they take.
 PYTEST := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Where this is set, each of the processes that are started here would compile its libraries' source again: seconds.

@@ -5,13 +5,12 @@ import os
 # Before jax starts its backend: parity needs full float32 products, and two test workers share two cores.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import fcntl
-import gc
 import importlib.metadata
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 # Programs of the tests run for milliseconds, and compiling them took most of a test's time. Newer versions of XLA have
@@ -49,21 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with long tests come first, so that at the end no worker waits for another one's minutes."""
     long = {item.path for item in items if item.get_closest_marker("ci")}
     items.sort(key=lambda item: item.path not in long)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forget_programs() -> Iterator[None]:
-    """Without it, a worker keeps every program that its tests compiled: 6 GiB of them."""
-    yield
-    if resident() > 2**31:
-        jax.clear_caches()
-        gc.collect()
-
-
-def resident() -> int:
-    """Bytes of memory of this process; 0 where there is no /proc."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
 
 
 @pytest.fixture(scope="session")
