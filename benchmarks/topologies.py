@@ -29,9 +29,9 @@ PROGRAMS += ["v5e-8:0_6b:data", "v5e-8:0_6b:2x2x2"]
 
 def axes_of(mesh: str, count: int) -> dict[str, int]:
     """Sizes of a mesh's axes, of so many devices."""
-    if "x" not in mesh:
-        return {mesh: count}
-    return dict(zip(("data", "fsdp", "tensor"), map(int, mesh.split("x")), strict=True))
+    from nqf.ops.pins import AXES
+
+    return dict(zip(AXES, map(int, mesh.split("x")), strict=True)) if "x" in mesh else {mesh: count}
 
 
 def compiled(program: str, quick: bool) -> dict[str, Any]:

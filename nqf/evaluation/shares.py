@@ -57,20 +57,22 @@ class Shares:
         Raises:
           ValueError: A file with the name of a part is none; it is kept.
         """
+        self.fill(name, count, make)
         parts = [arrays for _, arrays in self.each(name, count, make)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def each(self, name: str, count: int, make: Make) -> Iterator[tuple[slice, Mapping[str, np.ndarray]]]:
-        """The arrays of `rows`, one part after the other; the first comes when all are there."""
+        """The arrays of `rows`, one part after the other: of the folder, after `fill`, or made now without one."""
         spans = self._spans(count)
         if self.folder is None:
             yield from ((span, make(span)) for span in spans)
             return
-        self.fill(name, count, make)
         yield from ((span, _read(path, span)) for span, path in zip(spans, self._paths(name, count), strict=True))
 
     def fill(self, name: str, count: int, make: Make) -> None:
-        """Makes the parts of `rows` that are not there, together with the other processes, and reads none."""
+        """Makes the parts of `rows` that are not there, together with the other processes; none without a folder."""
+        if self.folder is None:
+            return
         spans, paths = self._spans(count), self._paths(name, count)
 
         def write(number: int) -> None:
