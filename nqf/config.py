@@ -744,7 +744,7 @@ class JointConfig:
     micro_batch: CountOrNone = 0
     mining: MiningConfig = MiningConfig()
     loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig(epochs=10)
+    optim: OptimConfig = OptimConfig(epochs=10, learning_rate=3e-3)
 
     def __post_init__(self) -> None:
         for key, wanted, why in (

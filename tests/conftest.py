@@ -23,7 +23,7 @@ os.environ.setdefault(
 )
 # Programs of the tests' subprocesses are compiled once; the folder is this user's and this checkout's.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"nqf-tests-xla-{os.getuid()}"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
@@ -44,10 +44,16 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests come first, so that at the end no worker waits for another one's minutes."""
+    """Files in an order in which no worker waits for another one: neither at the end, for a file that takes minutes,
+    nor at the beginning, while one of them trains what the others would read."""
     long = {item.path for item in items if item.get_closest_marker("ci")}
-    items.sort(key=lambda item: item.path not in long)
+    users = [item for item in items if "tiny_run" in getattr(item, "fixturenames", ())]
+    # One that runs wherever tests run, and is soon done, comes first; the other files that read the run come late.
+    quick = [item.path for item in users if item.path not in long and not item.get_closest_marker("slow")]
+    first, trained = min(quick, key=quick.count, default=None), {item.path for item in users}
+    items.sort(key=lambda item: (item.path != first, item.path not in long, item.path in trained))
 
 
 @pytest.fixture(scope="session")

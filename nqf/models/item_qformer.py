@@ -7,6 +7,10 @@ tokens, D width, W a field's own width.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -91,3 +95,11 @@ class ItemQFormer(nn.Module):
             for name, _, own_width in self.fields
         }
         return ItemOutput(tokens=tokens_BxQxD, vector=vector_BxD, reconstructions=reconstructions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_fields(
+    module: ItemQFormer, params: Any, values: Mapping[str, jax.Array], present: Mapping[str, jax.Array]
+) -> ItemOutput:
+    """The module's output without dropout, for parameters and arguments as those of its call."""
+    return cast(ItemOutput, module.apply({"params": params}, values, present))

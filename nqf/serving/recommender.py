@@ -32,6 +32,7 @@ from nqf.evaluation.factors import factorize
 from nqf.evaluation.ranking import dense_batches, raise_one, raise_some, rank_vectors, ranks_from_scores
 from nqf.fields.cache import encode_items
 from nqf.fields.encoder import unit_rows
+from nqf.models.item_qformer import read_fields
 from nqf.pipelines.batches import ItemTables
 from nqf.pipelines.histories import (
     bucket_of,
@@ -95,8 +96,6 @@ class Recommender:
         self._run, self._ranker, self._variables, self._stage = run, trained.ranker, trained.variables, stage
         self._trained, self._tokenizer = trained, trained.parts.tokenizer
         self._items = trained.load_item_qformer()
-        module = self._items[0]
-        self._read_items = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
         self.score, self.memory = score or Score(), memory
         self._where: str | Path = run.folder
         self._counted_of: tuple[Stock, np.ndarray, Cooccurrence] | None = None
@@ -831,7 +830,7 @@ class Recommender:
 
         All in batches of one size: an item is the same to the bit whether it comes alone or with others.
         """
-        run, (_, params), old = self._run, self._items, self._stock.known
+        run, (module, params), old = self._run, self._items, self._stock.known
         nothing = np.zeros((len(titles), run.text[0].shape[1]), np.float32), np.zeros(len(titles), bool)
         text, has_text = encoded.get("_candidate", nothing)
         fields, text = run.field_features(encoded), run.text_features(text, has_text)
@@ -842,7 +841,7 @@ class Recommender:
             values, present = (
                 fill({name: encoded[name][part][chunk] for name in run.cache.names}, size) for part in (0, 1)
             )
-            output = self._read_items(params, values, present)
+            output = read_fields(module, params, values, present)
             tables = ItemTables(
                 tokens=np.asarray(output.tokens, old.tokens.dtype),
                 vectors=np.asarray(output.vector, old.vectors.dtype),

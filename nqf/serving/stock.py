@@ -309,7 +309,7 @@ class Stock:
             self.on_device.append(jax.device_put(self.known))
         (_, vectors, wide), *more = self._pieces(allowed)
         vector, unit, *best = _best_of_one(
-            variables, self.on_device[0], vectors, items_N.astype(np.int32), wide, users=users,
+            users, variables, self.on_device[0], vectors, items_N.astype(np.int32), wide,
             k=min(_MOST_ALONE, len(vectors)), review_width=review_width,
         )  # fmt: skip
         none = np.zeros((1, 0), np.int32)
@@ -370,15 +370,15 @@ class Stock:
         return dataclasses.replace(self, shown=(self.shown[0], available))
 
 
-@functools.partial(jax.jit, static_argnames=("users", "k", "review_width"))
+@functools.partial(jax.jit, static_argnames=("k", "review_width"))
 def _best_of_one(
+    users: Users,
     variables: Any,
     tables: ItemTables,
     vectors_CxD: jax.Array,
     items_N: jax.Array,
     allowed_C: jax.Array,
     *,
-    users: Users,
     k: int,
     review_width: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

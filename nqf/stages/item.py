@@ -12,7 +12,7 @@ import numpy as np
 from nqf.config import ItemConfig, OptimConfig
 from nqf.fields.cache import FieldCache
 from nqf.fields.encoder import unit_rows
-from nqf.models.item_qformer import ItemOutput, ItemQFormer
+from nqf.models.item_qformer import ItemOutput, ItemQFormer, read_fields
 from nqf.ops.losses import info_nce, triplet_margin, unit, weighted_mean
 from nqf.ops.pins import columns_to_batch, take_rows
 from nqf.pipelines.batches import PairBatch
@@ -261,14 +261,13 @@ def item_program(run: Run, abstract: bool = False) -> Program:
     # Without held-out items the report is on training items and says so.
     checked = (np.flatnonzero(held) if held.any() else source.trainable)[:VALIDATION_ITEMS]
 
-    encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
     # Read once, when the first validation asks for it.
     shown = functools.cache(lambda: gather_fields(cache, checked))
 
     def report_of(params: Any) -> dict[str, dict[str, float]]:
         values, present = shown()
         rows = {name: np.asarray(cache.table(name).rows)[checked] for name in cache.names}
-        made = jax.device_get(encode(params, values, present).reconstructions)
+        made = jax.device_get(read_fields(module, params, values, present).reconstructions)
         return reconstruction_report(values, present, made, means, rows)
 
     def validate(params: Any) -> Metrics:

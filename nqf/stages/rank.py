@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -122,14 +123,16 @@ def init_rank(run: Run, parts: RankParts, *, seed: int, slots: int) -> Any:
     rows = np.zeros(1, np.int32)
     inputs = (parts.tables.take(rows), rows, empty_history(run, slots), parts.prompt)
 
-    def init(inputs: tuple) -> Any:
-        variables = parts.module.init(jax.random.key(seed), *inputs, positions=1)
-        # Under jit a base that `init` draws is never computed: its only use is dropped here.
-        params = {name: tree for name, tree in variables["params"].items() if name not in parts.frozen}
-        return {"params": params} | ({"lora": variables["lora"]} if "lora" in variables else {})
+    return _init(parts.module, tuple(parts.frozen), seed, inputs)
 
-    # Compiled: it is faster than op by op, and `jax.eval_shape` passes through it.
-    return jax.jit(init)(inputs)
+
+# Compiled: it is faster than op by op, and `jax.eval_shape` passes through it; traced once for every equal module.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init(module: nn.Module, frozen: tuple[str, ...], seed: int, inputs: tuple) -> Any:
+    variables = module.init(jax.random.key(seed), *inputs, positions=1)
+    # Under jit a base that `init` draws is never computed: its only use is dropped here.
+    params = {name: tree for name, tree in variables["params"].items() if name not in frozen}
+    return {"params": params} | ({"lora": variables["lora"]} if "lora" in variables else {})
 
 
 def empty_history(run: Run, slots: int) -> History:

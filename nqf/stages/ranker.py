@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.tree_util import Partial
 
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
@@ -111,7 +113,7 @@ def make_ranker(
     batch_size: int,
     item_chunk: int = ITEM_CHUNK,
 ) -> Ranker:
-    """Compiles the inference functions of a rank model.
+    """The inference functions of a rank model, compiled when they are first called.
 
     The variables are arguments of the compiled functions, never constants in them: a base of a billion parameters
     would otherwise stand in every program.
@@ -125,17 +127,37 @@ def make_ranker(
       item_chunk: Items encoded at a time.
     """
 
+    users, items, explained = _programs(model)
+    return Ranker(
+        users=Partial(users, prompt),
+        items=Partial(items, prompt),
+        explained=Partial(explained, prompt),
+        tables=tables,
+        max_history=max_history,
+        batch_size=batch_size,
+        item_chunk=item_chunk,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(model: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """The compiled functions of `Ranker` with the prompt's ids before their arguments.
+
+    Equal models share them, so that what training validated with is not compiled again for the evaluation, nor a run
+    that a service loads again; those of the last few models are kept.
+    """
+
     @jax.jit
-    def users(variables: Any, tables: ItemTables, rows: Array, history: History) -> jax.Array:
+    def users(prompt: PromptIds | None, variables: Any, tables: ItemTables, rows: Array, history: History) -> jax.Array:
         return pin(model.apply(variables, tables, rows, history, prompt, positions=1)[0][:, -1])
 
     @jax.jit
-    def items(variables: Any, tables: ItemTables, rows: Array) -> jax.Array:
+    def items(prompt: PromptIds | None, variables: Any, tables: ItemTables, rows: Array) -> jax.Array:
         return cast(jax.Array, pin(model.apply(variables, tables, rows, prompt, method="item_vectors")))
 
     @jax.jit
     def explained(
-        variables: Any, tables: ItemTables, rows: Array, history: History
+        prompt: PromptIds | None, variables: Any, tables: ItemTables, rows: Array, history: History
     ) -> tuple[jax.Array, jax.Array | None]:
         outputs, state = cast(
             tuple[Any, dict[str, Any]],
@@ -143,12 +165,4 @@ def make_ranker(
         )
         return outputs[0][:, -1], cross_attention(state.get("intermediates", {}), ("user_qformer", "qformer"))
 
-    return Ranker(
-        users=users,
-        items=items,
-        explained=explained,
-        tables=tables,
-        max_history=max_history,
-        batch_size=batch_size,
-        item_chunk=item_chunk,
-    )
+    return users, items, explained

@@ -12,7 +12,7 @@ from nqf import files
 from nqf.evaluation.shares import ALONE, Make, Shares
 from nqf.fields.cache import CANDIDATE, FieldCache
 from nqf.fields.whitening import fit_whitening, save_whitenings
-from nqf.models.item_qformer import ItemQFormer
+from nqf.models.item_qformer import ItemQFormer, read_fields
 from nqf.ops.pins import on_local_devices
 from nqf.stages.item import ENCODE_CHUNK, gather_fields, load_items
 from nqf.stages.records import fingerprint, read_record
@@ -23,7 +23,6 @@ from nqf.training.mesh import barrier, is_primary
 
 def make_encode(module: ItemQFormer, params: Any, cache: FieldCache) -> Make:
     """Tokens [n, Q, D] and vectors [n, D] of some items of the catalogue, float16, by all devices of this process."""
-    encode = jax.jit(lambda params, values, present: module.apply({"params": params}, values, present))
     # Each device computes what a single one would at a time, as rounding depends on the shape.
     size = min(ENCODE_CHUNK, cache.items) * jax.local_device_count()
     params = on_local_devices(jax.device_get(params))
@@ -31,7 +30,7 @@ def make_encode(module: ItemQFormer, params: Any, cache: FieldCache) -> Make:
     def chunk(start: int, stop: int) -> dict[str, np.ndarray]:
         # The last chunk is padded with its last item, so that there is one compilation.
         rows = np.minimum(np.arange(start, start + size), stop - 1)
-        output = encode(params, *on_local_devices(gather_fields(cache, rows), split=True))
+        output = read_fields(module, params, *on_local_devices(gather_fields(cache, rows), split=True))
         made = {"tokens": output.tokens, "vectors": output.vector}
         return {name: np.asarray(array, np.float32)[: stop - start].astype(np.float16) for name, array in made.items()}
 
