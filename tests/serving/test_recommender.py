@@ -65,6 +65,25 @@ def test_one_bare_history_is_answered_by_one_program_with_the_lists_of_the_other
                 same(alone, rec.recommend(history=history, k=k, **options))
 
 
+def test_a_run_that_is_loaded_again_compiles_nothing(tiny_run: Path) -> None:
+    def use() -> pl.DataFrame:
+        rec = Recommender.load(tiny_run)
+        ids = rec.item_ids
+        rec.add_items([{"item_id": "new", "title": "something new"}])
+        rec.explain(ids[:3], ids[4])
+        return pl.concat([rec.recommend(history=ids[:5], k=3), rec.recommend(histories=[ids[:5]] * 3, k=3)[:, 1:]])
+
+    compiled: list[str] = []
+    before = use()
+    # jax keeps the listener as long as the process lives.
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    assert use().equals(before) and not compiled
+    jax.jit(lambda x: x + 1)(1.0)
+    assert compiled, "the listener hears what is compiled"
+
+
 def test_a_request_alone_after_the_catalogue_has_changed(changing: Recommender) -> None:
     history = changing.item_ids[:5]
     before = changing.recommend(history=history, k=3)
