@@ -362,10 +362,12 @@ def _check_shape(name: str, scorer: Scorer, users: int, items: int) -> None:
 
 
 def _provenance(command: str, seed: int) -> dict[str, Any]:
+    # Those that this process may use, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "command": command,
         "seed": seed,
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.devices()[0].device_kind}",
+        "machine": f"{cores} CPU core{'s' * (cores != 1)} ({platform.machine()}), {jax.devices()[0].device_kind}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
