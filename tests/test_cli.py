@@ -64,7 +64,7 @@ def test_help_of_training_is_short_and_has_sections(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main(["--help", "joint"])
     section = capsys.readouterr().out
-    assert "--joint.optim.learning-rate FLOAT" in section and "Peak learning rate. (default: 0.001)" in section
+    assert "--joint.optim.learning-rate FLOAT" in section and "Peak learning rate. (default: 0.003)" in section
     assert "--item." not in section and "--stage" not in section
     with pytest.raises(SystemExit):
         main(["--config", str(ROOT / "tests" / "tiny.yaml"), "--help", "all"])
