@@ -287,7 +287,7 @@ class Stock:
         ranked here never leaves the device in between.
 
         Args:
-          users: Encodes histories.
+          users: Encodes histories; a `Partial`, as the ranker's, so that equal models share the program.
           variables: Its variables.
           items_N: int, rows of the history, oldest first, -1 before the oldest.
           k: Items.

@@ -126,7 +126,6 @@ def make_ranker(
       batch_size: Users encoded at a time.
       item_chunk: Items encoded at a time.
     """
-
     users, items, explained = _programs(model)
     return Ranker(
         users=Partial(users, prompt),
