@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
@@ -176,22 +177,51 @@ def restore_params(directory: Path, step: int, params: Any, *, zero: Collection[
         return unflatten_dict(flatten_dict(read, sep="/") | absent, sep="/")
 
 
-@jax.jit
 def checksums(tree: Any) -> jax.Array:
     """A checksum of every leaf, in the order of their names: uint32, the sum of its bits times odd weights by position.
 
     Sums of integers modulo 2^32 do not depend on their order, so the devices that hold a leaf do not matter. Odd
     weights make every change of a single element show. All sums are one array, as Orbax takes its time over each.
     """
+    leaves = _named(_parts(tree))
+    ordered = [leaves[name] for name in sorted(leaves)]
+    if all(_in_memory(leaf) for leaf in ordered):
+        return jnp.asarray(np.array([_sum_of_bits(np.asarray(leaf)) for leaf in ordered], np.uint32))
+    return _sums_on_devices(ordered)
 
+
+def _in_memory(leaf: Any) -> bool:
+    """Whether numpy can read an array where it is; compiling a program for it would take longer than the sums."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
+
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+STRIDE = np.uint32(2_654_435_762)
+"""Between the weights of two elements: 2^32 by the golden ratio, as in Fibonacci hashing, made even."""
+CHUNK = 1 << 20
+"""Elements that are summed at a time on the host."""
+
+
+def _sum_of_bits(x: np.ndarray) -> int:
+    bits, total = np.ascontiguousarray(x).reshape(-1).view(UNSIGNED[x.dtype.itemsize]), 0
+    for start in range(0, bits.size, CHUNK):
+        part = bits[start : start + CHUNK].astype(np.uint32)
+        places = np.arange(part.size, dtype=np.uint32) + np.uint32(start % 2**32)
+        total += int((part * (places * STRIDE + np.uint32(1))).sum(dtype=np.uint32))
+    return total % 2**32
+
+
+@jax.jit
+def _sums_on_devices(leaves: list[jax.Array]) -> jax.Array:
     def total(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        unsigned = UNSIGNED[x.dtype.itemsize]
         bits = x.astype(unsigned) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
-        weights = jax.lax.broadcasted_iota(jnp.uint32, (x.size,), 0) * jnp.uint32(2_654_435_762) + jnp.uint32(1)
+        weights = jax.lax.broadcasted_iota(jnp.uint32, (x.size,), 0) * STRIDE + jnp.uint32(1)
         return jnp.sum(bits.astype(jnp.uint32).reshape(-1) * weights, dtype=jnp.uint32)
 
-    leaves = _named(_parts(tree))
-    return jnp.stack([total(leaves[name]) for name in sorted(leaves)])
+    return jnp.stack([total(leaf) for leaf in leaves])
 
 
 def _named(tree: Any) -> dict[str, Any]:

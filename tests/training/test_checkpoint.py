@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from nqf.training import checkpoint
 from nqf.training.checkpoint import Checkpointer, CheckpointError, checksums, restore_params
 
 
@@ -69,6 +72,16 @@ def test_checksums_see_every_single_bit_and_every_exchange() -> None:
     other = one.copy()
     other[[3, 40]] = one[[40, 3]]
     assert int(checksums({"x": one})[0]) != int(checksums({"x": other})[0])
+
+
+@given(st.integers(0, 50), st.sampled_from(["float32", "bfloat16", "int32", "uint8", "bool"]), st.integers(0, 9))
+@settings(max_examples=30, deadline=None)
+def test_checksums_are_those_that_devices_add_up(size: int, dtype: str, seed: int) -> None:
+    x = jnp.asarray(np.random.default_rng(seed).integers(-100, 100, size), dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        # As an array of a hundred million elements is read, part by part.
+        patch.setattr(checkpoint, "CHUNK", 7)
+        assert checksums({"x": x}).tolist() == checkpoint._sums_on_devices([x]).tolist()
 
 
 def damage(folder: Path, rng: random.Random) -> str:
