@@ -191,7 +191,8 @@ def ascend(
       value: What is to be large.
       start: Where to begin.
       grid: Alternatives of each axis, as changes of the counting.
-      weights: Attributes that are doubled and halved as long as that helps, or become zero.
+      weights: Attributes that are doubled and halved as long as that helps, each by itself and all at once, or become
+        zero. Vectors are the third beside counts and texts, so what these weigh beside each other is a ridge.
     """
     value = functools.cache(value)
     best = start
@@ -212,6 +213,9 @@ def ascend(
             for factor in (2.0, 0.5):
                 climb(_along(best, name, factor))
             climb([dataclasses.replace(best, **{name: 0.0})])
+        if len(weights) > 1:
+            for factor in (2.0, 0.5):
+                climb(_together(best, weights, factor))
         if best == before:
             return dataclasses.replace(best, ndcg=value(best))
 
@@ -241,6 +245,14 @@ def choose_weights(
     if "text" in free:
         starts += [dataclasses.replace(some, text=weight) for some in starts for weight in (1.0, 8.0)]
     return ascend(value, max(starts, key=value), grid, free)
+
+
+def _together(start: Score, names: Sequence[str], factor: float) -> Iterator[Score]:
+    """All weights multiplied again and again, which keeps what they weigh beside each other."""
+    weights = {name: getattr(start, name) * factor for name in names}
+    while all(1 / _LARGEST <= weight <= _LARGEST for weight in weights.values()):
+        yield dataclasses.replace(start, **weights)
+        weights = {name: weight * factor for name, weight in weights.items()}
 
 
 def _along(start: Score, name: str, factor: float) -> Iterator[Score]:

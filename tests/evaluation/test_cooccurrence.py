@@ -164,6 +164,16 @@ def test_ascent_finds_the_top_of_a_hill() -> None:
     assert (found.cooccurrence, found.text, found.counting.backward) == (8.0, 0.0, 0.5)
 
 
+def test_ascent_follows_a_ridge() -> None:
+    def value(score: Score) -> float:
+        # What weighs matters less than that both weigh the same.
+        counts, text = np.log2(score.cooccurrence + 1e-9), np.log2(score.text + 1e-9)
+        return -4 * abs(counts - text) - abs(counts + text - 10)
+
+    found = ascend(value, Score(cooccurrence=1.0, text=1.0), {}, ("cooccurrence", "text"))
+    assert (found.cooccurrence, found.text) == (32.0, 32.0)
+
+
 def test_weights_that_help_only_together_are_found() -> None:
     def value(score: Score) -> float:
         hint = 0.5 - abs(np.log2(score.cooccurrence + 1e-9) + 2) - score.text
