@@ -211,11 +211,11 @@ def ascend(
                 climb([dataclasses.replace(best, counting=dataclasses.replace(best.counting, **change))])
         for name in weights:
             for factor in (2.0, 0.5):
-                climb(_along(best, name, factor))
+                climb(_along(best, [name], factor))
             climb([dataclasses.replace(best, **{name: 0.0})])
-        if len(weights) > 1:
+        if len(weights) > 1 and all(getattr(best, name) for name in weights):
             for factor in (2.0, 0.5):
-                climb(_together(best, weights, factor))
+                climb(_along(best, weights, factor))
         if best == before:
             return dataclasses.replace(best, ndcg=value(best))
 
@@ -247,20 +247,12 @@ def choose_weights(
     return ascend(value, max(starts, key=value), grid, free)
 
 
-def _together(start: Score, names: Sequence[str], factor: float) -> Iterator[Score]:
-    """All weights multiplied again and again, which keeps what they weigh beside each other."""
-    weights = {name: getattr(start, name) * factor for name in names}
+def _along(start: Score, names: Sequence[str], factor: float) -> Iterator[Score]:
+    """Weights multiplied again and again, which keeps what they weigh beside each other; one that is zero begins."""
+    weights = {name: (getattr(start, name) or 0.125) * factor for name in names}
     while all(1 / _LARGEST <= weight <= _LARGEST for weight in weights.values()):
         yield dataclasses.replace(start, **weights)
         weights = {name: weight * factor for name, weight in weights.items()}
-
-
-def _along(start: Score, name: str, factor: float) -> Iterator[Score]:
-    """A weight multiplied again and again."""
-    weight = (getattr(start, name) or 0.125) * factor
-    while 1 / _LARGEST <= weight <= _LARGEST:
-        yield dataclasses.replace(start, **{name: weight})
-        weight *= factor
 
 
 def text_rows(text_IxT: np.ndarray, has_text_I: np.ndarray) -> np.ndarray:
