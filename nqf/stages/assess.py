@@ -16,7 +16,7 @@ from rich.markup import escape
 from nqf.config import load_config, to_tree
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
-from nqf.evaluation.choice import Score, choose_weights, text_rows
+from nqf.evaluation.choice import Score, choose_weights, counting_ways, has_ties, text_rows
 from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
@@ -198,7 +198,8 @@ def sasrec_score(run: Run) -> Score:
     trial = trial_of(run)
     users, items = vectors_of(run, SASREC, run.dataset.split.valid[trial.which])
     base_NxI = users @ items.T
-    return choose_weights(lambda score: trial.value(score, base_NxI, None), Score(counting=counting), ["cooccurrence"])
+    start, ways = Score(counting=counting), counting_ways(ties=has_ties(run.dataset.interactions))
+    return choose_weights(lambda score: trial.value(score, base_NxI, None), start, ["cooccurrence"], ways)
 
 
 def command_line() -> str:

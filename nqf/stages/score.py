@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 
 from nqf.config import load_config
-from nqf.data.interactions import MISSING_TIME
 from nqf.data.splits import Cases
 from nqf.evaluation.baselines import known_events
-from nqf.evaluation.choice import CASES, Score, Trial, choose_counting, choose_weights, text_rows
+from nqf.evaluation.choice import (
+    CASES,
+    Score,
+    Trial,
+    choose_counting,
+    choose_weights,
+    counting_ways,
+    has_ties,
+    text_rows,
+)
 from nqf.evaluation.cooccurrence import Cooccurrence, Counting, count_pairs, newest_of_cases, stand_in
 from nqf.evaluation.factors import RANK, factorize
 from nqf.fields.encoder import unit_rows
@@ -50,9 +58,7 @@ def make_counts(run: Run) -> dict[str, Any]:
             "plain": dataclasses.asdict(Score(cooccurrence=1.0)),
             "text": dataclasses.asdict(Score(cooccurrence=1.0)),
         }
-    times = run.dataset.interactions.times
-    ties = bool(((times[1:] == times[:-1]) & (times[1:] != MISSING_TIME)).any())
-    chosen = {}
+    ties, chosen = has_ties(run.dataset.interactions), {}
     for name, text in (("plain", False), ("text", True)):
         chosen[name] = choose_counting(trial_of(run, text_rows(*run.text) if text else None), ties=ties, text=text)
         _say(run, "counts", chosen[name])
@@ -124,7 +130,7 @@ def make_score(run: Run, rank: int = RANK) -> dict[str, Any]:
         return trial.value(score, base_NxI if added_NxI is None else base_NxI + added_NxI, text_NxI)
 
     alone = value(Score())
-    chosen = choose_weights(value, start, free)
+    chosen = choose_weights(value, start, free, counting_ways(ties=has_ties(run.dataset.interactions)))
     _say(run, "score", chosen)
     record = {**dataclasses.asdict(chosen), "alone": alone}
     if evaluation.factor_weight == 0:
@@ -146,7 +152,7 @@ def _choose_dense(
     def dense_value(score: Score) -> float:
         return value(dataclasses.replace(score, cooccurrence=0.0), score.cooccurrence * near_NxI)
 
-    return choose_weights(dense_value, start, free, scales=({},))
+    return choose_weights(dense_value, start, free)
 
 
 def _gates(users_NxD: np.ndarray, learned: int) -> np.ndarray:
