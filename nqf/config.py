@@ -767,6 +767,37 @@ class JointConfig:
 
 
 @section
+class CountingConfig:
+    """How pairs of items count beside trained vectors.
+
+    What is not given is chosen on the validation cases (stage `score`), or is as the baselines without training have it
+    where there are none to choose on.
+
+    Attributes:
+      window: Places over which a pair counts.
+      decay: Factor of a pair's weight for each place between its items; 0 for 1 / distance.
+      backward: Share of a pair's weight that counts for the earlier item after the later one.
+      ties: Whether items of one moment are a `sequence`, in the order of the source, or a `set`, which is at distance 1
+        in both directions and whose members are equally far from all others.
+      damp_history: Power of the history item's popularity that divides the counts.
+      damp_candidate: The same of the candidate's.
+      scale: Counts enter as log(1 + count / scale); 0 for the counts themselves.
+      newest: Newest items of a history that count.
+      recency: Factor of a history item's weight for each newer one; 0 for 1 / place.
+    """
+
+    window: Few | None = None
+    decay: Share | None = None
+    backward: Share | None = None
+    ties: Literal["sequence", "set"] | None = None
+    damp_history: Share | None = None
+    damp_candidate: Share | None = None
+    scale: Weight | None = None
+    newest: Few | None = None
+    recency: Share | None = None
+
+
+@section
 class EvaluationConfig:
     """Evaluation on the full catalogue.
 
@@ -799,6 +830,7 @@ class EvaluationConfig:
     cooccurrence_weight: Weight | None = None
     text_weight: Weight | None = None
     factor_weight: Weight | None = None
+    counting: CountingConfig = CountingConfig()
     recent_days: Annotated[float, Interval(gt=0, le=1e6)] = 30.0
 
 
@@ -846,11 +878,13 @@ class BaselinesConfig:
       sasrec_options: Its size and schedule.
       sasrec_cooccurrence_weight: What co-occurrence counts beside it in a row of its own; 0 for no such row. Default:
         chosen on the validation cases, as `evaluation.cooccurrence_weight`.
+      sasrec_counting: How pairs count there.
     """
 
     sasrec: bool = False
     sasrec_options: SASRecConfig = SASRecConfig()
     sasrec_cooccurrence_weight: Weight | None = None
+    sasrec_counting: CountingConfig = CountingConfig()
 
 
 @section

@@ -16,7 +16,7 @@ from rich.markup import escape
 from nqf.config import load_config, to_tree
 from nqf.data.splits import Cases
 from nqf.evaluation import baselines
-from nqf.evaluation.choice import Score, choose_weights, counting_ways, has_ties, text_rows
+from nqf.evaluation.choice import Score, choose_weights, text_rows
 from nqf.evaluation.cooccurrence import add_cooccurrence
 from nqf.evaluation.ranking import Scorer
 from nqf.evaluation.results import Protocol, Results, evaluate, write_results
@@ -27,7 +27,18 @@ from nqf.stages.folder import claim
 from nqf.stages.graph import JOINT, NAMES, SASREC, USER, lock_run, run_stage
 from nqf.stages.records import StageError, check_parts, run_version
 from nqf.stages.run import Run
-from nqf.stages.score import counts_of, dense_score_of, memory_of, score_of, trial_of, with_factors, with_text
+from nqf.stages.score import (
+    counts_of,
+    dense_score_of,
+    given_counting,
+    memory_of,
+    say_score,
+    score_of,
+    trial_of,
+    ways_of,
+    with_factors,
+    with_text,
+)
 from nqf.stages.stage import Stage
 
 
@@ -191,15 +202,18 @@ def with_pairs(run: Run, cases: Cases, vectors: tuple[np.ndarray, np.ndarray], s
 
 
 def sasrec_score(run: Run) -> Score:
-    """What counts weigh beside the SASRec's vectors: what the configuration says, or what the validation chooses."""
-    given, counting = run.config.baselines.sasrec_cooccurrence_weight, counts_of(run)["plain"].counting
+    """What counts beside the SASRec's vectors: what the configuration says, or what the validation chooses."""
+    options = run.config.baselines
+    given, counting = options.sasrec_cooccurrence_weight, counts_of(run)["plain"].counting
+    start = Score(counting=dataclasses.replace(counting, **given_counting(options.sasrec_counting)))
     if given is not None or run.config.data.refit or not len(run.dataset.split.valid.users):
-        return Score(counting=counting, cooccurrence=given or 0.0)
+        return dataclasses.replace(start, cooccurrence=given or 0.0)
     trial = trial_of(run)
     users, items = vectors_of(run, SASREC, run.dataset.split.valid[trial.which])
-    base_NxI = users @ items.T
-    start, ways = Score(counting=counting), counting_ways(ties=has_ties(run.dataset.interactions))
-    return choose_weights(lambda score: trial.value(score, base_NxI, None), start, ["cooccurrence"], ways)
+    base_NxI, ways = users @ items.T, ways_of(run, options.sasrec_counting)
+    chosen = choose_weights(lambda score: trial.value(score, base_NxI, None), start, ["cooccurrence"], ways)
+    say_score(run, SASREC.name, chosen)
+    return chosen
 
 
 def command_line() -> str:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from nqf.config import load_config
+from nqf.config import CountingConfig, load_config
 from nqf.data.splits import Cases
 from nqf.evaluation.baselines import known_events
 from nqf.evaluation.choice import (
     CASES,
     Score,
     Trial,
+    Ways,
     choose_counting,
     choose_weights,
     counting_ways,
@@ -61,7 +62,7 @@ def make_counts(run: Run) -> dict[str, Any]:
     ties, chosen = has_ties(run.dataset.interactions), {}
     for name, text in (("plain", False), ("text", True)):
         chosen[name] = choose_counting(trial_of(run, text_rows(*run.text) if text else None), ties=ties, text=text)
-        _say(run, "counts", chosen[name])
+        say_score(run, "counts", chosen[name])
     return {name: dataclasses.asdict(score) for name, score in chosen.items()}
 
 
@@ -69,9 +70,25 @@ COUNTS = Stage(name="counts", after=("fields",), reads=("evaluation.repeats",), 
 
 
 def _counting(run: Run) -> Counting:
-    """How pairs count beside others, as chosen."""
+    """How pairs count beside texts, as chosen, but for what is given."""
     counts = counts_of(run)
-    return counts.get("text", counts["plain"]).counting
+    return dataclasses.replace(
+        counts.get("text", counts["plain"]).counting, **given_counting(run.config.evaluation.counting)
+    )
+
+
+def given_counting(counting: CountingConfig) -> dict[str, Any]:
+    """What a configuration says of how pairs count, as changes of a `Counting`."""
+    return {name: value for name, value in dataclasses.asdict(counting).items() if value is not None}
+
+
+def ways_of(run: Run, counting: CountingConfig) -> Ways:
+    """Ways in which pairs may count, without what the configuration gives."""
+    given, ways = given_counting(counting), {}
+    for axis, changes in counting_ways(ties=has_ties(run.dataset.interactions)).items():
+        free = [{key: value for key, value in change.items() if key not in given} for change in changes]
+        ways |= {axis: free} if any(free) else {}
+    return ways
 
 
 def counts_of(run: Run) -> dict[str, Score]:
@@ -130,15 +147,15 @@ def make_score(run: Run, rank: int = RANK) -> dict[str, Any]:
         return trial.value(score, base_NxI if added_NxI is None else base_NxI + added_NxI, text_NxI)
 
     alone = value(Score())
-    chosen = choose_weights(value, start, free, counting_ways(ties=has_ties(run.dataset.interactions)))
-    _say(run, "score", chosen)
+    chosen = choose_weights(value, start, free, ways_of(run, evaluation.counting))
+    say_score(run, "score", chosen)
     record = {**dataclasses.asdict(chosen), "alone": alone}
     if evaluation.factor_weight == 0:
         return record
     start = dataclasses.replace(start, counting=chosen.counting, cooccurrence=evaluation.factor_weight or 0.0)
     free = [*(["cooccurrence"] if evaluation.factor_weight is None else []), *(["text"] if "text" in free else [])]
     dense = _choose_dense(trial, value, start, free, rank)
-    _say(run, "dense", dense)
+    say_score(run, "dense", dense)
     return {**record, "dense": dataclasses.asdict(dense)}
 
 
@@ -163,7 +180,10 @@ def _gates(users_NxD: np.ndarray, learned: int) -> np.ndarray:
 SCORE = Stage(
     name="score",
     after=("joint", "counts"),
-    reads=tuple(f"evaluation.{name}_weight" for name in ("cooccurrence", "text", "factor", "new_item")),
+    reads=(
+        "evaluation.counting",
+        *(f"evaluation.{name}_weight" for name in ("cooccurrence", "text", "factor", "new_item")),
+    ),
     writes=(),
     checked=(),
     make=make_score,
@@ -292,7 +312,7 @@ def _record(run: Run, stage: Stage, *, needed: bool = True) -> dict[str, Any] | 
     return artifact.result
 
 
-def _say(run: Run, stage: str, score: Score) -> None:
+def say_score(run: Run, stage: str, score: Score) -> None:
     settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(score.counting).items())
     run.console.print(
         f"[bold]{stage}[/bold]  ndcg@10 {score.ndcg:.4f}: co-occurrence {score.cooccurrence:g}, text {score.text:g}; "

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nqf import export
 from nqf.data.interactions import Interactions
 from nqf.data.splits import Cases
-from nqf.evaluation.choice import Score, Trial, ascend, choose_counting, choose_weights
+from nqf.evaluation.choice import Score, Trial, ascend, choose_counting, choose_weights, counting_ways
 from nqf.evaluation.cooccurrence import Counting, add_cooccurrence, count_pairs, newest_of_cases, stand_in
 from nqf.evaluation.ranking import raise_some, ranks_from_scores, top_k, top_k_from_scores
 from nqf.evaluation.results import model_ranks
@@ -182,6 +182,32 @@ def test_weights_that_help_only_together_are_found() -> None:
 
     found = choose_weights(value, Score(), ("cooccurrence", "text"))
     assert (found.cooccurrence, found.text) == (8.0, 4.0)
+
+
+def test_pairs_that_count_best_by_themselves_are_chosen_again_beside_vectors() -> None:
+    def value(score: Score) -> float:
+        beside = score.cooccurrence > 0
+        return beside - abs(score.cooccurrence - 2) / 100 - abs(score.counting.backward - 1) * beside / 10
+
+    assert choose_weights(value, Score(), ("cooccurrence",)).counting == Counting()
+    found = choose_weights(value, Score(), ("cooccurrence",), counting_ways(ties=False))
+    assert (found.cooccurrence, found.counting.backward) == (2.0, 1.0)
+    # Of a weight that is given, how pairs count is left, too.
+    given = Score(cooccurrence=2.0)
+    assert choose_weights(value, given, (), counting_ways(ties=False)).counting == Counting()
+
+
+@pytest.mark.parametrize("higher", [10, 30])
+def test_of_two_hills_the_higher_is_chosen(higher: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def value(trial: Trial, score: Score, base_NxI: None, text_NxI: None) -> float:
+        newest = {10: 0.5, 30: 0.5, higher: 0.6}[score.counting.newest]
+        # Between them is a valley.
+        return newest if score.counting.window == score.counting.newest else 0.1
+
+    found = interactions([0, 1, 2], [3, 1])
+    monkeypatch.setattr(Trial, "value", value)
+    trial = Trial(found, np.ones(5, bool), Cases(users=np.arange(2), cuts=found.offsets[1:] - 1), 4, repeats=True)
+    assert choose_counting(trial, ties=False, text=False).counting.newest == higher
 
 
 def test_texts_that_are_added_count_alike_for_known_and_new_items(tiny_run: Path) -> None:

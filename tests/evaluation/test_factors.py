@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import scipy.sparse
 from rich.console import Console
 
 from nqf import export
+from nqf.config import CountingConfig
 from nqf.evaluation.cooccurrence import Cooccurrence, Counting, newest_of_cases, stand_in
 from nqf.evaluation.factors import factorize
 from nqf.evaluation.ranking import ranks_from_scores
@@ -20,7 +22,16 @@ from nqf.stages.assess import assess
 from nqf.stages.graph import open_for_training, run_stage
 from nqf.stages.joint import joint_vectors
 from nqf.stages.run import Run, open_run
-from nqf.stages.score import SCORE, dense_score_of, make_score, memory_of, read_text, weigh_text, with_factors
+from nqf.stages.score import (
+    SCORE,
+    counts_of,
+    dense_score_of,
+    make_score,
+    memory_of,
+    read_text,
+    weigh_text,
+    with_factors,
+)
 
 
 def memory_with(items: int, how: Counting | None = None) -> Cooccurrence:
@@ -77,7 +88,7 @@ def test_nothing_counted_has_no_factors(items: int) -> None:
     np.testing.assert_array_equal(factors.scores(np.array([[0]])), np.zeros((1, items)))
 
 
-def with_evaluation(run: Run, **given: float) -> Run:
+def with_evaluation(run: Run, **given: Any) -> Run:
     evaluation = dataclasses.replace(run.config.evaluation, **given)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
 
@@ -158,6 +169,19 @@ def test_what_is_chosen_is_no_worse_than_what_was_learned(tiny_run: Path) -> Non
     assert record["dense"]["ndcg"] >= record["alone"] and record["dense"]["counting"] == record["counting"]
     assert "dense" not in make_score(with_evaluation(open_run(tiny_run), factor_weight=0.0))
     assert "evaluation.factor_weight" in SCORE.reads
+
+
+def test_how_pairs_count_can_be_given(tiny_run: Path) -> None:
+    """What is not given is chosen; where there is nothing to choose on, it is the baseline's."""
+    given = CountingConfig(window=7, damp_candidate=0.3)
+    run = with_evaluation(open_run(tiny_run), counting=given, factor_weight=0.0, cooccurrence_weight=2.0)
+    for refit in (False, True):
+        data = dataclasses.replace(run.config.data, refit=refit)
+        found = make_score(dataclasses.replace(run, config=dataclasses.replace(run.config, data=data)))["counting"]
+        assert found == dataclasses.asdict(counts_of(run)["text"].counting) | {"window": 7, "damp_candidate": 0.3}
+    found = make_score(with_evaluation(open_run(tiny_run), counting=given, factor_weight=0.0))["counting"]
+    assert (found["window"], found["damp_candidate"]) == (7, 0.3)
+    assert "evaluation.counting" in SCORE.reads
 
 
 def test_a_run_of_before_has_the_learned_vectors(tiny_run: Path, tmp_path: Path) -> None:
