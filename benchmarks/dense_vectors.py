@@ -11,6 +11,7 @@ with the runs of this call and those that other calls have kept.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import sys
@@ -62,14 +63,19 @@ def main() -> None:
 
 def measured(folder: Path) -> dict[str, Any]:
     """Figures of one run, and where they come from."""
+    from nqf.config import CountingConfig
     from nqf.evaluation.choice import Score
     from nqf.evaluation.factors import factorize
     from nqf.evaluation.metrics import paired_difference
     from nqf.evaluation.results import model_ranks, read_results
     from nqf.stages.run import open_run
-    from nqf.stages.score import make_score, memory_of
+    from nqf.stages.score import make_score, memory_of, score_of
 
     run = open_run(folder)
+    # How pairs count does not depend on the rank.
+    counting = {name: value for name, value in vars(score_of(run).counting).items() if name != "stand_ins"}
+    evaluation = dataclasses.replace(run.config.evaluation, counting=CountingConfig(**counting))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
     rows: dict[str, Any] = {}
     for rank in RANKS:
         record = make_score(run, rank)
