@@ -237,7 +237,7 @@ def choose_weights(
 
     Counts and texts may be a hint beside strong vectors or the other way round, and there is a hill at each: the ascent
     begins at the best of a coarse grid. Pairs that count best by themselves may not do so beside vectors, which know of
-    some: on validation cases of amazon-beauty that chose nothing, .0845 became .0867 without backward pairs.
+    some: on 6,000 validation cases of amazon-beauty that had not chosen it, .0845 became .0867.
 
     Args:
       value: NDCG@10 of the whole.
