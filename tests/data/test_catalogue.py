@@ -50,7 +50,12 @@ def test_numbers() -> None:
 
 @pytest.mark.ci
 @settings(deadline=None, max_examples=40)
-@given(st.datetimes(datetime.datetime(1973, 6, 1), datetime.datetime(2200, 1, 1)))
+# Milliseconds of 1975 and 1976 may be minutes of a calendar, too: 192910020000 is October 2, 1929, as notes then say.
+@given(
+    st.datetimes(datetime.datetime(1973, 6, 1), datetime.datetime(2200, 1, 1)).filter(
+        lambda time: time.year not in (1975, 1976)
+    )
+)
 def test_every_spelling_of_a_time_is_the_same_second(moment: datetime.datetime) -> None:
     seconds = int(moment.replace(microsecond=0, tzinfo=datetime.UTC).timestamp())
     for spelling in (
