@@ -198,13 +198,12 @@ def ascend(
     """Coordinate ascent: each axis in turn takes its best value, until a whole round changes nothing.
 
     Args:
-      value: What is to be large.
+      value: What is to be large; asked for the same score more than once, so callers cache it.
       start: Where to begin.
       grid: Ways in which pairs may count.
       weights: Attributes that are doubled and halved as long as that helps, each by itself and all at once, or become
         zero. Vectors are the third beside counts and texts, so what these weigh beside each other is a ridge.
     """
-    value = functools.cache(value)
     best = start
 
     def climb(steps: Iterable[Score]) -> None:
@@ -245,7 +244,7 @@ def choose_weights(
       free: Names of the weights that are not.
       ways: Ways in which pairs may count; by default as in `start`.
     """
-    ways, starts = ways or {}, [start]
+    value, ways, starts = functools.cache(value), ways or {}, [start]
     if "cooccurrence" in free:
         starts += [
             dataclasses.replace(start, cooccurrence=weight, counting=dataclasses.replace(start.counting, **scale))

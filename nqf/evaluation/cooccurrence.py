@@ -31,19 +31,9 @@ _ROWS = 1_024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counting:
-    """How pairs of items count.
+    """How pairs of items count: the attributes of `nqf.config.CountingConfig`, none of them left to be chosen.
 
     Attributes:
-      window: Places over which a pair counts.
-      decay: Factor of a pair's weight for each place between its items; 0 for 1 / distance.
-      backward: Share of a pair's weight that counts for the earlier item after the later one.
-      ties: Whether items of one moment are a `sequence`, in the order of the source, or a `set`, which is at distance 1
-        in both directions and whose members are equally far from all others.
-      damp_history: Power of the history item's popularity that divides the counts.
-      damp_candidate: The same of the candidate's.
-      scale: Counts enter as log(1 + count / scale); 0 for the counts themselves.
-      newest: Newest items of a history that count.
-      recency: Factor of a history item's weight for each newer one; 0 for 1 / place.
       stand_ins: Items, nearest by text, whose counts stand in for those of an item that has none; 0 for none.
     """
 

@@ -87,7 +87,8 @@ def ways_of(run: Run, counting: CountingConfig) -> Ways:
     given, ways = given_counting(counting), {}
     for axis, changes in counting_ways(ties=has_ties(run.dataset.interactions)).items():
         free = [{key: value for key, value in change.items() if key not in given} for change in changes]
-        ways |= {axis: free} if any(free) else {}
+        if any(free):
+            ways[axis] = free
     return ways
 
 
